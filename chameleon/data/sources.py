@@ -1,0 +1,267 @@
+"""Sources: where documents and pictures come from, one small reader for each kind.
+
+A source is a path or glob pattern, `KIND:PATTERN` to say the kind, or `emoji:TASK?split=train&per_concept=8&seed=0` for
+the embedded set. It expands to raw shards; each raw shard becomes one token shard. A reader is a function from a raw
+shard to samples, entered in `READERS`; the kind is guessed from the file's ending by `ENDINGS`.
+
+A sample that cannot be read is passed to `on_skip(where, why)` and passed over; `stop` as `on_skip` makes reading strict.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from chameleon.data import emoji
+from chameleon.data.webdataset import Skip, read_samples, stop
+from chameleon.document import Conversation, Document, Image, Text, from_json
+from chameleon.errors import BadInput
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+TEXT_ENDINGS = (".txt", ".md", ".py", ".c", ".h", ".js", ".rs", ".java", ".go", ".html", ".css")
+ENDINGS = {
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "jsonl": (".jsonl", ".jsonl.gz"),
+    "picture": PICTURE_ENDINGS,
+    "text": TEXT_ENDINGS,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document or conversation and the key by which messages name it."""
+
+    key: str
+    content: Document | Conversation
+
+
+@dataclass(frozen=True)
+class RawShard:
+    """One unit of reading: a file, or a task over the embedded set."""
+
+    kind: str
+    path: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A file name for what is made of the shard: unique among the shards of one source."""
+        stem = Path(self.path).name
+        for ending in sorted((end for ends in ENDINGS.values() for end in ends), key=len, reverse=True):
+            if stem.endswith(ending):
+                stem = stem.removesuffix(ending)
+                break
+        return "-".join([stem, *(f"{key}-{value}" for key, value in sorted(self.options.items()))])
+
+
+def expand(source: str) -> list[RawShard]:
+    """The raw shards of a source, sorted. Raises `BadInput` where nothing matches or the kind cannot be told."""
+    kind, sign, rest = source.partition(":")
+    if kind == "emoji" and sign:
+        task, _, options = rest.partition("?")
+        shard = RawShard("emoji", task or "pairs", dict(parse_qsl(options)))
+        emoji_task(shard)
+        return [shard]
+    given = kind if sign and kind in READERS else None
+    pattern = rest if given else source
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if paths == [pattern] and Path(pattern).is_dir():
+        paths = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file() and (given or guess(path.name)))
+    if not paths:
+        raise BadInput("no file matches", where=source, remedy="check the path or pattern")
+    shards = []
+    for path in paths:
+        found = given or guess(path)
+        if found is None:
+            raise BadInput("kind not known from its ending", where=path, remedy=f"write KIND:PATH, KIND of {', '.join(READERS)}")
+        shards.append(RawShard(found, path))
+    return shards
+
+
+def guess(path: str) -> str | None:
+    """The kind of reader for a file name, or None."""
+    lower = path.lower()
+    return next((kind for kind, endings in ENDINGS.items() if lower.endswith(endings)), None)
+
+
+def read(shard: RawShard, on_skip: Skip = stop) -> Iterator[Sample]:
+    """The samples of a raw shard, in order."""
+    return READERS[shard.kind](shard, on_skip)
+
+
+def read_webdataset(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """Image–text shards: a picture beside `.txt` (caption) or `.json` (`caption`, or a document or conversation)."""
+    for sample in read_samples(Path(shard.path), on_skip):
+        key = f"{shard.path}, sample {sample['__key__']}"
+        try:
+            yield Sample(key, webdataset_content(sample, key))
+        except BadInput as error:
+            on_skip(key, str(error).removeprefix(f"{key}: "))
+
+
+def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversation:
+    fields = {}
+    if "json" in sample:
+        try:
+            fields = json.loads(sample["json"])
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadInput(f"sidecar is not JSON ({error})", where=key) from None
+    if "parts" in fields or "messages" in fields:
+        return from_json(fields, where=key)
+    parts: list[Any] = [Image(as_data_url(sample[end[1:]])) for end in PICTURE_ENDINGS if end[1:] in sample][:1]
+    caption = fields.get("caption") or fields.get("name")
+    if "txt" in sample:
+        caption = decode(sample["txt"], key).strip()
+    if caption:
+        parts.append(Text(str(caption)))
+    if not parts:
+        raise BadInput("neither picture nor text", where=key)
+    return Document(tuple(parts))
+
+
+def as_data_url(data: bytes) -> str:
+    import base64
+
+    return "data:image/*;base64," + base64.b64encode(data).decode()
+
+
+def decode(data: bytes, where: object) -> str:
+    """UTF-8 bytes to text. Raises `BadInput` naming the first byte that is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 (byte {error.start})", where=where, remedy="convert it to UTF-8") from None
+
+
+def read_jsonl(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """A document, a conversation, or `{"text": …}` a line."""
+    path = Path(shard.path)
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                key = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(decode(line, key))
+                    if isinstance(value, dict) and isinstance(value.get("text"), str):
+                        yield Sample(key, Document((Text(value["text"]),)))
+                    else:
+                        yield Sample(key, from_json(value, where=key, folder=path.parent))
+                except json.JSONDecodeError as error:
+                    on_skip(key, f"not JSON ({error})")
+                except BadInput as error:
+                    on_skip(key, str(error).removeprefix(f"{key}: "))
+    except FileNotFoundError:
+        raise BadInput("no such file", where=path) from None
+    except (EOFError, OSError) as error:
+        on_skip(str(path), f"damaged file ({error})")
+
+
+def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """A file as one document."""
+    try:
+        text = decode(Path(shard.path).read_bytes(), shard.path)
+    except BadInput as error:
+        on_skip(shard.path, str(error).removeprefix(f"{shard.path}: "))
+        return
+    if text:
+        yield Sample(shard.path, Document((Text(text),)))
+
+
+def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """A picture; a `.txt` of the same name beside it is its caption."""
+    path = Path(shard.path)
+    parts: list[Any] = [Image(path)]
+    caption = path.with_suffix(".txt")
+    if caption.is_file():
+        parts.append(Text(decode(caption.read_bytes(), caption).strip()))
+    yield Sample(shard.path, Document(tuple(parts)))
+
+
+def emoji_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation]]:
+    """The embedded task of that name with its options bound. Raises `BadInput` for a name or option it has not."""
+    pictured = {task.__name__: task for task in (emoji.pairs, emoji.captioning, emoji.answering, emoji.drawing)}
+    worded = {task.__name__: task for task in (emoji.words, emoji.code)}
+    where = f"emoji:{shard.path}"
+    known: dict[str, Any] = {**pictured, **worded}
+    if shard.path not in known:
+        raise BadInput("no such task", where=where, remedy=f"use one of {', '.join(known)}")
+    task = known[shard.path]
+    options: dict[str, Any] = {"split": "train", **({"per_concept": "1", "seed": "0"} if shard.path in pictured else {})}
+    allowed = {"split", "concepts", *inspect.signature(task).parameters} - {"emoji"}
+    for key, value in shard.options.items():
+        if key not in allowed:
+            raise BadInput(f"unknown option {key}", where=where, remedy=f"use {', '.join(sorted(allowed))}")
+        options[key] = value
+    split = options.pop("split")
+    if split not in ("train", "validation"):
+        raise BadInput(f"no split {split!r}", where=where, remedy="use train or validation")
+    limit = options.pop("concepts", None)
+    try:
+        numbers = {key: int(value) for key, value in options.items()}
+    except ValueError as error:
+        raise BadInput(f"option is no number ({error})", where=where) from None
+
+    def run() -> Iterable[Document | Conversation]:
+        if shard.path in worded:
+            return known[shard.path](split, **numbers)  # type: ignore[no-any-return]
+        return known[shard.path](emoji.subset(split, int(limit) if limit else None), **numbers)  # type: ignore[no-any-return]
+
+    return run
+
+
+def read_emoji(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """A task over the embedded set: pairs, captioning, answering, drawing, words, code."""
+    for number, content in enumerate(emoji_task(shard)()):
+        yield Sample(f"emoji:{shard.path}, sample {number}", content)
+
+
+READERS: dict[str, Callable[[RawShard, Skip], Iterator[Sample]]] = {
+    "webdataset": read_webdataset,
+    "jsonl": read_jsonl,
+    "text": read_text,
+    "picture": read_picture,
+    "emoji": read_emoji,
+}
+
+
+# --- pictures alone, for training an image tokenizer -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PictureEntry:
+    """A picture that is opened when it is drawn. Groups are drawn equally often, and members within a group."""
+
+    name: str
+    source: bytes | Path | str
+    group: str
+    may_mirror: bool = True
+
+
+def read_pictures(sources: Iterable[str]) -> list[PictureEntry]:
+    """The pictures of all sources. Raises `BadInput` where there is none."""
+    result: list[PictureEntry] = []
+    for source in sources:
+        for shard in expand(source):
+            if shard.kind == "emoji":
+                limit = shard.options.get("concepts")
+                members = emoji.subset(shard.options.get("split", "train"), int(limit) if limit else None)
+                result += [PictureEntry(entry.key, entry.webp, entry.concept, entry.may_mirror) for entry in members]
+            else:
+                for sample in read(shard):
+                    if isinstance(sample.content, Document):
+                        for image in sample.content.images:
+                            assert isinstance(image, (str, Path))
+                            result.append(PictureEntry(sample.key, image, f"{sample.key} {len(result)}"))
+    if not result:
+        raise BadInput("no picture in any source", where=", ".join(sources))
+    return result

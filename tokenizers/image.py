@@ -1,0 +1,191 @@
+"""Pictures ↔ codes: opening any picture safely, the released preprocessing, and a VQGAN with its files.
+
+Preprocessing as released: transparency blended over white, the shorter side scaled to the resolution by Lanczos, centre
+crop, values in [-1, 1]. `fit="pad"` is the variant the paper uses for prompts (RECIPE 3): the longer side is scaled and
+the rest is white border, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageSequence, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from chameleon.errors import BadInput
+from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+Fit = Literal["crop", "pad"]
+Picture = PILImage.Image | str | Path
+MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
+CONFIG_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
+
+
+def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Image:
+    """Any picture as 8-bit RGB: a PIL image, a path, a `data:` URL or the bytes of a file.
+
+    Of an animation the first frame; 16-bit values scaled down; CMYK converted; transparency over white; turned as its
+    EXIF says. Raises `BadInput` for what is missing, empty, truncated, no picture, or over 64 million pixels.
+    """
+    name = where if where is not None else describe(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
+            picture = source if isinstance(source, PILImage.Image) else PILImage.open(open_bytes(source, name))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadInput(f"{picture.width}×{picture.height} pixels are too many", where=name, remedy="scale it down")
+        if getattr(picture, "is_animated", False):
+            picture = next(iter(ImageSequence.Iterator(picture))).copy()
+        return to_rgb(picture)
+    except (UnidentifiedImageError, PILImage.DecompressionBombError) as error:
+        raise BadInput(f"no picture that can be read ({type(error).__name__})", where=name) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"damaged picture ({error})", where=name) from None
+
+
+def describe(source: object) -> str:
+    if isinstance(source, str) and source.startswith("data:"):
+        return f"{source[:24]}…"
+    return str(source) if isinstance(source, (str, Path)) else "picture"
+
+
+def open_bytes(source: str | Path | bytes, name: object) -> io.BytesIO:
+    if isinstance(source, bytes):
+        data = source
+    elif isinstance(source, str) and source.startswith("data:"):
+        head, _, body = source.partition(",")
+        try:
+            data = base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
+        except binascii.Error as error:
+            raise BadInput(f"data URL is not base64 ({error})", where=name) from None
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except FileNotFoundError:
+            raise BadInput("no such picture", where=name) from None
+        except IsADirectoryError:
+            raise BadInput("is a folder, not a picture", where=name) from None
+    if not data:
+        raise BadInput("empty picture", where=name)
+    return io.BytesIO(data)
+
+
+def to_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """8-bit RGB, transparency blended over white, EXIF orientation applied."""
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        # 16-bit files come as I;16 or I with values up to 65535; what fits in 8 bits is taken as it is.
+        scale = 257.0 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
+        picture = PILImage.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
+    return picture.convert("RGB")
+
+
+def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImage.Image:
+    """The RGB picture as a square of `side` pixels: centre-cropped, or bordered in white."""
+    width, height = picture.size
+    if (width, height) == (side, side):
+        return picture
+    scale = side / (min if fit == "crop" else max)(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    picture = picture.resize(size, PILImage.Resampling.LANCZOS)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    if fit == "crop":
+        return picture.crop((-left, -top, side - left, side - top))
+    square = PILImage.new("RGB", (side, side), "white")
+    square.paste(picture, (left, top))
+    return square
+
+
+def to_tensor(pictures: Iterable[PILImage.Image]) -> Tensor:
+    """Square RGB pictures of one size to float32 [B, 3, R, R] in [-1, 1]."""
+    values = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return values.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(values: Tensor) -> list[PILImage.Image]:
+    """float [B, 3, R, R] in [-1, 1] to RGB pictures."""
+    pixels = ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [PILImage.fromarray(entry) for entry in pixels]
+
+
+class ImageTokenizer:
+    """Pictures ↔ grids of codes."""
+
+    def __init__(self, network: VQGAN) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @property
+    def config(self) -> VQGANConfig:
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.quant_conv.weight.device
+
+    def preprocess(self, pictures: Iterable[Picture], fit: Fit = "crop") -> Tensor:
+        """float32 [B, 3, R, R] in [-1, 1]. Raises `BadInput` for a picture that cannot be used."""
+        return to_tensor(fit_square(load_picture(entry), self.config.resolution, fit) for entry in pictures)
+
+    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = 64) -> Tensor:
+        """Codes [B, h, w] int64 on the CPU, `batch` pictures at a time."""
+        parts = []
+        for start in range(0, len(pictures), batch):
+            values = self.preprocess(pictures[start : start + batch], fit)
+            values = values.to(self.device, self.network.quant_conv.weight.dtype)
+            parts.append(self.network.encode(values).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, *self.config.grid, dtype=torch.int64)
+
+    def decode(self, codes: Tensor, batch: int = 64) -> list[PILImage.Image]:
+        """Codes [B, h, w] to RGB pictures. Raises `BadInput` for codes outside the codebook."""
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
+            raise BadInput(f"codes outside 0…{self.config.codebook_size - 1}", where="image tokenizer")
+        result: list[PILImage.Image] = []
+        for part in codes.to(self.device).split(batch) if len(codes) else ():
+            result += to_pictures(self.network.decode(part))
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`, names and shapes as released."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_json(), indent=2) + "\n", encoding="utf-8")
+        state = {name: value.contiguous() for name, value in self.network.released_state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTokenizer:
+        """Reads what `save` wrote, in float32. Raises `BadInput` naming a file that is missing or does not fit."""
+        try:
+            config = VQGANConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            state = load_file(folder / WEIGHTS_FILE)
+        except FileNotFoundError as error:
+            raise BadInput("file is missing", where=error.filename or folder / WEIGHTS_FILE) from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise BadInput(f"not an image tokenizer's configuration ({error})", where=folder / CONFIG_FILE) from None
+        except SafetensorError as error:
+            raise BadInput(f"damaged ({error})", where=folder / WEIGHTS_FILE) from None
+        network = VQGAN(config)
+        try:
+            network.load_state_dict({name: value.float() for name, value in state.items()})
+        except RuntimeError as error:
+            raise BadInput(f"tensors do not fit {CONFIG_FILE} ({error})", where=folder / WEIGHTS_FILE) from None
+        return cls(network.to(device))

@@ -1,0 +1,150 @@
+"""What a VQGAN is trained against: pixels, a perceptual distance, and a patch discriminator.
+
+Sources: Esser et al. (arXiv 2012.09841) for the adaptive adversarial weight and the start step; Isola et al.
+(arXiv 1611.07004) for the patch discriminator; ST-LPIPS (Ghildyal & Liu, arXiv 2207.13686) for the perceptual distance,
+whose weights the package `stlpips-pytorch` carries. Networks and losses only: optimisers are in `train/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chameleon.errors import BadInput
+
+
+@dataclass
+class VQLossConfig:
+    """Weights of the terms, each on pictures in [-1, 1]."""
+
+    l1: float = 0.2
+    l2: float = 1.0
+    perceptual: float = 0.0
+    """Weight of ST-LPIPS (AlexNet); 0 switches it off, more needs the extra `eval`."""
+    codebook: float = 1.0
+    commitment: float = 0.25
+    adversarial: float = 0.0
+    """Weight of the adversarial term before it is balanced; 0 trains no discriminator."""
+    adversarial_start: int = 0
+    """Step at which the discriminator starts."""
+    adaptive: bool = True
+    """Balance the adversarial gradient against the reconstruction's at the decoder's last layer."""
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures [B, 3, H, W] to logits [B, 1, h, w], each judging a patch."""
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for number in range(1, layers + 1):
+            outputs = channels * min(2**number, 8)
+            stride = 2 if number < layers else 1
+            blocks += [
+                nn.Conv2d(width, outputs, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(min(32, outputs), outputs),  # batch statistics would leak between real and drawn
+                nn.LeakyReLU(0.2),
+            ]
+            width = outputs
+        blocks.append(nn.Conv2d(width, 1, 4, padding=1))
+        self.layers = nn.Sequential(*blocks)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.layers(pictures)
+
+
+def hinge_discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
+    """Hinge loss of logits on real and drawn pictures: a scalar."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """|∇ reconstruction| / |∇ adversarial| at `last_layer`, within [0, 1e4] (arXiv 2012.09841, eq. 7): a scalar."""
+    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    given = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()
+
+
+class BlurPool(nn.Module):
+    """Binomial 3×3 blur with stride 2 after reflection padding by 2, each channel for itself."""
+
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        line = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("filt", (line.outer(line) / 16).expand(channels, 1, 3, 3).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), self.filt, stride=2, groups=x.shape[1])
+
+
+class ShiftTolerantLPIPS(nn.Module):
+    """ST-LPIPS with AlexNet: a perceptual distance between pictures of at least 32×32.
+
+    This is not the published LPIPS; figures made with it are named ST-LPIPS.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Names and numbers follow the checkpoint's sequence of layers.
+        layers: dict[str, list[tuple[int, nn.Module]]] = {
+            "slice1": [(0, nn.Conv2d(3, 64, 11, padding=2)), (1, BlurPool(64)), (2, nn.ReLU())],
+            "slice2": [(3, nn.MaxPool2d(3, 1)), (4, BlurPool(64)), (5, nn.Conv2d(64, 192, 5, padding=2)), (6, nn.ReLU())],
+            "slice3": [(7, nn.MaxPool2d(3, 1)), (8, BlurPool(192)), (9, nn.Conv2d(192, 384, 3, padding=1)), (10, nn.ReLU())],
+            "slice4": [(11, nn.Conv2d(384, 256, 3, padding=1)), (12, nn.ReLU())],
+            "slice5": [(13, nn.Conv2d(256, 256, 3, padding=1)), (14, nn.ReLU())],
+        }
+        self.net = nn.ModuleDict()
+        for name, members in layers.items():
+            block = nn.Sequential()
+            for number, layer in members:
+                block.add_module(str(number), layer)
+            self.net[name] = block
+        self.lins = nn.ParameterList(nn.Parameter(torch.ones(1, width, 1, 1)) for width in (64, 192, 384, 256, 256))
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def pretrained(cls) -> ShiftTolerantLPIPS:
+        """With the weights that `stlpips-pytorch` carries. Raises `BadInput` where it is not installed."""
+        found = importlib.util.find_spec("stlpips_pytorch")
+        if found is None or not found.submodule_search_locations:
+            raise BadInput(
+                "the perceptual loss needs the package stlpips-pytorch",
+                where="loss.perceptual",
+                remedy="pip install 'open-chameleon[eval]' or set loss.perceptual=0",
+            )
+        path = Path(next(iter(found.submodule_search_locations))) / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        renamed = {name.removeprefix("scaling_layer."): value for name, value in state.items()}
+        for number in range(5):
+            renamed[f"lins.{number}"] = renamed.pop(f"lin{number}.model.1.weight")
+        network = cls()
+        network.load_state_dict(renamed)
+        return network
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distances [B] of pictures [B, 3, H, W] in [-1, 1]."""
+        a, b = (first - self.shift) / self.scale, (second - self.shift) / self.scale
+        total = torch.zeros(len(first), device=first.device)
+        for block, weight in zip(self.net.values(), self.lins, strict=True):
+            a, b = block(a), block(b)
+            difference = (F.normalize(a.float(), dim=1, eps=1e-10) - F.normalize(b.float(), dim=1, eps=1e-10)).square()
+            total = total + (difference * weight).sum(1).mean((1, 2))
+        return total
+
+    def train(self, mode: bool = True) -> ShiftTolerantLPIPS:
+        return super().train(False)  # it measures; it never learns

@@ -1,0 +1,273 @@
+"""The VQGAN: encoder → quant_conv → quantizer → post_quant_conv → decoder.
+
+The network of Esser et al. (arXiv 2012.09841) in the sizes of Make-A-Scene (arXiv 2203.13131), which Chameleon uses.
+Parameter names are those of the released checkpoints. Notable choices: GroupNorm and swish, attention in the middle and
+at chosen resolutions only, asymmetric padding before each stride-2 convolution, nearest-neighbour up-sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from chameleon.errors import BadInput
+from chameleon.tokenizers.quantizer import Quantized, VectorQuantizer
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Shape of a VQGAN. The defaults are the released 512-pixel configuration (RECIPE 2.1)."""
+
+    resolution: int = 512
+    """Side of the square pictures, in pixels."""
+    channels: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels at each level as multiples of `channels`; each level after the first halves the resolution."""
+    res_blocks: int = 2
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    attention_resolutions: tuple[int, ...] = ()
+    """Resolutions at which each residual block is followed by attention."""
+    latent_channels: int = 256
+    """Channels that the encoder gives and the decoder takes."""
+    codebook_size: int = 8192
+    codebook_width: int = 256
+    """Numbers in a code."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        if self.resolution % self.reduction:
+            raise BadInput(
+                f"resolution {self.resolution} is no multiple of {self.reduction}, the reduction of "
+                f"{len(self.multipliers)} levels",
+                where="image tokenizer",
+            )
+        for multiplier in self.multipliers:
+            if self.channels * multiplier % self.norm_groups:
+                raise BadInput(
+                    f"{self.channels * multiplier} channels do not split into {self.norm_groups} norm groups",
+                    where="image tokenizer",
+                )
+
+    @property
+    def reduction(self) -> int:
+        """Pixels a side for one code."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in codes."""
+        side = self.resolution // self.reduction
+        return side, side
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def normalize(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm → swish → conv, twice, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm1 = normalize(inputs, config.norm_groups)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = normalize(outputs, config.norm_groups)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """One head over all positions of the feature map."""
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm = normalize(channels, config.norm_groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, config)
+        self.attn_1 = Attention(channels, config)
+        self.block_2 = ResidualBlock(channels, channels, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each with attention behind it where the config says so."""
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, resolution: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(inputs if n == 0 else outputs, outputs, config) for n in range(blocks))
+        attends = resolution in config.attention_resolutions
+        self.attn = nn.ModuleList(Attention(outputs, config) for _ in range(blocks if attends else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[number](x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pictures [B, 3, R, R] in [-1, 1] to latents [B, latent_channels, R/reduction, R/reduction]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        width, resolution = config.channels, config.resolution
+        for number, multiplier in enumerate(config.multipliers):
+            outputs = config.channels * multiplier
+            level = Level(width, outputs, config.res_blocks, resolution, config)
+            if number < len(config.multipliers) - 1:
+                level.downsample = Downsample(outputs)
+                resolution //= 2
+            self.down.append(level)
+            width = outputs
+        self.mid = Middle(width, config)
+        self.norm_out = normalize(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, latent_channels, h, w] to pictures [B, 3, h·reduction, w·reduction], about in [-1, 1]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        width = config.channels * config.multipliers[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.mid = Middle(width, config)
+        levels: list[Level] = []
+        resolution = config.grid[0]
+        for number, multiplier in reversed(list(enumerate(config.multipliers))):
+            outputs = config.channels * multiplier
+            level = Level(width, outputs, config.res_blocks + 1, resolution, config)
+            if number > 0:
+                level.upsample = Upsample(outputs)
+                resolution *= 2
+            levels.insert(0, level)  # checkpoints number the levels from full resolution down
+            width = outputs
+        self.up = nn.ModuleList(levels)
+        self.norm_out = normalize(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight at which the adversarial weight is balanced (arXiv 2012.09841, eq. 7)."""
+        return self.conv_out.weight
+
+
+class VQGAN(nn.Module):
+    """Pictures in [-1, 1] ↔ codes. `quantize` may be given to train a codebook in another way."""
+
+    def __init__(self, config: VQGANConfig, quantize: VectorQuantizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_width, 1)
+        self.quantize = quantize or VectorQuantizer(config.codebook_size, config.codebook_width)
+        self.post_quant_conv = nn.Conv2d(config.codebook_width, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def latent(self, pictures: Tensor) -> Tensor:
+        """[B, 3, R, R] to latents before quantisation [B, codebook_width, h, w]."""
+        return self.quant_conv(self.encoder(pictures))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Quantized]:
+        """[B, 3, R, R] to its reconstruction and what quantising gave."""
+        quantized = self.quantize(self.latent(pictures))
+        return self.decoder(self.post_quant_conv(quantized.latent)), quantized
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, R, R] in [-1, 1] to codes [B, h, w] int64."""
+        return self.quantize(self.latent(pictures)).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, h, w] to pictures [B, 3, R, R] float32 in [-1, 1]."""
+        latent = self.quantize.look_up(codes).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latent)).float().clamp(-1, 1)
+
+    def released_state_dict(self) -> dict[str, Tensor]:
+        """The weights in the released format, whichever way the codebook was learned."""
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("quantize.")}
+        state["quantize.embedding.weight"] = self.quantize.codebook().detach()
+        return state

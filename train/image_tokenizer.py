@@ -1,0 +1,202 @@
+"""Training of the VQGAN under Lightning: two optimisers by hand, codebook health in the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from chameleon.data.sources import PictureEntry, read_pictures
+from chameleon.errors import BadInput
+from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, to_tensor
+from chameleon.tokenizers.quantizer import build_quantizer
+from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
+from chameleon.tokenizers.vqgan import VQGAN
+from chameleon.train.optimizer import build_adamw, rate_at, set_rate
+from chameleon.train.recipe import FitImageRecipe
+from chameleon.train.trainer import build_trainer
+
+
+def psnr(first: Tensor, second: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, in dB: [B] for pictures [B, 3, R, R] in [-1, 1]."""
+    return 10 * torch.log10(4 / (first - second).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of the shares that `counts` [K] gives: a scalar, K where all codes are used alike."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
+
+
+class StepPictures(Dataset[Tensor]):
+    """Batch of step s: a pure function of (seed, s). Each row draws a group of pictures, then one of the group."""
+
+    def __init__(self, entries: Sequence[PictureEntry], recipe: FitImageRecipe) -> None:
+        groups: dict[str, list[PictureEntry]] = {}
+        for entry in entries:
+            groups.setdefault(entry.group, []).append(entry)
+        self.groups = [groups[name] for name in sorted(groups)]
+        self.recipe = recipe
+        self.rank, self.world = 0, 1
+
+    def __len__(self) -> int:
+        return self.recipe.run.steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        """float32 [batch / devices, 3, R, R] in [-1, 1]."""
+        pictures = []
+        for row in range(self.rank, self.recipe.batch, self.world):
+            stream = np.random.default_rng((self.recipe.run.seed, step, row))
+            group = self.groups[stream.integers(len(self.groups))]
+            pictures.append(self.augment(group[stream.integers(len(group))], stream))
+        return to_tensor(pictures)
+
+    def augment(self, entry: PictureEntry, stream: np.random.Generator) -> PILImage.Image:
+        side, (low, high), shift = self.recipe.model.resolution, self.recipe.scale, self.recipe.shift
+        picture = fit_square(load_picture(entry.source, entry.name), side)
+        if entry.may_mirror and stream.random() < 0.5:
+            picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        scale = 1 / stream.uniform(low, high)
+        left, top = (side * (0.5 - scale / 2 + stream.uniform(-shift, shift)) for _ in range(2))
+        matrix = (scale, 0, left, 0, scale, top)
+        return picture.transform(
+            (side, side), PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
+        )
+
+
+class ImageTokenizerModule(L.LightningModule):
+    """VQGAN and, where the recipe wants one, its discriminator."""
+
+    def __init__(self, recipe: FitImageRecipe) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe = recipe
+        model = recipe.model
+        self.network = VQGAN(model, build_quantizer(recipe.codebook, model.codebook_size, model.codebook_width))
+        loss = recipe.loss
+        self.perceptual = ShiftTolerantLPIPS.pretrained() if loss.perceptual else None
+        self.discriminator = (
+            PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers) if loss.adversarial else None
+        )
+        self.register_buffer("counts", torch.zeros(model.codebook_size), persistent=False)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    counts: Tensor
+    step: Tensor
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = [build_adamw([self.network], self.recipe.optimizer)]
+        if self.discriminator is not None:
+            optimizers.append(build_adamw([self.discriminator], self.recipe.discriminator))
+        return optimizers
+
+    @torch.no_grad()
+    def start_codebook(self, batches: Sequence[Tensor]) -> None:
+        """Starts the codebook from the latents of `batches` (k-means, or the spread for a linear codebook)."""
+        latent = torch.cat([rearrange(self.network.latent(batch), "b c h w -> (b h w) c") for batch in batches]).float()
+        if len(latent) < self.recipe.model.codebook_size:
+            raise BadInput(
+                f"{len(latent)} latents cannot start {self.recipe.model.codebook_size} codes",
+                where="fit-image",
+                remedy="raise batch or lower model.codebook_size",
+            )
+        order = torch.randperm(len(latent))[: 32 * self.recipe.model.codebook_size]
+        self.network.quantize.start_from(latent[order])
+
+    def training_step(self, pictures: Tensor, index: int) -> None:
+        step, weights = int(self.step), self.recipe.loss
+        optimizers = self.optimizers()
+        network_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
+        set_rate(network_optimizer.optimizer, rate_at(step, self.recipe.run.steps, self.recipe.optimizer))
+        drawn, quantized = self.network(pictures)
+        drawn = drawn.float()
+        difference = drawn - pictures
+        reconstruction = weights.l1 * difference.abs().mean() + weights.l2 * difference.square().mean()
+        if self.perceptual is not None:
+            distance = self.perceptual(pictures, drawn).mean()
+            reconstruction = reconstruction + weights.perceptual * distance
+            self.log("train/st_lpips", distance)
+        loss = reconstruction + weights.codebook * quantized.codebook_loss + weights.commitment * quantized.commitment_loss
+        fights = self.discriminator is not None and step >= weights.adversarial_start
+        if fights:
+            assert self.discriminator is not None
+            self.discriminator.requires_grad_(False)
+            adversarial = -self.discriminator(drawn).mean()
+            self.discriminator.requires_grad_(True)
+            balance = torch.ones((), device=self.device)
+            if weights.adaptive:
+                balance = adaptive_weight(reconstruction, adversarial, self.network.decoder.last_layer)
+            loss = loss + weights.adversarial * balance * adversarial
+            self.log_dict({"train/adversarial": adversarial, "train/adaptive_weight": balance})
+        network_optimizer.zero_grad()
+        self.manual_backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip or math.inf)
+        network_optimizer.step()
+        if fights and self.discriminator is not None:
+            set_rate(others[0].optimizer, rate_at(step, self.recipe.run.steps, self.recipe.discriminator))
+            judged = hinge_discriminator_loss(self.discriminator(pictures), self.discriminator(drawn.detach()))
+            others[0].zero_grad()
+            self.manual_backward(judged)
+            others[0].step()
+            self.log("train/discriminator", judged)
+        self.counts.mul_(0.99).add_(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts)))
+        self.step += 1
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/psnr", psnr(drawn.detach(), pictures).mean(), prog_bar=True)
+        self.log_dict(
+            {
+                "train/commitment": quantized.commitment_loss,
+                "train/gradient_norm": norm,
+                "train/usage": (self.counts > 0.01).float().mean(),
+                "train/perplexity": perplexity(self.counts).float(),
+                "rate": network_optimizer.optimizer.param_groups[0]["lr"],
+            }
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.seen = torch.zeros_like(self.counts)
+
+    def validation_step(self, pictures: Tensor, index: int) -> None:
+        drawn, quantized = self.network(pictures)
+        self.seen += torch.bincount(quantized.codes.flatten(), minlength=len(self.seen))
+        self.log("validation/psnr", psnr(drawn.float().clamp(-1, 1), pictures).mean(), prog_bar=True, batch_size=len(pictures))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("validation/usage", (self.seen > 0).float().mean(), prog_bar=True)
+        self.log("validation/perplexity", perplexity(self.seen).float())
+
+    def tokenizer(self) -> ImageTokenizer:
+        """The trained tokenizer, its codebook folded into the released format."""
+        network = VQGAN(self.recipe.model)
+        network.load_state_dict(self.network.released_state_dict())
+        return ImageTokenizer(network)
+
+
+def fit_image(recipe: FitImageRecipe) -> tuple[ImageTokenizer, dict[str, float]]:
+    """Trains, saves to `run.out`, and returns the tokenizer and its last logged figures."""
+    L.seed_everything(recipe.run.seed, verbose=False)
+    module = ImageTokenizerModule(recipe)
+    training = StepPictures(read_pictures(recipe.sources), recipe)
+    module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
+    trainer = build_trainer(recipe.run)
+    training.rank, training.world = trainer.global_rank, trainer.world_size
+    loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
+    held_out = []
+    if recipe.validation:
+        side = recipe.model.resolution
+        pictures = [fit_square(load_picture(entry.source, entry.name), side) for entry in read_pictures(recipe.validation)]
+        held_out = [to_tensor(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
+    trainer.fit(module, loader, DataLoader(held_out, batch_size=None) if held_out else None)  # type: ignore[arg-type]
+    tokenizer = module.tokenizer()
+    if trainer.is_global_zero:
+        tokenizer.save(Path(recipe.run.out))
+    return tokenizer, {name: float(value) for name, value in trainer.callback_metrics.items()}

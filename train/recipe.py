@@ -1,0 +1,150 @@
+"""Recipes: YAML files read into dataclasses, strictly, with `key=value` overrides.
+
+A recipe's keys are the fields of its dataclass; an unknown one is an error that names the nearest known key. Types are
+checked by jsonargparse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from chameleon.errors import BadInput
+from chameleon.tokenizers.quantizer import CodebookKind
+from chameleon.tokenizers.vq_loss import VQLossConfig
+from chameleon.tokenizers.vqgan import VQGANConfig
+from chameleon.train.optimizer import OptimizerConfig
+
+SHIPPED = Path(__file__).parent / "recipes"
+R = TypeVar("R")
+
+
+@dataclass
+class RunConfig:
+    """Where and on what a run happens."""
+
+    out: str = "runs/latest"
+    """Folder of the run: logs, checkpoints, and the result."""
+    seed: int = 0
+    steps: int = 1000
+    precision: str = "bf16-mixed"
+    devices: str = "auto"
+    accelerator: str = "auto"
+    log_every: int = 10
+    """Steps between two rows of the log."""
+    validate_every: int = 0
+    """Steps between two validations; 0 validates at the end only."""
+    progress: bool = True
+
+
+@dataclass
+class FitImageRecipe:
+    """`chameleon fit-image`: trains an image tokenizer."""
+
+    sources: list[str]
+    """Picture sources, see `chameleon.data.sources`."""
+    validation: list[str] = field(default_factory=list)
+    run: RunConfig = field(default_factory=RunConfig)
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    codebook: CodebookKind = "moving_average"
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(rate=1e-3, betas=(0.9, 0.99), eps=1e-8))
+    discriminator: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(rate=2e-4, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.0, warmup=0)
+    )
+    batch: int = 32
+    """Pictures a step, over all devices."""
+    workers: int = 0
+    scale: tuple[float, float] = (0.85, 1.1)
+    """Range of the random scale."""
+    shift: float = 0.05
+    """Largest random shift, as a share of the side."""
+
+
+def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:
+    """The recipe of dataclass `kind` from a YAML file (or the name of a shipped one) and `key.sub=value` overrides.
+
+    Raises `BadInput` that names file and key for what is unknown, missing, or of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    where: object = "recipe"
+    if path is not None:
+        file = find_recipe(path)
+        where = file
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadInput(f"not YAML ({error})", where=file) from None
+        if not isinstance(values, dict):
+            raise BadInput("expected keys and values", where=file)
+    known = dict(fields_of(kind))
+    check_keys(values, known, where, "")
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise BadInput(f"expected key=value, got {text!r}", where="command line")
+        put(values, key.split("."), yaml.safe_load(value), text)
+    check_keys(values, known, "command line" if overrides else where, "")
+    parser = ArgumentParser(exit_on_error=False, parser_mode="yaml")
+    parser.add_class_arguments(kind)
+    try:
+        return typing.cast(R, kind(**vars(parser.instantiate_classes(parser.parse_object(values)))))
+    except (ArgumentError, TypeError) as error:
+        raise BadInput(str(error), where=where) from None
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that name. Raises `BadInput` that lists the shipped ones."""
+    shipped = SHIPPED / f"{path}.yaml"
+    for candidate in (Path(path), shipped):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(entry.stem for entry in SHIPPED.glob("*.yaml")))
+    raise BadInput("no such recipe", where=path, remedy=f"give a file or one of: {names}")
+
+
+def fields_of(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Field names of a dataclass with, for nested dataclasses, their type, else None."""
+    hints = typing.get_type_hints(kind)
+    for entry in dataclasses.fields(kind):
+        hint = hints[entry.name]
+        if typing.get_origin(hint) is list:
+            inner = typing.get_args(hint)[0]
+            yield entry.name, inner if dataclasses.is_dataclass(inner) else None
+        else:
+            yield entry.name, hint if dataclasses.is_dataclass(hint) else None
+
+
+def check_keys(values: Any, known: dict[str, Any], where: object, prefix: str) -> None:
+    """Raises `BadInput` on the first key that no field has, naming the nearest one that exists."""
+    for entry in values if isinstance(values, list) else [values]:
+        if not isinstance(entry, dict):
+            continue
+        for key, value in entry.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise BadInput(f"unknown key {prefix}{key}", where=where, remedy=f"did you mean {prefix}{near[0]}?")
+            if known[key] is not None:
+                check_keys(value, dict(fields_of(known[key])), where, f"{prefix}{key}.")
+
+
+def put(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    """Sets a nested value, making the dictionaries on the way."""
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise BadInput(f"{text!r}: {key} holds no keys", where="command line")
+    values[keys[-1]] = value
+
+
+def to_plain(recipe: Any) -> dict[str, Any]:
+    """The recipe as plain values, as provenance keeps it."""
+    return typing.cast(dict[str, Any], dataclasses.asdict(recipe))
