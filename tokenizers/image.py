@@ -164,11 +164,11 @@ class ImageTokenizer:
             result += to_pictures(self.network.decode(part))
         return result
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`, names and shapes as released."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_json(), indent=2) + "\n", encoding="utf-8")
-        state = {name: value.contiguous() for name, value in self.network.released_state_dict().items()}
+        state = {name: value.to("cpu", dtype).contiguous() for name, value in self.network.released_state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE)
 
     @classmethod

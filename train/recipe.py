@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from chameleon.data.mixture import SourceConfig
 from chameleon.errors import BadInput
+from chameleon.model.loss import Z_LOSS
 from chameleon.tokenizers.quantizer import CodebookKind
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGANConfig
@@ -67,6 +69,50 @@ class FitImageRecipe:
     """Range of the random scale."""
     shift: float = 0.05
     """Largest random shift, as a share of the side."""
+
+
+@dataclass
+class TrainRecipe:
+    """What `chameleon pretrain` and `chameleon finetune` share."""
+
+    mixture: list[SourceConfig]
+    tokenizers: str | None = None
+    """Folder with both tokenizers' files (or a bundle) for a new model."""
+    bundle: str | None = None
+    """Bundle whose weights and tokenizers training starts from, instead of a new model."""
+    size: str = "mini"
+    """Named size of a new model, see `chameleon.model.config.SIZES`."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model that differ from the named size."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    context: int | None = None
+    """Ids a row; by default the model's context."""
+    rows: int = 32
+    """Rows a step, over all devices."""
+    micro_rows: int = 0
+    """Rows of one forward and backward pass on a device; 0 takes all."""
+    image_weight: float = 1.0
+    """Weight of image codes in the loss, against 1 for text and structure."""
+    z_loss: float = Z_LOSS
+    compile: bool = False
+    """torch.compile each block."""
+    workers: int = 0
+    validation: list[SourceConfig] = field(default_factory=list)
+
+
+@dataclass
+class PretrainRecipe(TrainRecipe):
+    """`chameleon pretrain`: next-id prediction on documents (RECIPE 2.2, 2.3)."""
+
+
+@dataclass
+class FinetuneRecipe(TrainRecipe):
+    """`chameleon finetune`: answers of conversations (RECIPE 3)."""
+
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(rate=1e-5, schedule="cosine", warmup=0, final=0.0)
+    )
 
 
 def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:

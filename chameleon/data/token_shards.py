@@ -1,0 +1,228 @@
+"""Token shards: what training reads. One raw shard becomes one folder, written under another name and renamed when whole.
+
+    NAME/ids.bin      uint32, little-endian: the ids of all documents, one after the other
+    NAME/offsets.bin  uint64, little-endian: where each document starts, and the end; n + 1 numbers
+    NAME/shard.json   counts, SHA-256 of both files, and the fingerprint of the tokenizers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chameleon.data import sources
+from chameleon.data.sources import RawShard, Sample
+from chameleon.data.webdataset import stop
+from chameleon.errors import BadInput
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.vocabulary import Modality, Vocabulary
+
+IDS, OFFSETS, DESCRIPTION = "ids.bin", "offsets.bin", "shard.json"
+
+
+@dataclass
+class Report:
+    """What tokenising did."""
+
+    documents_in: int = 0
+    documents_out: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many samples were passed over, by reason."""
+    examples: list[str] = field(default_factory=list)
+    """The first skipped samples, by name."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """Ids written, by modality."""
+
+    def skip(self, where: str, why: str) -> None:
+        self.documents_in += 1
+        self.skipped[why] += 1
+        if len(self.examples) < 20:
+            self.examples.append(f"{where}: {why}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
+
+
+class ShardWriter:
+    """Collects documents and writes the shard when the `with` block ends without an exception."""
+
+    def __init__(self, folder: Path, fingerprint: str, vocabulary: Vocabulary, **description: Any) -> None:
+        self.folder, self.vocabulary = folder, vocabulary
+        self.partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        self.description = {"fingerprint": fingerprint, **description}
+        self.offsets = [0]
+        self.counts: Counter[str] = Counter()
+
+    def __enter__(self) -> ShardWriter:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.file = open(self.partial / IDS, "wb")
+        return self
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Appends a document of int64 ids [T]."""
+        self.file.write(ids.numpy().astype("<u4").tobytes())
+        self.offsets.append(self.offsets[-1] + len(ids))
+        kinds = torch.bincount(self.vocabulary.modality(ids), minlength=len(Modality)).tolist()
+        self.counts.update({kind.name.lower(): kinds[kind] for kind in Modality})
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.file.close()
+        try:
+            if kind is None:
+                np.asarray(self.offsets, dtype="<u8").tofile(self.partial / OFFSETS)
+                description = {
+                    "documents": len(self.offsets) - 1,
+                    "tokens": self.offsets[-1],
+                    "by_modality": dict(self.counts),
+                    "sha256": {name: checksum(self.partial / name) for name in (IDS, OFFSETS)},
+                    "vocabulary": self.vocabulary.to_json(),
+                    **self.description,
+                }
+                (self.partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.partial.rename(self.folder)
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TokenShard:
+    """A shard, mapped into memory: document i is `shard[i]`, int64 [T]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            self.offsets = np.fromfile(folder / OFFSETS, dtype="<u8").astype(np.int64)
+            size = (folder / IDS).stat().st_size
+        except FileNotFoundError as error:
+            raise BadInput("file is missing", where=error.filename, remedy="tokenize this shard again") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BadInput(f"not a shard's description ({error})", where=folder / DESCRIPTION) from None
+        if len(self.offsets) != self.description["documents"] + 1 or 4 * self.description["tokens"] != size:
+            raise BadInput("files do not have the counts of shard.json", where=folder, remedy="tokenize this shard again")
+        self.ids = np.memmap(folder / IDS, dtype="<u4", mode="r") if size else np.empty(0, dtype="<u4")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.ids[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ids in each document: int64 [n]."""
+        return np.diff(self.offsets)
+
+    def verify(self) -> None:
+        """Raises `BadInput` where a file is not what it was when it was written."""
+        for name, wanted in self.description["sha256"].items():
+            if checksum(self.folder / name) != wanted:
+                raise BadInput("checksum does not fit", where=self.folder / name, remedy="tokenize this shard again")
+
+
+def open_shards(folder: Path, fingerprint: str | None = None) -> list[TokenShard]:
+    """The shards in a folder, sorted by name.
+
+    Raises `BadInput` where there is none, or where one was made with tokenizers of another `fingerprint`.
+    """
+    found = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}") if not path.parent.name.startswith("."))
+    if not found:
+        raise BadInput("no token shard here", where=folder, remedy="make some with `chameleon tokenize`")
+    shards = [TokenShard(path) for path in found]
+    for shard in shards:
+        if fingerprint is not None and shard.description["fingerprint"] != fingerprint:
+            raise BadInput(
+                f"made with tokenizers {shard.description['fingerprint'][:12]}, the model has {fingerprint[:12]}",
+                where=shard.folder,
+                remedy="tokenize the sources again with this model's tokenizers",
+            )
+    return shards
+
+
+def batches(samples: Iterable[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    iterator = iter(samples)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, report: Report, *, strict: bool) -> None:
+    """One raw shard to one token shard. Samples that cannot be used are counted in `report`, or stop it if `strict`."""
+    on_skip = stop if strict else report.skip
+    source = {"kind": raw.kind, "path": Path(raw.path).name, "options": raw.options}
+    with ShardWriter(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=source) as writer:
+        for batch in batches(sources.read(raw, on_skip), 64):
+            for sample, ids in encode_each(batch, tokenizer, on_skip):
+                writer.add(ids)
+                report.documents_in += 1
+                report.documents_out += 1
+        report.tokens.update(writer.counts)
+
+
+def encode_each(
+    batch: Sequence[Sample], tokenizer: MixedTokenizer, on_skip: Callable[[str, str], None]
+) -> Iterator[tuple[Sample, torch.Tensor]]:
+    """Samples with their ids, encoded together; where that fails, one by one, so that the bad one can be named."""
+    try:
+        yield from zip(batch, tokenizer.encode_batch([sample.content for sample in batch]), strict=True)
+        return
+    except BadInput:
+        pass
+    for sample in batch:
+        try:
+            ids = tokenizer.encode(sample.content)
+        except BadInput as error:
+            on_skip(sample.key, str(error))
+            continue
+        yield sample, ids
+
+
+def tokenize(
+    patterns: Sequence[str],
+    tokenizer: MixedTokenizer,
+    out: Path,
+    *,
+    strict: bool = False,
+    progress: Callable[[int, int, Report], None] | None = None,
+) -> Report:
+    """Sources to token shards in `out`; shards that are there already, made with these tokenizers, are left.
+
+    Writes `report.json`. `progress` is called with shards done, shards in all, and the report.
+    """
+    raw = [shard for pattern in patterns for shard in sources.expand(pattern)]
+    names = Counter(shard.name for shard in raw)
+    seen: Counter[str] = Counter()
+    report = Report()
+    for number, shard in enumerate(raw):
+        name = shard.name
+        if names[name] > 1:
+            name, seen[shard.name] = f"{shard.name}-{seen[shard.name]}", seen[shard.name] + 1
+        if not is_done(out / name, tokenizer.fingerprint):
+            tokenize_shard(shard, out / name, tokenizer, report, strict=strict)
+        if progress is not None:
+            progress(number + 1, len(raw), report)
+    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def is_done(folder: Path, fingerprint: str) -> bool:
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    return bool(TokenShard(folder).description["fingerprint"] == fingerprint)

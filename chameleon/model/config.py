@@ -1,0 +1,104 @@
+"""Shapes of the Transformer and the table of named sizes."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from chameleon.errors import BadInput
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of an early-fusion Transformer. Sections cited are those of arXiv 2405.09818."""
+
+    vocab_size: int = 65536
+    """All ids: specials, image codes and text pieces (2.1)."""
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    kv_heads: int = 32
+    """Heads of keys and values; fewer than `heads` is grouped-query attention."""
+    ffn_width: int = 11008
+    """Width inside SwiGLU."""
+    context: int = 4096
+    """Longest sequence, in ids (2.3)."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+    """LayerNorm with weight and bias on each head's queries and keys, before RoPE (2.3)."""
+    qk_norm_shards: int = 1
+    """Rows of QK-norm weights; each serves an equal share of the heads (34b: one a model-parallel shard)."""
+    norm_order: Literal["pre", "swin"] = "pre"
+    """`pre`: h = x + f(norm(x)); `swin`: h = x + norm(f(x)) (2.3)."""
+    dropout: float = 0.0
+    """After attention and after the feed-forward layer (2.3)."""
+    tied_head: bool = False
+    """Whether the output head is the embedding."""
+
+    def __post_init__(self) -> None:
+        for name, whole, part in (
+            ("width", self.width, self.heads),
+            ("heads", self.heads, self.kv_heads),
+            ("heads", self.heads, self.qk_norm_shards),
+            ("kv_heads", self.kv_heads, self.qk_norm_shards),
+            ("width / heads", self.width // self.heads, 2),
+        ):
+            if whole % part:
+                raise BadInput(f"{name} {whole} does not divide by {part}", where="model")
+        if self.norm_order not in ("pre", "swin"):
+            raise BadInput(f"norm_order {self.norm_order!r} is neither pre nor swin", where="model")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        kv = self.kv_heads * self.head_width
+        attention = self.width * (self.width + 2 * kv) + self.width * self.width
+        norms = 2 * self.width + (4 * self.qk_norm_shards * self.head_width if self.qk_norm else 0)
+        block = attention + 3 * self.width * self.ffn_width + norms
+        return self.vocab_size * self.width * (1 if self.tied_head else 2) + self.layers * block + self.width
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], *, where: object = "config.json") -> ModelConfig:
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise BadInput(f"not a model's configuration ({error})", where=where) from None
+
+
+def small(layers: int, width: int, heads: int, ffn_width: int, context: int) -> ModelConfig:
+    return ModelConfig(layers=layers, width=width, heads=heads, kv_heads=heads, ffn_width=ffn_width, context=context)
+
+
+SIZES = {
+    "tiny": small(layers=4, width=192, heads=3, ffn_width=512, context=256),
+    "mini": small(layers=8, width=320, heads=5, ffn_width=896, context=256),
+    "small": small(layers=12, width=512, heads=8, ffn_width=1408, context=1024),
+    "base": small(layers=12, width=768, heads=12, ffn_width=2048, context=2048),
+    "large": small(layers=24, width=1024, heads=16, ffn_width=2816, context=4096),
+    "1b": small(layers=24, width=2048, heads=16, ffn_width=5504, context=4096),
+    # The paper's two, table 1 of the LLaMA-2 report for what 2.3 takes over from it.
+    "7b": ModelConfig(dropout=0.1),
+    "34b": ModelConfig(
+        layers=48, width=8192, heads=64, kv_heads=8, ffn_width=22016, norm_order="swin", qk_norm_shards=8
+    ),
+}
+
+
+def named_size(name: str, **changes: Any) -> ModelConfig:
+    """The configuration of a named size with some fields changed. Raises `BadInput` naming the nearest size."""
+    if name not in SIZES:
+        near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.0)[0]
+        raise BadInput(f"no size {name!r}", where="model.size", remedy=f"did you mean {near}? Sizes: {', '.join(SIZES)}")
+    try:
+        return replace(SIZES[name], **changes)
+    except TypeError as error:
+        raise BadInput(str(error), where="model") from None

@@ -1,0 +1,187 @@
+"""The early-fusion Transformer: one decoder over one vocabulary of text and image ids.
+
+Notable choices (arXiv 2405.09818, 2.3):
+* LLaMA-2's decoder: RMSNorm, SwiGLU, rotary positions, no biases, untied head;
+* QK-norm: LayerNorm with weight and bias over each head's queries and keys, before the rotation;
+* pre-norm or Swin order; dropout after attention and after the feed-forward layer;
+* rotary pairs are (i, i + half) of a head, so the rotation is two halves and no shuffling; checkpoints whose pairs
+  are (2i, 2i + 1) are permuted when they are converted;
+* q, k, v are one matrix, gate and up another: fewer and larger products.
+
+Shapes: B rows, T ids a row, S slots of cache, D width, H heads, K kv heads, C head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chameleon.model.cache import KVCache
+from chameleon.model.config import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]
+
+
+def rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
+    """cos and sin [B, 1, T, C / 2] float32 of the rotary angles at integer positions [B, T] (arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, C] turned by the angles, in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def packed_mask(document_ids: Tensor) -> Tensor:
+    """Who may look at whom: bool [B, 1, T, T], the same document and not later. `document_ids` [B, T]."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    length = document_ids.shape[1]
+    return same & torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head's C features; row s of the weights serves the s-th share of the heads."""
+
+    def __init__(self, shards: int, head_width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shards, head_width))
+        self.bias = nn.Parameter(torch.zeros(shards, head_width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, H, C]."""
+        shards, width = self.weight.shape
+        if shards == 1:
+            return F.layer_norm(x, (width,), self.weight[0].to(x.dtype), self.bias[0].to(x.dtype), self.eps)
+        heads = x.shape[2] // shards
+        weight = self.weight.repeat_interleave(heads, dim=0).to(x.dtype)  # [H, C]
+        bias = self.bias.repeat_interleave(heads, dim=0).to(x.dtype)
+        return F.layer_norm(x, (width,), eps=self.eps) * weight + bias
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries, QK-norm and rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_width = layer, config.heads, config.kv_heads, config.head_width
+        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        if config.qk_norm:
+            self.q_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
+            self.k_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None, seen: int
+    ) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), *turn), rotate(k.transpose(1, 2), *turn)  # [B, heads, T, C]
+        v = v.transpose(1, 2)
+        if cache is not None:
+            assert slots is not None
+            cache.write(self.layer, k, v, slots)
+            k, v = cache.read(self.layer, batch, seen)  # [B, K, S, C]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward layer, each normed, dropped out and added."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.swin = config.norm_order == "swin"
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: Rotation,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        seen: int = 0,
+    ) -> Tensor:
+        if self.swin:
+            x = x + self.dropout(self.attention_norm(self.attention(x, turn, mask, cache, slots, seen)))
+            return x + self.dropout(self.ffn_norm(self.ffn(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, cache, slots, seen))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class Transformer(nn.Module):
+    """ids [B, T] → hidden states [B, T, D] → logits [B, T, vocab_size]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights of deviation 0.02, those that end a branch shrunk by √(2 · layers) (GPT-2's rule)."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2 and "_norm" not in name:
+                ends_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                deviation = 0.02 / math.sqrt(2 * self.config.layers) if ends_branch else 0.02
+                nn.init.normal_(parameter, std=deviation)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        seen: int | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] behind the last norm.
+
+        ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query may
+        look; by default causal. cache: keys and values are written to the slots `positions` and the first `seen` slots
+        (default: T) are attended to; give a mask unless these are one id of one row, or a prompt from position 0.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        turn = rotation(positions, self.config.head_width, self.config.rope_theta)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, turn, mask, cache, positions if cache is not None else None, seen or ids.shape[1])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """hidden [..., D] to logits [..., n] of the `n` ids in the slice (default: all)."""
+        return F.linear(hidden, self.head.weight[ids])

@@ -1,0 +1,207 @@
+"""Training of the Transformer under Lightning, for pretraining and for tuning alike.
+
+One step sees the whole batch of rows: its loss is normalised by the batch's own count of weighted ids over all devices,
+then micro-batches add up their gradients. What differs between the two verbs is the recipe, nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from chameleon.bundle import Bundle
+from chameleon.data.mixture import Mixture, Rows
+from chameleon.errors import BadInput
+from chameleon.model.config import ModelConfig, named_size
+from chameleon.model.loss import TokenLoss, chunked_cross_entropy
+from chameleon.model.transformer import Transformer, packed_mask
+from chameleon.plan import flops_per_token, matmul_peak
+from chameleon.tokenizers.image import ImageTokenizer
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.tokenizers.text import TextTokenizer
+from chameleon.train.optimizer import build_adamw, rate_at, set_rate
+from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
+from chameleon.train.trainer import build_trainer
+from chameleon.vocabulary import Modality, Vocabulary
+
+
+class StepRows(Dataset[Rows]):
+    """Item s is the batch of step s for one device."""
+
+    def __init__(self, mixture: Mixture, steps: int) -> None:
+        self.mixture, self.steps = mixture, steps
+        self.rank, self.world = 0, 1
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Rows:
+        return self.mixture.batch(step, self.rank, self.world)
+
+
+class LanguageModule(L.LightningModule):
+    """The Transformer with its loss, optimiser and monitors."""
+
+    def __init__(self, model: Transformer, vocabulary: Vocabulary, recipe: TrainRecipe, context: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.vocabulary, self.recipe = model, vocabulary, recipe
+        self.flops = flops_per_token(model.config, context)
+        self.peak = 0.0
+        self.output_norm: Tensor | None = None
+        model.blocks[-1].register_forward_hook(self.watch_output)
+        if recipe.compile:
+            for block in model.blocks:
+                block.compile()
+
+    def watch_output(self, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        """Mean norm of the last block's output: its growth foretells divergence (arXiv 2405.09818, fig. 5a)."""
+        self.output_norm = output.detach().float().norm(dim=-1).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_adamw([self.model], self.recipe.optimizer)
+
+    def on_fit_start(self) -> None:
+        self.peak = matmul_peak(self.device)
+
+    def token_loss(self, rows: Rows, weights: Tensor) -> TokenLoss:
+        """Sum of the weighted losses of rows; weights [B, T] carry the normalisation."""
+        hidden = self.model(rows.ids, rows.positions, packed_mask(rows.document_ids))
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.model.head.weight, rows.targets.flatten(), weights.flatten(), z_loss=self.recipe.z_loss
+        )
+
+    def weights(self, rows: Rows, modality: Tensor) -> Tensor:
+        """Weights [B, T] with image codes at `image_weight`."""
+        return torch.where(modality == Modality.IMAGE, rows.weights * self.recipe.image_weight, rows.weights)
+
+    def training_step(self, rows: Rows, step: int) -> None:
+        started = time.perf_counter()
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        set_rate(optimizer.optimizer, rate_at(step, self.recipe.run.steps, self.recipe.optimizer))
+        modality = self.vocabulary.modality(rows.targets)
+        weights = self.weights(rows, modality)
+        total = weights.sum()
+        if self.trainer.world_size > 1:
+            total = self.all_gather(total).sum() / self.trainer.world_size  # DDP averages gradients
+        weights = weights / total.clamp(min=1e-6)
+        micro = self.recipe.micro_rows or len(rows.ids)
+        loss, parts = torch.zeros((), device=self.device), []
+        for start in range(0, len(rows.ids), micro):
+            part = slice(start, start + micro)
+            result = self.token_loss(Rows(*(column[part] for column in rows)), weights[part])
+            self.manual_backward(result.loss)
+            loss += result.loss.detach()
+            parts.append(result)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.log_step(rows, modality, parts, loss, norm, time.perf_counter() - started)
+
+    def log_step(
+        self, rows: Rows, modality: Tensor, parts: list[TokenLoss], loss: Tensor, norm: Tensor, seconds: float
+    ) -> None:
+        nll, log_z = (torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "log_z"))
+        live = rows.weights.flatten() > 0
+        self.log("train/loss", loss, prog_bar=True)
+        for kind in (Modality.TEXT, Modality.IMAGE):
+            chosen = live & (modality.flatten() == kind)
+            if chosen.any():
+                self.log(f"train/{kind.name.lower()}_loss", nll[chosen].mean(), prog_bar=True)
+        tokens = rows.ids.numel() / seconds
+        assert self.output_norm is not None
+        self.log_dict(
+            {
+                "train/log_z": log_z[live].mean(),
+                "train/gradient_norm": norm,
+                "train/output_norm": self.output_norm,
+                "rate": self.optimizers().optimizer.param_groups[0]["lr"],  # type: ignore[union-attr]
+                "speed/tokens_per_second": tokens * self.trainer.world_size,
+                "speed/share_of_matmul_peak": tokens * self.flops / self.peak,
+            }
+        )
+        self.log("tokens/s", tokens, prog_bar=True, logger=False)
+
+    def validation_step(self, rows: Rows, index: int) -> None:
+        modality = self.vocabulary.modality(rows.targets)
+        result = self.token_loss(rows, rows.weights)
+        for kind in (Modality.TEXT, Modality.IMAGE):
+            chosen = (rows.weights.flatten() > 0) & (modality.flatten() == kind)
+            if chosen.any():
+                name = f"validation/{kind.name.lower()}_loss"
+                self.log(name, result.nll[chosen].mean(), prog_bar=True, batch_size=int(chosen.sum()))
+
+
+def load_tokenizers(folder: Path) -> MixedTokenizer:
+    """Both tokenizers from a folder that holds their files."""
+    return MixedTokenizer(TextTokenizer.load(folder), ImageTokenizer.load(folder))
+
+
+def start(recipe: TrainRecipe) -> Bundle:
+    """The bundle that training starts from: a new model with given tokenizers, or a bundle's own in float32."""
+    if (recipe.bundle is None) == (recipe.tokenizers is None):
+        raise BadInput("give either bundle or tokenizers", where="recipe")
+    if recipe.bundle is not None:
+        bundle = Bundle.load(recipe.bundle, dtype=torch.float32)
+        dropout = recipe.model.get("dropout", bundle.model.config.dropout)
+        if set(recipe.model) - {"dropout"}:
+            raise BadInput("the shape of a bundle's model is fixed; only dropout can be set", where="recipe.model")
+        config = ModelConfig(**{**bundle.model.config.to_json(), "dropout": dropout})
+        model = Transformer(config)
+        model.load_state_dict(bundle.model.state_dict())
+        return Bundle(model, bundle.tokenizer, bundle.prompting, bundle.provenance)
+    assert recipe.tokenizers is not None
+    tokenizer = load_tokenizers(Path(recipe.tokenizers))
+    changes = {"vocab_size": tokenizer.vocabulary.size, **recipe.model}
+    model = Transformer(named_size(recipe.size, **changes))
+    model.init_weights()
+    return Bundle(model, tokenizer)
+
+
+def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
+    """Trains as the recipe says, saves a bundle to `run.out`/bundle, and returns it with the last logged figures."""
+    L.seed_everything(recipe.run.seed, verbose=False)
+    bundle = start(recipe)
+    context = recipe.context or bundle.model.config.context
+    if context > bundle.model.config.context:
+        raise BadInput(f"context {context} exceeds the model's {bundle.model.config.context}", where="recipe.context")
+    fixed = {"context": context, "vocabulary": bundle.vocabulary, "fingerprint": bundle.tokenizer.fingerprint}
+    mixture = Mixture(recipe.mixture, rows=recipe.rows, seed=recipe.run.seed, **fixed)  # type: ignore[arg-type]
+    module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
+    trainer = build_trainer(recipe.run)
+    training = StepRows(mixture, recipe.run.steps)
+    training.rank, training.world = trainer.global_rank, trainer.world_size
+    held_out = None
+    if recipe.validation:
+        validation = Mixture(recipe.validation, rows=recipe.rows, seed=0, **fixed)  # type: ignore[arg-type]
+        count = max(1, sum(len(source.rows) for source in validation.sources) // recipe.rows)
+        held_out = DataLoader(StepRows(validation, count), batch_size=None)
+    loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
+    trainer.fit(module, loader, held_out)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
+    history = [*bundle.provenance.get("training", []), {"recipe": to_plain(recipe), "figures": figures}]
+    bundle.provenance = {"training": history, "data": [data_fingerprint(mixture)]}
+    if trainer.is_global_zero:
+        bundle.save(Path(recipe.run.out) / "bundle")
+    bundle.model.requires_grad_(False).eval()
+    return bundle, figures
+
+
+def data_fingerprint(mixture: Mixture) -> dict[str, str]:
+    """SHA-256 of the ids of every token shard."""
+    return {
+        str(Path(source.config.shards).name) + "/" + shard.folder.name: shard.description["sha256"]["ids.bin"]
+        for source in mixture.sources
+        for shard in source.shards
+    }
