@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 Fit = Literal["crop", "pad"]
 Picture = PILImage.Image | str | Path
 MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
+KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
 CONFIG_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
 
 
@@ -133,6 +136,7 @@ class ImageTokenizer:
 
     def __init__(self, network: VQGAN) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.known: OrderedDict[bytes, Tensor] = OrderedDict()  # pixels' hash → codes: data sets repeat pictures
 
     @property
     def config(self) -> VQGANConfig:
@@ -147,13 +151,19 @@ class ImageTokenizer:
         return to_tensor(fit_square(load_picture(entry), self.config.resolution, fit) for entry in pictures)
 
     def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = 64) -> Tensor:
-        """Codes [B, h, w] int64 on the CPU, `batch` pictures at a time."""
+        """Codes [B, h, w] int64 on the CPU, `batch` pictures at a time; pictures met before are not encoded again."""
         parts = []
         for start in range(0, len(pictures), batch):
-            values = self.preprocess(pictures[start : start + batch], fit)
-            values = values.to(self.device, self.network.quant_conv.weight.dtype)
-            parts.append(self.network.encode(values).cpu())
-        return torch.cat(parts) if parts else torch.empty(0, *self.config.grid, dtype=torch.int64)
+            squares = [fit_square(load_picture(p), self.config.resolution, fit) for p in pictures[start : start + batch]]
+            keys = [hashlib.blake2b(square.tobytes(), digest_size=16).digest() for square in squares]
+            new = {key: square for key, square in zip(keys, squares, strict=True) if key not in self.known}
+            if new:
+                values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
+                self.known.update(zip(new, self.network.encode(values).cpu(), strict=True))
+            parts += [self.known[key] for key in keys]
+            while len(self.known) > KNOWN_PICTURES:
+                self.known.popitem(last=False)
+        return torch.stack(parts) if parts else torch.empty(0, *self.config.grid, dtype=torch.int64)
 
     def decode(self, codes: Tensor, batch: int = 64) -> list[PILImage.Image]:
         """Codes [B, h, w] to RGB pictures. Raises `BadInput` for codes outside the codebook."""

@@ -115,6 +115,25 @@ class FinetuneRecipe(TrainRecipe):
     )
 
 
+@dataclass
+class RoadRecipe:
+    """`chameleon demo`: everything from data to a tuned model. The recipes' folders are replaced by the run's."""
+
+    text_sources: list[str]
+    """Sources the text tokenizer learns from."""
+    text_pieces: int
+    image: str
+    """Recipe of the image tokenizer."""
+    shards: dict[str, str]
+    """Name of a shard folder → source."""
+    pretrain: str
+    finetune: str
+    concepts: int | None = None
+    """Evaluate on this many concepts of the embedded set; None takes all."""
+    drawings: int = 200
+    """Drawings to evaluate."""
+
+
 def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:
     """The recipe of dataclass `kind` from a YAML file (or the name of a shipped one) and `key.sub=value` overrides.
 

@@ -233,6 +233,8 @@ def colour_name(red: float, green: float, blue: float) -> str:
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
+# Each task takes its picture from the stream first, so that with one seed all tasks show the same pictures, and those
+# are encoded once.
 
 
 def ask(*content: Part) -> Message:
@@ -263,12 +265,12 @@ def answering(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[C
     all: it would give the others away.
     """
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
+        picture = Image(augment(entry, stream))
         asked = questions(entry, stream)
         name, rest = asked[0], asked[1:]
         stream.shuffle(rest)
         if stream.random() < 0.25:
             rest = [*rest, name] if stream.random() < 0.5 else [name]
-        picture = Image(augment(entry, stream))
         messages = []
         for number, question in enumerate(rest):
             content = (picture, Text(question.question)) if number == 0 else (Text(question.question),)
@@ -279,11 +281,12 @@ def answering(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[C
 def drawing(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[Conversation]:
     """A caption, in a quarter of the cases with the style, answered by the picture; one in ten prompts is empty."""
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
+        picture = Image(augment(entry, stream))
         prompt = entry.caption
         if stream.random() < 0.25:
             prompt = f"{prompt}, {entry.style} style"
         content = () if stream.random() < 0.1 else (Text(prompt),)
-        yield Conversation((ask(*content), reply(Image(augment(entry, stream)))))
+        yield Conversation((ask(*content), reply(picture)))
 
 
 def words(split: str, seed: int = 0) -> Iterator[Document]:

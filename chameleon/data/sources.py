@@ -234,6 +234,17 @@ READERS: dict[str, Callable[[RawShard, Skip], Iterator[Sample]]] = {
 }
 
 
+def texts_of(sources: Iterable[str], on_skip: Skip = stop) -> Iterator[str]:
+    """All text of all sources, a string for each sample; pictures are never opened."""
+    for source in sources:
+        for shard in expand(source):
+            for sample in read(shard, on_skip):
+                if isinstance(sample.content, Document):
+                    yield sample.content.text
+                else:
+                    yield "\n".join(message.content.text for message in sample.content.messages)
+
+
 # --- pictures alone, for training an image tokenizer -----------------------------------------------------------------
 
 

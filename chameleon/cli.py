@@ -1,0 +1,397 @@
+"""The command `chameleon VERB`. Progress goes to stderr, results to stdout; `--json` makes results machine-readable.
+
+Wrong input ends with exit code 2 and one line that says what was wrong, where, and what to do; `--debug` shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from chameleon.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def say(text: str) -> None:
+    """Progress, to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    """A result, to stdout: `value` as JSON with --json, else `text`."""
+    print(json.dumps(value, ensure_ascii=False) if arguments.json else text, flush=True)
+
+
+def counter(part: str, done: int, total: int) -> None:
+    say(f"{part}: {done} of {total}")
+
+
+# --- using a model ---------------------------------------------------------------------------------------------------
+
+
+def load_model(arguments: argparse.Namespace) -> Any:
+    from chameleon.generation.chameleon import Chameleon
+
+    return Chameleon.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+
+
+def sampling_of(arguments: argparse.Namespace, temperature: float, top_p: float) -> Any:
+    from chameleon.generation.sampling import Sampling
+
+    return Sampling(
+        temperature=temperature if arguments.temperature is None else arguments.temperature,
+        top_p=top_p if arguments.top_p is None else arguments.top_p,
+        top_k=arguments.top_k,
+        repetition_penalty=arguments.repetition_penalty,
+    )
+
+
+def caption(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments)
+    texts = model.caption_batch(
+        arguments.image, max_new=arguments.max_new, sampling=sampling_of(arguments, 0.0, 1.0), seed=arguments.seed
+    )
+    rows = [{"image": image, "caption": text} for image, text in zip(arguments.image, texts, strict=True)]
+    lines = [row["caption"] if len(rows) == 1 else f"{row['image']}\t{row['caption']}" for row in rows]
+    show(arguments, rows, "\n".join(lines))
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    sampling = sampling_of(arguments, 0.0, 1.0)
+    text = load_model(arguments).answer(
+        arguments.image, arguments.question, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed
+    )
+    show(arguments, {"image": arguments.image, "question": arguments.question, "answer": text}, text)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    check_picture_path(out)
+    picture = load_model(arguments).draw(
+        arguments.prompt, seed=arguments.seed, guidance=arguments.guidance, sampling=sampling_of(arguments, 0.7, 0.9)
+    )
+    save_picture(picture, out)
+    show(arguments, {"prompt": arguments.prompt, "out": str(out), "seed": arguments.seed}, str(out))
+
+
+def check_picture_path(path: Path) -> None:
+    from PIL import Image as PILImage
+
+    if path.suffix.lower() not in PILImage.registered_extensions():
+        raise BadInput("not a picture's ending", where=path, remedy="use .png, .webp or .jpg")
+    if not path.parent.is_dir():
+        raise BadInput("no such folder", where=path.parent, remedy="make it first")
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Writes under another name first, so that a failure leaves what was there."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        picture.save(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise BadInput(f"could not be written ({error})", where=path) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from chameleon.document import Document, Image, Text, read_json_document
+
+    content = read_json_document(Path(arguments.document))
+    model = load_model(arguments)
+    parts = []
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    stream = model.stream(
+        content,
+        max_new=arguments.max_new,
+        max_images=arguments.max_images,
+        text=sampling_of(arguments, 0.7, 0.9),
+        seed=arguments.seed,
+    )
+    for part in stream:
+        if isinstance(part, Image) and out is not None:
+            path = out / f"picture-{sum(isinstance(p, Image) for p in parts)}.png"
+            save_picture(part.image, path)
+            part = Image(path)
+        parts.append(part)
+        if not arguments.json:
+            shown = part.text if isinstance(part, Text) else f"[picture{f' {part.image}' if out else ''}]"
+            print(shown, end="", flush=True)
+    if arguments.json:
+        show(arguments, Document(tuple(parts)).to_json(), "")
+    else:
+        print()
+        if out is None and any(isinstance(part, Image) for part in parts):
+            say("pictures were not kept; --out DIR keeps them")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from chameleon.evaluation.emoji import PARTS
+    from chameleon.evaluation.emoji import evaluate as run
+
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        raise BadInput(f"no part {sorted(unknown)[0]!r}", where="--parts", remedy=f"use {', '.join(PARTS)}")
+    figures = run(
+        load_model(arguments),
+        concepts=arguments.concepts,
+        drawings=arguments.drawings,
+        seed=arguments.seed,
+        parts=arguments.parts or PARTS,
+        progress=counter,
+    )
+    show(arguments, figures, table(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Nested figures as lines of `name  value`."""
+    flat: list[tuple[str, float]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix} / {key}" if prefix else key, inner)
+        else:
+            flat.append((prefix, value))
+
+    walk("", figures)
+    width = max((len(name) for name, _ in flat), default=0)
+    return "\n".join(f"{name:<{width}}  {value:.4g}" for name, value in flat)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    from chameleon.bundle import PROVENANCE_FILE, SHIPPED
+
+    folder = Path(arguments.folder) if arguments.folder else SHIPPED
+    described = describe_bundle(folder) if (folder / PROVENANCE_FILE).is_file() else describe_shards(folder)
+    show(arguments, described, "\n".join(f"{key:<22}{value}" for key, value in described.items()))
+
+
+def describe_bundle(folder: Path) -> dict[str, Any]:
+    from chameleon.bundle import Bundle
+
+    bundle = Bundle.load(folder)
+    shape, image = bundle.model.config, bundle.tokenizer.image.config
+    return {
+        "bundle": str(folder),
+        "parameters": shape.parameters,
+        "layers × width": f"{shape.layers} × {shape.width}",
+        "heads / kv heads": f"{shape.heads} / {shape.kv_heads}",
+        "context": shape.context,
+        "vocabulary": bundle.vocabulary.size,
+        "text pieces": bundle.vocabulary.text_count,
+        "image codes": bundle.vocabulary.image_count,
+        "picture": f"{image.resolution} pixels, {image.grid[0]}×{image.grid[1]} codes",
+        "prompting": bundle.prompting,
+        "tokenizers": bundle.tokenizer.fingerprint[:12],
+        "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
+    }
+
+
+def describe_shards(folder: Path) -> dict[str, Any]:
+    from chameleon.data.token_shards import open_shards
+
+    if not folder.is_dir():
+        raise BadInput("no such folder", where=folder)
+    shards = open_shards(folder)
+    modalities: dict[str, int] = {}
+    for shard in shards:
+        shard.verify()
+        for name, count in shard.description["by_modality"].items():
+            modalities[name] = modalities.get(name, 0) + count
+    return {
+        "shards": len(shards),
+        "documents": sum(len(shard) for shard in shards),
+        "tokens": sum(shard.description["tokens"] for shard in shards),
+        **{f"tokens of {name}": count for name, count in modalities.items()},
+        "tokenizers": ", ".join(sorted({shard.description["fingerprint"][:12] for shard in shards})),
+        "checksums": "good",
+    }
+
+
+# --- making a model --------------------------------------------------------------------------------------------------
+
+
+def fit_text(arguments: argparse.Namespace) -> None:
+    from chameleon.data.sources import texts_of
+    from chameleon.tokenizers.text import MODEL_FILE, TextTokenizer
+
+    out = Path(arguments.out)
+    tokenizer = TextTokenizer.fit(
+        texts_of(arguments.source), arguments.pieces, sample_bytes=arguments.sample_mb << 20, seed=arguments.seed
+    )
+    tokenizer.save(out)
+    show(arguments, {"out": str(out / MODEL_FILE), "pieces": len(tokenizer)}, f"{out / MODEL_FILE}: {len(tokenizer)} pieces")
+
+
+def fit_image(arguments: argparse.Namespace) -> None:
+    from chameleon.train.image_tokenizer import fit_image as run
+    from chameleon.train.recipe import FitImageRecipe, read_recipe
+
+    recipe = read_recipe(FitImageRecipe, arguments.config, arguments.override)
+    _, figures = run(recipe)
+    show(arguments, {"out": recipe.run.out, **figures}, f"{recipe.run.out}\n{table(figures)}")
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    from chameleon.bundle import Bundle
+    from chameleon.data.token_shards import Report
+    from chameleon.data.token_shards import tokenize as run
+    from chameleon.train.language import load_tokenizers
+
+    if arguments.tokenizers and arguments.model:
+        raise BadInput("give --model or --tokenizers, not both", where="tokenize")
+    tokenizer = load_tokenizers(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
+
+    def progress(done: int, total: int, report: Report) -> None:
+        say(f"{done} of {total} shards, {report.documents_out} documents, {sum(report.skipped.values())} skipped")
+
+    report = run(arguments.source, tokenizer, Path(arguments.out), strict=arguments.strict, progress=progress)
+    for line in report.examples:
+        say(f"skipped: {line}")
+    value = report.to_json()
+    show(arguments, value, "\n".join(f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens")))
+
+
+def run_training(arguments: argparse.Namespace) -> None:
+    from chameleon.train.language import train
+    from chameleon.train.recipe import FinetuneRecipe, PretrainRecipe, TrainRecipe, read_recipe
+
+    kind: type[TrainRecipe] = PretrainRecipe if arguments.verb == "pretrain" else FinetuneRecipe
+    recipe = read_recipe(kind, arguments.config, arguments.override)
+    _, figures = train(recipe)
+    out = f"{recipe.run.out}/bundle"
+    show(arguments, {"out": out, **figures}, f"{out}\n{table(figures)}")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from chameleon.demo import run_road
+
+    page = run_road(arguments.recipe, Path(arguments.out), say=say)
+    show(arguments, {"page": str(page)}, str(page))
+
+
+# --- the parser ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="chameleon", description="Text and pictures as one sequence of tokens: train such models, and use them.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        sub: Parser = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="results as JSON")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        return sub
+
+    def model_options(sub: Parser) -> None:
+        sub.add_argument("--model", metavar="BUNDLE", help="a bundle's folder; left out, the shipped one")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
+        sub.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, float16 (default: bfloat16)")
+        sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+
+    def sampling_options(sub: Parser, max_new: int) -> None:
+        sub.add_argument("--temperature", type=float, help="0 is greedy")
+        sub.add_argument("--top-p", type=float, help="mass of the nucleus, 1 keeps all")
+        sub.add_argument("--top-k", type=int, default=0, help="keep this many ids, 0 keeps all (default)")
+        sub.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default)")
+        if max_new:
+            sub.add_argument("--max-new", type=int, default=max_new, help=f"ids at most (default: {max_new})")
+
+    def recipe_options(sub: Parser) -> None:
+        sub.add_argument("--config", required=True, metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
+        sub.add_argument("override", nargs="*", metavar="key=value", help="keys of the recipe to change")
+
+    sub = verb("demo", demo, "The whole road on the embedded set, and a gallery page.")
+    sub.add_argument("--recipe", default="demo", help="demo (minutes) or emoji (the shipped model, hours)")
+    sub.add_argument("--out", default="runs/demo", help="folder of the run (default: runs/demo)")
+
+    sub = verb("fit-text", fit_text, "Fits the text tokenizer.")
+    sub.add_argument("source", nargs="+", help="sources of text")
+    sub.add_argument("--pieces", type=int, required=True, help="how many pieces, the 256 bytes included")
+    sub.add_argument("--out", required=True, help="folder for text_tokenizer.model")
+    sub.add_argument("--sample-mb", type=int, default=64, help="text to learn from, in MiB (default: 64)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    recipe_options(verb("fit-image", fit_image, "Trains the image tokenizer."))
+
+    sub = verb("tokenize", tokenize, "Turns sources into token shards.")
+    sub.add_argument("source", nargs="+", help="files, patterns, KIND:PATTERN, or emoji:TASK")
+    sub.add_argument("--model", metavar="BUNDLE", help="bundle whose tokenizers are used")
+    sub.add_argument("--tokenizers", metavar="DIR", help="folder with both tokenizers, instead of --model")
+    sub.add_argument("--out", required=True, help="folder for the token shards")
+    sub.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+
+    recipe_options(verb("pretrain", run_training, "Trains a model on documents."))
+    recipe_options(verb("finetune", run_training, "Tunes a model on conversations."))
+
+    sub = verb("caption", caption, "Says what pictures show.")
+    sub.add_argument("image", nargs="+")
+    model_options(sub)
+    sampling_options(sub, 30)
+
+    sub = verb("answer", answer, "Answers a question about a picture.")
+    sub.add_argument("image")
+    sub.add_argument("question")
+    model_options(sub)
+    sampling_options(sub, 30)
+
+    sub = verb("draw", draw, "Draws a picture.")
+    sub.add_argument("prompt")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the picture's file")
+    sub.add_argument("--guidance", type=float, default=3.0, help="scale of guidance, 1 is none (default: 3)")
+    model_options(sub)
+    sampling_options(sub, 0)
+
+    sub = verb("generate", generate, "Continues a document or conversation in JSON.")
+    sub.add_argument("document", metavar="DOCUMENT.json")
+    sub.add_argument("--out", metavar="DIR", help="folder for the pictures")
+    sub.add_argument("--max-images", type=int, default=1, help="pictures at most (default: 1)")
+    model_options(sub)
+    sampling_options(sub, 256)
+
+    sub = verb("evaluate", evaluate, "Measures a model on the embedded set's held-out styles.")
+    sub.add_argument("--parts", nargs="*", default=[], help="reconstruction, captions, questions, drawings, likelihood")
+    sub.add_argument("--concepts", type=int, help="a subset of this many concepts")
+    sub.add_argument("--drawings", type=int, default=200, help="how many drawings (default: 200)")
+    model_options(sub)
+
+    sub = verb("info", info, "Says what a bundle or a folder of token shards holds.")
+    sub.add_argument("folder", nargs="?", help="left out, the shipped bundle")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 2 for wrong input, 130 for an interrupt."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except BadInput as error:
+        if arguments.debug:
+            raise
+        say(f"chameleon {arguments.verb}: {error}")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

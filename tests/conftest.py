@@ -1,0 +1,83 @@
+"""Small models that every test may share. Nothing here is trained; what is tested does not depend on skill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from chameleon.bundle import Bundle
+from chameleon.generation.chameleon import Chameleon
+from chameleon.model.config import ModelConfig
+from chameleon.model.transformer import Transformer
+from chameleon.tokenizers.image import ImageTokenizer
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+TEXT = [
+    "orange heart",
+    "which style is it? noto",
+    "def add(a, b):\n    return a + b\n",
+    "waving hand, medium skin tone",
+    "ein rotes Herz, un cœur rouge, 赤いハート",
+    "the quick brown fox jumps over the lazy dog " * 4,
+]
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer() -> TextTokenizer:
+    return TextTokenizer.fit(TEXT * 20, 340)
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer() -> ImageTokenizer:
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        resolution=16,
+        channels=8,
+        multipliers=(1, 2, 2),
+        res_blocks=1,
+        latent_channels=8,
+        codebook_size=32,
+        codebook_width=4,
+        norm_groups=4,
+    )
+    network = VQGAN(config)
+    torch.nn.init.normal_(network.quantize.embedding.weight, std=0.3)
+    # Weights as a bundle keeps them, so that saving changes nothing.
+    network.load_state_dict({name: value.bfloat16().float() for name, value in network.state_dict().items()})
+    return ImageTokenizer(network)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer) -> MixedTokenizer:
+    return MixedTokenizer(text_tokenizer, image_tokenizer)
+
+
+def random_model(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
+    """A small model whose weights are large enough that its logits differ clearly."""
+    torch.manual_seed(seed)
+    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": 96, **changes}
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **shape))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def bundle(tokenizer: MixedTokenizer) -> Bundle:
+    return Bundle(random_model(tokenizer.vocabulary.size), tokenizer, "conversation")
+
+
+@pytest.fixture
+def bundle_folder(bundle: Bundle, tmp_path: Path) -> Path:
+    bundle.save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def chameleon(bundle: Bundle) -> Chameleon:
+    return Chameleon(bundle)

@@ -1,0 +1,158 @@
+"""The Transformer against Hugging Face's, and against itself without cache and without packing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import ChameleonConfig, ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import ChameleonModel
+
+from chameleon.errors import BadInput
+from chameleon.model.cache import KVCache
+from chameleon.model.config import SIZES, ModelConfig, named_size
+from chameleon.model.transformer import Transformer, packed_mask
+
+
+def hugging_face(ours: Transformer) -> Any:
+    """Hugging Face's model with our weights, split and named as it wants them."""
+    c = ours.config
+    config = ChameleonConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.ffn_width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context,
+        swin_norm=c.norm_order == "swin",
+        model_parallel_size=c.qk_norm_shards,
+        vocabulary_map={"<image>": 0},
+        vq_config=ChameleonVQVAEConfig(base_channels=32, channel_multiplier=[1], num_res_blocks=1, resolution=8).to_dict(),
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    theirs = ChameleonModel(config).eval()
+    state = {"embed_tokens.weight": ours.embed.weight, "norm.weight": ours.norm.weight}
+    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    for number, block in enumerate(ours.blocks):
+        parts = dict(zip(("q", "k", "v"), block.attention.qkv.weight.split((q, kv, kv)), strict=True))
+        for name, value in parts.items():
+            state[f"layers.{number}.self_attn.{name}_proj.weight"] = value
+        state[f"layers.{number}.self_attn.o_proj.weight"] = block.attention.out.weight
+        for name, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads)):
+            norm = getattr(block.attention, name)
+            for kind in ("weight", "bias"):
+                repeated = getattr(norm, kind).repeat_interleave(heads // c.qk_norm_shards, dim=0)
+                state[f"layers.{number}.self_attn.{name}.{kind}"] = repeated
+        gate, up = block.ffn.gate_up.weight.chunk(2)
+        state[f"layers.{number}.mlp.gate_proj.weight"], state[f"layers.{number}.mlp.up_proj.weight"] = gate, up
+        state[f"layers.{number}.mlp.down_proj.weight"] = block.ffn.down.weight
+        state[f"layers.{number}.input_layernorm.weight"] = block.attention_norm.weight
+        state[f"layers.{number}.post_attention_layernorm.weight"] = block.ffn_norm.weight
+    missing = theirs.load_state_dict(state, strict=False)  # its picture tokenizer is not asked
+    assert not missing.unexpected_keys
+    assert all(name.startswith("vqmodel.") for name in missing.missing_keys)
+    return theirs
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "swin"])
+@pytest.mark.parametrize(("kv_heads", "shards"), [(4, 1), (2, 1), (2, 2), (4, 4)])
+def test_hidden_states_equal_hugging_faces(norm_order: str, kv_heads: int, shards: int) -> None:
+    model = random_model(50, kv_heads=kv_heads, qk_norm_shards=shards, norm_order=norm_order)
+    ids = torch.randint(1, 50, (3, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, theirs = model(ids), hugging_face(model)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_cache_changes_nothing(qk_norm: bool) -> None:
+    model = random_model(50, qk_norm=qk_norm).double()
+    ids = torch.randint(0, 50, (1, 20))
+    whole = model(ids)
+    cache = KVCache(model.config, 1, 32, dtype=torch.float64)
+    first = model(ids[:, :7], cache=cache)
+    steps = [model(ids[:, t : t + 1], torch.tensor([[t]]), cache=cache, seen=t + 1) for t in range(7, 20)]
+    torch.testing.assert_close(torch.cat([first, *steps], dim=1), whole, atol=1e-9, rtol=1e-9)
+
+
+def test_rows_of_a_cache_stand_at_lengths_of_their_own() -> None:
+    model = random_model(50).double()
+    rows = [torch.randint(0, 50, (1, length)) for length in (4, 9, 6)]
+    cache = KVCache(model.config, 3, 16, dtype=torch.float64)
+    for number, ids in enumerate(rows):
+        model(ids, cache=cache.row(number))
+    new = torch.randint(0, 50, (3, 1))
+    positions = torch.tensor([[4], [9], [6]])
+    mask = (torch.arange(10) <= positions)[:, None, None, :]
+    together = model(new, positions, mask, cache, 10)
+    for number, ids in enumerate(rows):
+        alone = model(torch.cat((ids, new[number : number + 1]), dim=1))[:, -1:]
+        torch.testing.assert_close(together[number : number + 1], alone, atol=1e-9, rtol=1e-9)
+    cache.keep([2, 0])
+    more = torch.randint(0, 50, (2, 1))
+    positions = torch.tensor([[7], [5]])
+    after = model(more, positions, (torch.arange(8) <= positions)[:, None, None, :], cache, 8)
+    alone = model(torch.cat((rows[2], new[2:], more[:1]), dim=1))[:, -1:]
+    torch.testing.assert_close(after[:1], alone, atol=1e-9, rtol=1e-9)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    model = random_model(50).double()
+    documents = [torch.randint(0, 50, (length,)) for length in (5, 8, 3)]
+    ids = torch.cat(documents).unsqueeze(0)
+    numbers = torch.cat([torch.full((len(d),), n) for n, d in enumerate(documents)]).unsqueeze(0)
+    positions = torch.cat([torch.arange(len(d)) for d in documents]).unsqueeze(0)
+    packed = model(ids, positions, packed_mask(numbers))
+    alone = torch.cat([model(d.unsqueeze(0)) for d in documents], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-9, rtol=1e-9)
+
+
+def test_later_ids_do_not_change_earlier_states() -> None:
+    model = random_model(50).double()
+    ids = torch.randint(0, 50, (1, 12))
+    changed = ids.clone()
+    changed[0, 8:] = (changed[0, 8:] + 7) % 50
+    torch.testing.assert_close(model(ids)[:, :8], model(changed)[:, :8])
+
+
+def test_dropout_is_active_in_training_only() -> None:
+    model = random_model(50, dropout=0.5)
+    ids = torch.randint(0, 50, (1, 12))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_parameter_count_of_every_size_is_the_built_ones(name: str) -> None:
+    config = named_size(name)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == config.parameters
+
+
+def test_paper_sizes() -> None:
+    seven, thirty_four = SIZES["7b"], SIZES["34b"]
+    assert (seven.layers, seven.width, seven.heads, seven.kv_heads, seven.ffn_width) == (32, 4096, 32, 32, 11008)
+    assert (thirty_four.layers, thirty_four.width, thirty_four.heads, thirty_four.kv_heads) == (48, 8192, 64, 8)
+    assert seven.dropout == 0.1 and thirty_four.norm_order == "swin"
+    assert 6.9e9 < seven.parameters < 7.1e9 and 33e9 < thirty_four.parameters < 35e9
+
+
+def test_tied_head_shares_its_weight() -> None:
+    config = ModelConfig(vocab_size=20, layers=1, width=16, heads=2, kv_heads=2, ffn_width=16, context=8, tied_head=True)
+    model = Transformer(config)
+    assert model.head.weight is model.embed.weight
+    assert sum(p.numel() for p in model.parameters()) == config.parameters
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(BadInput, match="heads 4 does not divide by 3"):
+        ModelConfig(width=32, heads=4, kv_heads=3)
+    with pytest.raises(BadInput, match="did you mean tiny"):
+        named_size("tini")

@@ -1,0 +1,222 @@
+"""The VQGAN against Hugging Face's encoder, the released names and shapes, and the ways to learn a codebook."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+from chameleon.errors import BadInput
+from chameleon.tokenizers.quantizer import LinearCodebook, MovingAverageCodebook, PlainCodebook, build_quantizer, nearest
+from chameleon.tokenizers.vq_loss import (
+    BlurPool,
+    PatchDiscriminator,
+    ShiftTolerantLPIPS,
+    adaptive_weight,
+    hinge_discriminator_loss,
+)
+from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+
+def test_codes_equal_those_of_hugging_faces_encoder() -> None:
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        resolution=32,
+        channels=32,
+        multipliers=(1, 2),
+        res_blocks=2,
+        attention_resolutions=(16,),
+        latent_channels=16,
+        codebook_size=64,
+        codebook_width=8,
+    )
+    ours = VQGAN(config).eval()
+    torch.nn.init.normal_(ours.quantize.embedding.weight, std=0.5)
+    theirs = ChameleonVQVAE(
+        ChameleonVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=64,
+            latent_channels=16,
+            resolution=32,
+            base_channels=32,
+            channel_multiplier=[1, 2],
+            num_res_blocks=2,
+            attn_resolutions=[16],
+        )
+    ).eval()
+    state = {name: value for name, value in ours.state_dict().items() if not name.startswith("decoder.")}
+    assert set(theirs.state_dict()) == set(state)
+    theirs.load_state_dict(state)
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs.encode(pictures)
+        latent = ours.latent(pictures)
+    torch.testing.assert_close(latent, theirs.quant_conv(wanted.last_hidden_state), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.encode(pictures).flatten(), wanted.image_tokens.flatten())
+    assert len(ours.encode(pictures).unique()) > 5
+
+
+def test_released_configuration_has_the_released_shapes() -> None:
+    with torch.device("meta"):
+        network = VQGAN(VQGANConfig())
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert network.config.grid == (32, 32)
+    wanted = {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.block.1.conv2.weight": (128, 128, 3, 3),
+        "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.3.downsample.conv.weight": (256, 256, 3, 3),
+        "encoder.down.4.block.0.nin_shortcut.weight": (512, 256, 1, 1),
+        "encoder.mid.attn_1.proj_out.weight": (512, 512, 1, 1),
+        "encoder.conv_out.weight": (256, 512, 3, 3),
+        "quant_conv.weight": (256, 256, 1, 1),
+        "quantize.embedding.weight": (8192, 256),
+        "post_quant_conv.bias": (256,),
+        "decoder.conv_in.weight": (512, 256, 3, 3),
+        "decoder.up.4.block.2.conv1.weight": (512, 512, 3, 3),
+        "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.3.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+        "decoder.up.0.block.2.norm2.weight": (128,),
+        "decoder.norm_out.weight": (128,),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+    }
+    assert wanted.items() <= shapes.items()
+    assert "decoder.up.0.upsample.conv.weight" not in shapes
+    assert "encoder.down.4.downsample.conv.weight" not in shapes
+    # Hugging Face's model has the same names for all but the decoder.
+    with torch.device("meta"):
+        theirs = ChameleonVQVAE(ChameleonVQVAEConfig())
+    assert {n: s for n, s in shapes.items() if not n.startswith("decoder.")} == {
+        name: tuple(value.shape) for name, value in theirs.state_dict().items()
+    }
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(BadInput, match="no multiple of 4"):
+        VQGANConfig(resolution=30, multipliers=(1, 2, 2))
+    with pytest.raises(BadInput, match="norm groups"):
+        VQGANConfig(resolution=64, channels=24, multipliers=(1, 2))
+
+
+def test_nearest_is_the_smallest_distance() -> None:
+    torch.manual_seed(1)
+    latent, codebook = torch.randn(200, 6), torch.randn(40, 6)
+    assert torch.equal(nearest(latent, codebook), torch.cdist(latent, codebook).argmin(1))
+
+
+def test_gradient_passes_straight_through() -> None:
+    quantizer = PlainCodebook(16, 4)
+    latent = torch.randn(2, 4, 3, 3, requires_grad=True)
+    direction = torch.randn(2, 4, 3, 3)
+    (quantizer(latent).latent * direction).sum().backward()
+    torch.testing.assert_close(latent.grad, direction)
+
+
+def test_plain_codebook_and_commitment_losses_pull_each_side_only() -> None:
+    quantizer = PlainCodebook(16, 4, revive_below=0)
+    latent = torch.randn(2, 4, 3, 3, requires_grad=True)
+    result = quantizer(latent)
+    result.codebook_loss.backward(retain_graph=True)
+    assert latent.grad is None or not latent.grad.any()
+    assert quantizer.embedding.weight.grad is not None and quantizer.embedding.weight.grad.any()
+    quantizer.embedding.weight.grad = None
+    result.commitment_loss.backward()
+    assert latent.grad is not None and latent.grad.any()
+    assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
+
+
+def test_moving_average_converges_to_cluster_means() -> None:
+    torch.manual_seed(0)
+    centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
+    quantizer = MovingAverageCodebook(3, 2, decay=0.9, revive_below=0.0)
+    quantizer.place(torch.arange(3), centres + 0.5)
+    for _ in range(200):
+        points = centres[torch.randint(3, (300,))] + 0.1 * torch.randn(300, 2)
+        quantizer(points.t().reshape(1, 2, 300, 1))
+    torch.testing.assert_close(quantizer.codebook(), centres, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "moving_average"])
+def test_dead_codes_come_back_to_life(kind: str) -> None:
+    torch.manual_seed(0)
+    quantizer = build_quantizer(kind, 32, 2)  # type: ignore[arg-type]
+    assert isinstance(quantizer, PlainCodebook)
+    quantizer.place(torch.arange(32), torch.full((32, 2), 100.0))
+    points = torch.randn(1, 2, 16, 16)
+    for _ in range(800):
+        codes = quantizer(points).codes
+    assert len(codes.unique()) > 24
+
+
+def test_linear_codebook_moves_all_codes_and_folds() -> None:
+    quantizer = LinearCodebook(32, 4)
+    before = quantizer.codebook().detach().clone()
+    result = quantizer(torch.randn(1, 4, 2, 2))
+    assert len(result.codes.unique()) <= 4
+    result.codebook_loss.backward()
+    with torch.no_grad():
+        quantizer.projection.weight -= quantizer.projection.weight.grad
+    moved = (quantizer.codebook() - before).abs().sum(1)
+    assert (moved > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "moving_average", "linear"])
+def test_every_codebook_is_saved_in_the_released_format(kind: str) -> None:
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        resolution=16, channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, codebook_size=16, codebook_width=4, norm_groups=4
+    )
+    trained = VQGAN(config, build_quantizer(kind, 16, 4))  # type: ignore[arg-type]
+    plain = VQGAN(config)
+    assert set(trained.released_state_dict()) == set(plain.state_dict())
+    plain.load_state_dict(trained.released_state_dict())
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(plain.eval().encode(pictures), trained.eval().encode(pictures))
+
+
+def test_kmeans_start_lowers_the_distance() -> None:
+    torch.manual_seed(0)
+    latent = torch.randn(2000, 4)
+    sampled, clustered = PlainCodebook(32, 4), PlainCodebook(32, 4)
+    sampled.start_from(latent, iterations=0)
+    clustered.start_from(latent, iterations=10)
+
+    def distance(quantizer: PlainCodebook) -> float:
+        return float(torch.cdist(latent, quantizer.codebook()).min(1).values.square().mean())
+
+    assert distance(clustered) < 0.85 * distance(sampled)
+
+
+def test_hinge_loss_by_hand() -> None:
+    real, drawn = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_discriminator_loss(real, drawn).item() == pytest.approx(0.5 * (0.25 + 0.5))
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
+    layer = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    first, second = (3 * layer).sum(), (layer**2).sum()
+    wanted = (3 * 2**0.5) / (20**0.5 + 1e-4)
+    assert adaptive_weight(first, second, layer).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_discriminator_judges_patches() -> None:
+    judge = PatchDiscriminator(16, 3)
+    assert judge(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+
+
+def test_blur_pool_keeps_constants_and_halves() -> None:
+    blurred = BlurPool(5)(torch.full((1, 5, 9, 9), 0.7))
+    torch.testing.assert_close(blurred, torch.full_like(blurred, 0.7))
+
+
+def test_st_lpips_grows_with_noise() -> None:
+    pytest.importorskip("stlpips_pytorch")
+    network = ShiftTolerantLPIPS.pretrained()
+    torch.manual_seed(0)
+    picture = torch.rand(2, 3, 64, 64) * 2 - 1
+    picture = torch.nn.functional.avg_pool2d(picture, 5, 1, 2)
+    near, far = picture + 0.05 * torch.randn_like(picture), picture + 0.5 * torch.randn_like(picture)
+    same, small, large = (network(picture, other) for other in (picture, near, far))
+    assert same.abs().max() < 1e-6
+    assert (small < large).all() and (small > 0).all()
