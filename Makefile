@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# torch first and by itself: on machines that keep its wheels on disk nothing is downloaded.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test test-all bench lint
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q "torch>=2.9" torchvision
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/chameleon demo --out runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/speed.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy chameleon

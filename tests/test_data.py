@@ -1,0 +1,360 @@
+"""Sources, token shards, packing and the mixture."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from chameleon.data import emoji
+from chameleon.data.mixture import Mixture, SourceConfig
+from chameleon.data.packing import cut, pack
+from chameleon.data.sources import expand, read, read_pictures, texts_of
+from chameleon.data.token_shards import ShardWriter, TokenShard, open_shards, tokenize
+from chameleon.document import Document, Image, Text
+from chameleon.errors import BadInput
+from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
+from chameleon.vocabulary import Vocabulary
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    files = {"a.png": png(), "a.txt": b"red square", "b.png": png("blue"), "b.json": b'{"caption": "blue square"}'}
+    return write_tar(tmp_path / "good.tar", files)
+
+
+# --- sources ---
+
+
+def test_image_text_shards(shard: Path) -> None:
+    samples = list(read(expand(str(shard))[0]))
+    assert [sample.content.text for sample in samples if isinstance(sample.content, Document)] == ["red square", "blue square"]
+
+
+def test_bad_samples_are_named_and_passed_over(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    files = {"a.png": png(), "a.txt": b"ok", "b.png": png()[:40], "b.txt": b"cut", "c.txt": b"\xff\xfe", "d.png": png(), "d.json": b"{"}
+    write_tar(tmp_path / "mixed.tar", files)
+    report = tokenize([str(tmp_path / "mixed.tar")], tokenizer, tmp_path / "out")
+    assert (report.documents_in, report.documents_out) == (4, 1)
+    text = "\n".join(report.examples)
+    assert "sample c: not UTF-8" in text and "sample d: sidecar is not JSON" in text and "damaged picture" in text
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["documents_out"] == 1 and sum(saved["skipped"].values()) == 3
+    with pytest.raises(BadInput):
+        tokenize([str(tmp_path / "mixed.tar")], tokenizer, tmp_path / "strict", strict=True)
+    assert not list((tmp_path / "strict").glob("*/shard.json"))
+
+
+def test_truncated_archives_keep_what_came_before(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    whole = shard.read_bytes()
+    cut_off = tmp_path / "cut.tar"
+    cut_off.write_bytes(whole[:2600])
+    report = tokenize([str(cut_off)], tokenizer, tmp_path / "out")
+    assert report.documents_out == 1
+    assert "cut.tar" in report.examples[0] and "truncated archive" in report.examples[0]
+    noise = tmp_path / "noise.tar"
+    noise.write_bytes(b"no archive at all" * 100)
+    report = tokenize([str(noise)], tokenizer, tmp_path / "out2")
+    assert report.documents_out == 0 and sum(report.skipped.values()) == 1
+
+
+def test_jsonl_and_text_and_pictures(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(
+        '{"text": "plain"}\n\n{"parts": [{"type": "text", "text": "part"}]}\nnot json\n'
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+    )
+    skipped: list[str] = []
+    samples = list(read(expand(str(tmp_path / "d.jsonl"))[0], lambda where, why: skipped.append(f"{where}: {why}")))
+    assert len(samples) == 3 and "line 4: not JSON" in skipped[0]
+    (tmp_path / "bad.txt").write_bytes(b"ok\xff")
+    with pytest.raises(BadInput, match=r"bad\.txt: not UTF-8 \(byte 2\)"):
+        list(read(expand(str(tmp_path / "bad.txt"))[0]))
+    (tmp_path / "p.png").write_bytes(png())
+    (tmp_path / "p.txt").write_text("a caption\n")
+    (sample,) = read(expand(str(tmp_path / "p.png"))[0])
+    assert sample.content == Document((Image(tmp_path / "p.png"), Text("a caption")))
+    assert list(texts_of([str(tmp_path / "d.jsonl")], lambda *_: None)) == ["plain", "part", "q\na"]
+
+
+def test_sources_that_match_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no file matches"):
+        expand(str(tmp_path / "*.tar"))
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(BadInput, match="kind not known"):
+        expand(str(tmp_path / "x.bin"))
+    with pytest.raises(BadInput, match="no such task"):
+        expand("emoji:nothing")
+    with pytest.raises(BadInput, match="unknown option"):
+        expand("emoji:pairs?per=3")
+    with pytest.raises(BadInput, match="no split"):
+        expand("emoji:pairs?split=test")
+
+
+# --- the embedded set ---
+
+
+def test_embedded_set_is_whole() -> None:
+    everything = emoji.load()
+    counts = {style: sum(entry.style == style for entry in everything) for style in emoji.STYLES}
+    assert counts == {"fluent": 3372, "noto": 3781, "twemoji": 3781}
+    assert {entry.picture.size for entry in everything[:50]} == {(64, 64)}
+    assert len({entry.key for entry in everything}) == len(everything)
+
+
+def test_split_holds_out_one_style_of_a_concept() -> None:
+    train, validation = emoji.by_concept(emoji.load("train")), emoji.by_concept(emoji.load("validation"))
+    for concept, members in validation.items():
+        styles = {entry.style for entry in members}
+        assert len(styles) == 1
+        assert styles.isdisjoint(entry.style for entry in train[concept])
+    share = len(validation) / len(train)
+    assert 0.12 < share < 0.18
+
+
+def test_questions_are_true_and_balanced() -> None:
+    import random
+
+    members = emoji.representatives(emoji.load("train"))
+    answers = []
+    for entry in members:
+        for question in emoji.questions(entry, random.Random(entry.key)):
+            if question.family.endswith("yes-no"):
+                answers.append((entry.group, question))
+    for group, question in answers:
+        about = next(name for name, text in emoji.YES_NO.items() if text == question.question)
+        assert (question.answer == "yes") == (group == about)
+    asked = [q.answer for group, q in answers if group in emoji.YES_NO]
+    assert 0.4 < asked.count("yes") / len(asked) < 0.6
+
+
+def test_names_never_come_before_other_answers() -> None:
+    for conversation in emoji.answering(emoji.subset("train", 40), 2, 0):
+        questions = [m.content.text for m in conversation.messages if m.role == "user"]
+        assert "what is it?" not in questions[:-1]
+
+
+def test_tasks_with_one_seed_show_the_same_pictures() -> None:
+    chosen = emoji.subset("train", 12)
+    pair = [bytes(d.images[0].tobytes()) for d in emoji.pairs(chosen, 2, 5)]  # type: ignore[union-attr]
+    caption = [c.messages[0].content.images[0].tobytes() for c in emoji.captioning(chosen, 2, 5)]  # type: ignore[union-attr]
+    assert pair == caption
+
+
+def test_colours_are_measured() -> None:
+    for name, colour in (("red", (220, 30, 30)), ("blue", (40, 80, 220)), ("green", (40, 160, 60)), ("yellow", (250, 220, 60))):
+        assert emoji.dominant_colour(PILImage.new("RGBA", (20, 20), (*colour, 255))) == name
+    mixed = PILImage.new("RGBA", (20, 20), "red")
+    mixed.paste((0, 0, 255, 255), (0, 0, 10, 20))
+    assert emoji.dominant_colour(mixed) is None
+    assert emoji.dominant_colour(PILImage.new("RGBA", (20, 20), (255, 0, 0, 0))) is None
+
+
+def test_text_and_code_splits_are_apart() -> None:
+    for task in (emoji.words, emoji.code):
+        held = {d.text for d in task("validation")}
+        seen = {d.text for d in task("train")}
+        assert held and seen and not held & seen
+
+
+def test_picture_sources() -> None:
+    entries = read_pictures(["emoji:pairs?split=validation&concepts=10"])
+    assert entries and {type(entry.source) for entry in entries} == {bytes}
+
+
+# --- token shards ---
+
+
+def test_shards_round_trip_and_are_verified(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    documents = [torch.tensor([v.bos, v.text_start + n, v.eos]) for n in range(5)] + [torch.tensor([v.bos, v.eos])]
+    with ShardWriter(tmp_path / "s", "print", v) as writer:
+        for document in documents:
+            writer.add(document)
+    shard = TokenShard(tmp_path / "s")
+    assert len(shard) == 6 and shard.lengths.tolist() == [3] * 5 + [2]
+    assert all(np.array_equal(shard[n], document.numpy()) for n, document in enumerate(documents))
+    shard.verify()
+    data = bytearray((tmp_path / "s" / "ids.bin").read_bytes())
+    data[5] ^= 1
+    (tmp_path / "s" / "ids.bin").write_bytes(data)
+    with pytest.raises(BadInput, match="checksum"):
+        TokenShard(tmp_path / "s").verify()
+    (tmp_path / "s" / "ids.bin").write_bytes(data[:-4])
+    with pytest.raises(BadInput, match="counts"):
+        TokenShard(tmp_path / "s")
+
+
+def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    with ShardWriter(tmp_path / "s", "old", tokenizer.vocabulary) as writer:
+        writer.add(torch.tensor([1, 2]))
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "s", "new", tokenizer.vocabulary) as writer:  # noqa: PT012
+        writer.add(torch.tensor([3]))
+        raise RuntimeError
+    assert TokenShard(tmp_path / "s").description["fingerprint"] == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_tokenizing_again_does_nothing(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 2
+    assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 0
+
+
+def test_shards_of_other_tokenizers_are_refused(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    tokenize([str(shard)], tokenizer, tmp_path / "out")
+    open_shards(tmp_path / "out", tokenizer.fingerprint)
+    with pytest.raises(BadInput, match="made with tokenizers"):
+        open_shards(tmp_path / "out", "another")
+    with pytest.raises(BadInput, match="no token shard"):
+        open_shards(tmp_path)
+
+
+# --- packing ---
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
+def test_packing_keeps_every_item_once_and_no_row_overflows(case: tuple[int, list[int]]) -> None:
+    context, lengths = case
+    rows = pack(np.array(lengths, dtype=int), context)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    totals = [sum(lengths[item] for item in row) for row in rows]
+    assert all(0 < total <= context for total in totals)
+    # no two rows could have been one: what any fitting rule that fills open rows first guarantees
+    assert sum(total <= context // 2 for total in totals) <= 1
+
+
+def test_packing_fills_mixed_lengths() -> None:
+    stream = np.random.default_rng(0)
+    lengths = np.concatenate((stream.integers(20, 90, 4000), stream.integers(400, 1024, 400)))
+    rows = pack(lengths, 1024)
+    assert lengths.sum() / (len(rows) * 1024) > 0.99
+
+
+@settings(max_examples=200)
+@given(st.lists(st.one_of(st.integers(1, 15), st.just("picture")), max_size=12), st.integers(8, 30))
+def test_cutting_never_parts_a_picture(parts: list[int | str], context: int) -> None:
+    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
+    ids: list[int] = []
+    for part in parts:
+        ids += [v.boi, *[v.image_start] * 6, v.eoi] if part == "picture" else [v.text_start] * int(part)
+    stretches = cut(np.array(ids, dtype=int), context, v)
+    assert [i for start, end in stretches for i in range(start, end)] == list(range(len(ids)))
+    for start, end in stretches:
+        assert end - start <= context
+        part_ids = ids[start:end]
+        assert part_ids.count(v.boi) == part_ids.count(v.eoi)
+
+
+def test_a_picture_longer_than_the_context_is_named() -> None:
+    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(4, 4))
+    with pytest.raises(BadInput, match="a picture takes 18 ids, the context is 10"):
+        cut(np.zeros(4, dtype=int), 10, v)
+
+
+# --- the mixture ---
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
+    v = tokenizer.vocabulary
+    stream = np.random.default_rng(0)
+    picture = [v.boi, *[v.image_start] * 16, v.eoi]
+    with ShardWriter(tmp_path / "pairs" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(30):
+            writer.add(torch.tensor([v.bos, *picture, *[v.text_start + n] * int(stream.integers(1, 6)), v.eos]))
+    with ShardWriter(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(20):
+            writer.add(torch.tensor([v.bos, *[v.text_start] * 3, v.sep, *[v.text_start + n] * 4, v.eos]))
+    return Mixture(
+        [SourceConfig(str(tmp_path / "pairs"), 3.0), SourceConfig(str(tmp_path / "talk"), 1.0, loss="answers")],
+        context=50,
+        rows=6,
+        seed=3,
+        vocabulary=v,
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+def test_any_number_of_devices_sees_the_same_batch(mixture: Mixture) -> None:
+    for step in (0, 5, 1234):
+        whole = mixture.batch(step)
+        for world in (2, 3):
+            parts = [mixture.batch(step, rank, world) for rank in range(world)]
+            for rank, part in enumerate(parts):
+                assert torch.equal(part.ids, whole.ids[rank::world])
+
+
+def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(mixture: Mixture) -> None:
+    seen: dict[tuple[int, int], list[int]] = {}
+    for number in range(4000):
+        source, epoch, row = mixture.locate(number)
+        seen.setdefault((source, epoch), []).append(row)
+    for source in (0, 1):
+        count = len(mixture.sources[source].rows)
+        first, second = seen[source, 0], seen[source, 1]
+        assert sorted(first) == sorted(second) == list(range(count))
+        assert first != second
+
+
+def test_weights_are_shares_of_rows(mixture: Mixture) -> None:
+    sources = [mixture.locate(number)[0] for number in range(1000)]
+    assert sources.count(0) == 750
+
+
+def test_rows_hold_targets_positions_and_masks(mixture: Mixture) -> None:
+    v = mixture.sources[0].vocabulary
+    batch = mixture.batch(0)
+    for ids, targets, weights, numbers, positions in zip(*batch, strict=True):
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            assert torch.equal(positions[here], torch.arange(int(here.sum())))
+            if (ids[here] == v.pad).all():
+                assert not weights[here].any()
+                continue
+            document = torch.cat((ids[here], targets[here][-1:]))
+            assert document[0] == v.bos and document[-1] == v.eos
+            assert torch.equal(document[1:], targets[here])
+            if (document == v.sep).any():
+                assert torch.equal(weights[here].bool(), answer_mask(document, v)[1:])
+            else:
+                assert weights[here].all()
+
+
+def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
+    source = mixture.sources[0]
+    v = source.vocabulary
+    first = 0
+    for epoch in range(20):
+        for number in range(30):
+            ids = source.swapped(source.document(number), (3, epoch, number))
+            first += bool(v.is_text(torch.tensor(ids[1])))
+            assert sorted(ids) == sorted(source.document(number))
+    assert 0.42 < first / 600 < 0.58
+
+
+def test_mixtures_that_make_no_sense_are_refused(tokenizer: MixedTokenizer) -> None:
+    with pytest.raises(BadInput, match="positive weights"):
+        Mixture([], context=8, rows=1, seed=0, vocabulary=tokenizer.vocabulary)
