@@ -1,10 +1,10 @@
 """A bundle: one folder that holds a model with both tokenizers. Saved whole or not at all; loaded strictly.
 
-    config.json                  shape of the model, vocabulary, how it is prompted
-    model.safetensors            weights (several files and an index past 4 GB)
-    text_tokenizer.model         sentencepiece model
-    image_tokenizer.json, image_tokenizer.safetensors
-    provenance.json              how it came to be, and SHA-256 of every other file
+config.json                  shape of the model, vocabulary, how it is prompted
+model.safetensors            weights (several files and an index past 4 GB)
+text_tokenizer.model         sentencepiece model
+image_tokenizer.json, image_tokenizer.safetensors
+provenance.json              how it came to be, and SHA-256 of every other file
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class Bundle:
             verify_files(place, provenance)
         config = read_json(place / CONFIG_FILE)
         if config.get("format") != FORMAT:
-            raise BadInput(f"bundle format {config.get('format')!r}, this version reads {FORMAT}", where=place / CONFIG_FILE)
+            raise BadInput(
+                f"bundle format {config.get('format')!r}, this version reads {FORMAT}", where=place / CONFIG_FILE
+            )
         vocabulary = Vocabulary.from_json(config["vocabulary"], where=place / CONFIG_FILE)
         tokenizer = MixedTokenizer(TextTokenizer.load(place), ImageTokenizer.load(place, device), vocabulary)
         model_config = ModelConfig.from_json(config["model"], where=place / CONFIG_FILE)
@@ -200,4 +202,3 @@ def load_weights(config: ModelConfig, place: Path, device: str | torch.device, d
     if config.tied_head:
         model.head.weight = model.embed.weight
     return model.requires_grad_(False).eval()
-

@@ -236,7 +236,9 @@ def fit_text(arguments: argparse.Namespace) -> None:
         texts_of(arguments.source), arguments.pieces, sample_bytes=arguments.sample_mb << 20, seed=arguments.seed
     )
     tokenizer.save(out)
-    show(arguments, {"out": str(out / MODEL_FILE), "pieces": len(tokenizer)}, f"{out / MODEL_FILE}: {len(tokenizer)} pieces")
+    show(
+        arguments, {"out": str(out / MODEL_FILE), "pieces": len(tokenizer)}, f"{out / MODEL_FILE}: {len(tokenizer)} pieces"
+    )
 
 
 def fit_image(arguments: argparse.Namespace) -> None:
@@ -256,7 +258,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     if arguments.tokenizers and arguments.model:
         raise BadInput("give --model or --tokenizers, not both", where="tokenize")
-    tokenizer = load_tokenizers(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
+    tokenizer = (
+        load_tokenizers(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
+    )
 
     def progress(done: int, total: int, report: Report) -> None:
         say(f"{done} of {total} shards, {report.documents_out} documents, {sum(report.skipped.values())} skipped")
@@ -265,7 +269,11 @@ def tokenize(arguments: argparse.Namespace) -> None:
     for line in report.examples:
         say(f"skipped: {line}")
     value = report.to_json()
-    show(arguments, value, "\n".join(f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens")))
+    show(
+        arguments,
+        value,
+        "\n".join(f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens")),
+    )
 
 
 def run_training(arguments: argparse.Namespace) -> None:
@@ -290,7 +298,9 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="chameleon", description="Text and pictures as one sequence of tokens: train such models, and use them.")
+    parser = Parser(
+        prog="chameleon", description="Text and pictures as one sequence of tokens: train such models, and use them."
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
 

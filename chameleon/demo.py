@@ -81,7 +81,12 @@ def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
     minutes = (time.monotonic() - started) / 60
     sections = [
         gallery.model_section(
-            own, "The model of this run", f"Trained here in {minutes:.0f} minutes by recipe {name}.", road.concepts, figures, logs
+            own,
+            "The model of this run",
+            f"Trained here in {minutes:.0f} minutes by recipe {name}.",
+            road.concepts,
+            figures,
+            logs,
         )
     ]
     if SHIPPED.is_dir():

@@ -66,7 +66,8 @@ def curve(title: str, points: Sequence[tuple[float, float]], size: tuple[int, in
     low, high = min(ys), max(ys)
     across, up = max(xs) - min(xs) or 1, high - low or 1
     line = " ".join(
-        f"{45 + (x - min(xs)) / across * (width - 60):.1f},{height - 25 - (y - low) / up * (height - 55):.1f}" for x, y in points
+        f"{45 + (x - min(xs)) / across * (width - 60):.1f},{height - 25 - (y - low) / up * (height - 55):.1f}"
+        for x, y in points
     )
     label = 'font-size="11" fill="#667085"'
     return (

@@ -51,11 +51,22 @@ def shard(tmp_path: Path) -> Path:
 
 def test_image_text_shards(shard: Path) -> None:
     samples = list(read(expand(str(shard))[0]))
-    assert [sample.content.text for sample in samples if isinstance(sample.content, Document)] == ["red square", "blue square"]
+    assert [sample.content.text for sample in samples if isinstance(sample.content, Document)] == [
+        "red square",
+        "blue square",
+    ]
 
 
 def test_bad_samples_are_named_and_passed_over(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    files = {"a.png": png(), "a.txt": b"ok", "b.png": png()[:40], "b.txt": b"cut", "c.txt": b"\xff\xfe", "d.png": png(), "d.json": b"{"}
+    files = {
+        "a.png": png(),
+        "a.txt": b"ok",
+        "b.png": png()[:40],
+        "b.txt": b"cut",
+        "c.txt": b"\xff\xfe",
+        "d.png": png(),
+        "d.json": b"{",
+    }
     write_tar(tmp_path / "mixed.tar", files)
     report = tokenize([str(tmp_path / "mixed.tar")], tokenizer, tmp_path / "out")
     assert (report.documents_in, report.documents_out) == (4, 1)
@@ -164,7 +175,12 @@ def test_tasks_with_one_seed_show_the_same_pictures() -> None:
 
 
 def test_colours_are_measured() -> None:
-    for name, colour in (("red", (220, 30, 30)), ("blue", (40, 80, 220)), ("green", (40, 160, 60)), ("yellow", (250, 220, 60))):
+    for name, colour in (
+        ("red", (220, 30, 30)),
+        ("blue", (40, 80, 220)),
+        ("green", (40, 160, 60)),
+        ("yellow", (250, 220, 60)),
+    ):
         assert emoji.dominant_colour(PILImage.new("RGBA", (20, 20), (*colour, 255))) == name
     mixed = PILImage.new("RGBA", (20, 20), "red")
     mixed.paste((0, 0, 255, 255), (0, 0, 10, 20))

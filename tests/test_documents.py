@@ -74,7 +74,10 @@ def test_files_are_named(tmp_path: Path) -> None:
 def test_document_layout(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     ids = tokenizer.encode(Document((Text("orange "), Text("heart"), Image(RED), Text("!"))))
-    kinds = "".join({v.bos: "<", v.eos: ">", v.boi: "[", v.eoi: "]"}.get(i, "c" if v.is_image(torch.tensor(i)) else "t") for i in ids.tolist())
+    kinds = "".join(
+        {v.bos: "<", v.eos: ">", v.boi: "[", v.eoi: "]"}.get(i, "c" if v.is_image(torch.tensor(i)) else "t")
+        for i in ids.tolist()
+    )
     assert kinds.replace("t", "") == "<[" + "c" * 16 + "]>"
     assert torch.equal(ids, tokenizer.encode(Document((Text("orange heart"), Image(RED), Text("!")))))
 

@@ -126,7 +126,9 @@ def test_guidance_is_the_formula() -> None:
     text=st.booleans(),
     choices=st.lists(st.integers(0, 10**6), min_size=60, max_size=60),
 )
-def test_any_choice_of_allowed_ids_gives_whole_pictures(max_new: int, max_images: int, text: bool, choices: list[int]) -> None:
+def test_any_choice_of_allowed_ids_gives_whole_pictures(
+    max_new: int, max_images: int, text: bool, choices: list[int]
+) -> None:
     vocabulary = Vocabulary.own(image_codes=5, text_pieces=6, grid=(2, 3))
     state = ModalityState(Rules(max_new, max_images, text), vocabulary, [vocabulary.bos])
     allowed = masks(vocabulary)
@@ -141,7 +143,9 @@ def test_any_choice_of_allowed_ids_gives_whole_pictures(max_new: int, max_images
         made.append(token)
         state.push(token)
     assert len(made) <= max_new
-    blocks = "".join("b" if t == vocabulary.boi else "e" if t == vocabulary.eoi else "c" if 6 <= t < 11 else "t" for t in made)
+    blocks = "".join(
+        "b" if t == vocabulary.boi else "e" if t == vocabulary.eoi else "c" if 6 <= t < 11 else "t" for t in made
+    )
     rest = blocks.replace("b" + "c" * 6 + "e", "")
     assert set(rest) <= {"t"}
     assert blocks.count("b") <= max_images
@@ -183,7 +187,9 @@ def reference(engine: Engine, request: Request) -> list[int]:
             seen[0, token] = v.text_slice.start <= token < v.text_slice.stop
         setting = request.image if kind == Next.CODE else request.text
         penalized = None if kind == Next.CODE else seen
-        token = int(sample(row.masked_fill(~allowed[kind], -torch.inf).unsqueeze(0), [setting], [stream[len(made)]], penalized))
+        token = int(
+            sample(row.masked_fill(~allowed[kind], -torch.inf).unsqueeze(0), [setting], [stream[len(made)]], penalized)
+        )
         if token == v.eos:
             break
         made.append(token)

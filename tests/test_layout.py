@@ -42,7 +42,11 @@ def room(module: str) -> str:
 
 def modules() -> list[tuple[str, Path]]:
     found = []
-    for folder, package in ((ROOT / "chameleon", "chameleon"), (ROOT / "tokenizers", "chameleon.tokenizers"), (ROOT / "train", "chameleon.train")):
+    for folder, package in (
+        (ROOT / "chameleon", "chameleon"),
+        (ROOT / "tokenizers", "chameleon.tokenizers"),
+        (ROOT / "train", "chameleon.train"),
+    ):
         for path in sorted(folder.rglob("*.py")):
             relative = path.relative_to(folder)
             if relative.parts[0] in ("tokenizers", "train"):

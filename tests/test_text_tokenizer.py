@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from chameleon.errors import BadInput
 from chameleon.tokenizers.text import TextTokenizer, reservoir
 
-
-
-
 # Runs of white space and signs that sentencepiece itself uses are likelier than chance would have them.
 texts = st.lists(
-    st.one_of(st.text(max_size=8), st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u2581", "\u2585", "⁇", "<unk>", "<0x41>", "\x00"]))
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u2581", "\u2585", "⁇", "<unk>", "<0x41>", "\x00"]),
+    )
 ).map("".join)
 
 

@@ -165,7 +165,14 @@ def test_linear_codebook_moves_all_codes_and_folds() -> None:
 def test_every_codebook_is_saved_in_the_released_format(kind: str) -> None:
     torch.manual_seed(0)
     config = VQGANConfig(
-        resolution=16, channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, codebook_size=16, codebook_width=4, norm_groups=4
+        resolution=16,
+        channels=8,
+        multipliers=(1, 2),
+        res_blocks=1,
+        latent_channels=8,
+        codebook_size=16,
+        codebook_width=4,
+        norm_groups=4,
     )
     trained = VQGAN(config, build_quantizer(kind, 16, 4))  # type: ignore[arg-type]
     plain = VQGAN(config)

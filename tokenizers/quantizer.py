@@ -64,7 +64,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, latent: Tensor) -> Quantized:
         """latent [B, width, h, w] to its nearest codes. Always in fp32: distances decide between neighbours."""
         latent = latent.float()
-        batch, _, height, width = latent.shape
+        batch, _, height, _ = latent.shape
         flat = rearrange(latent, "b c h w -> (b h w) c")
         codebook = self.codebook()
         codes = nearest(flat.detach(), codebook.detach())

@@ -99,15 +99,16 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Pieces of the text. Raises `BadInput` for lone surrogates, which no UTF-8 text holds."""
-        result: list[int] = []
         try:
-            for number, run in enumerate(text.split(SPACE)):
-                if number:
-                    result += self.escaped_space
-                if run:
-                    result += self.processor.EncodeAsIds(run)
+            text.encode()
         except UnicodeEncodeError as error:
             raise BadInput(f"lone surrogate at character {error.start}", where="text") from None
+        result: list[int] = []
+        for number, run in enumerate(text.split(SPACE)):
+            if number:
+                result += self.escaped_space
+            if run:
+                result += self.processor.EncodeAsIds(run)
         return result
 
     def decode_bytes(self, pieces: Iterable[int]) -> bytes:

@@ -102,7 +102,12 @@ class ShiftTolerantLPIPS(nn.Module):
         layers: dict[str, list[tuple[int, nn.Module]]] = {
             "slice1": [(0, nn.Conv2d(3, 64, 11, padding=2)), (1, BlurPool(64)), (2, nn.ReLU())],
             "slice2": [(3, nn.MaxPool2d(3, 1)), (4, BlurPool(64)), (5, nn.Conv2d(64, 192, 5, padding=2)), (6, nn.ReLU())],
-            "slice3": [(7, nn.MaxPool2d(3, 1)), (8, BlurPool(192)), (9, nn.Conv2d(192, 384, 3, padding=1)), (10, nn.ReLU())],
+            "slice3": [
+                (7, nn.MaxPool2d(3, 1)),
+                (8, BlurPool(192)),
+                (9, nn.Conv2d(192, 384, 3, padding=1)),
+                (10, nn.ReLU()),
+            ],
             "slice4": [(11, nn.Conv2d(384, 256, 3, padding=1)), (12, nn.ReLU())],
             "slice5": [(13, nn.Conv2d(256, 256, 3, padding=1)), (14, nn.ReLU())],
         }

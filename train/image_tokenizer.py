@@ -168,7 +168,9 @@ class ImageTokenizerModule(L.LightningModule):
     def validation_step(self, pictures: Tensor, index: int) -> None:
         drawn, quantized = self.network(pictures)
         self.seen += torch.bincount(quantized.codes.flatten(), minlength=len(self.seen))
-        self.log("validation/psnr", psnr(drawn.float().clamp(-1, 1), pictures).mean(), prog_bar=True, batch_size=len(pictures))
+        self.log(
+            "validation/psnr", psnr(drawn.float().clamp(-1, 1), pictures).mean(), prog_bar=True, batch_size=len(pictures)
+        )
 
     def on_validation_epoch_end(self) -> None:
         self.log("validation/usage", (self.seen > 0).float().mean(), prog_bar=True)

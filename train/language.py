@@ -77,7 +77,11 @@ class LanguageModule(L.LightningModule):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.model.head.weight, rows.targets.flatten(), weights.flatten(), z_loss=self.recipe.z_loss
+            hidden.flatten(0, 1),
+            self.model.head.weight,
+            rows.targets.flatten(),
+            weights.flatten(),
+            z_loss=self.recipe.z_loss,
         )
 
     def weights(self, rows: Rows, modality: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
-from chameleon.document import Conversation, Document, Image, Message, Part, Text
 from chameleon.data.webdataset import read_samples
+from chameleon.document import Conversation, Document, Image, Message, Part, Text
 
 EMBEDDED = Path(__file__).parent / "embedded"
 STYLES = ("fluent", "noto", "twemoji")
@@ -39,7 +39,16 @@ GROUP_WORDS = {
 }
 NO_TONE = "none"
 # Hue in degrees up to which a colour's name holds; the last wraps round to red.
-HUES = ((14, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (290, "purple"), (340, "pink"), (361, "red"))
+HUES = (
+    (14, "red"),
+    (42, "orange"),
+    (68, "yellow"),
+    (165, "green"),
+    (255, "blue"),
+    (290, "purple"),
+    (340, "pink"),
+    (361, "red"),
+)
 FIXED_HANDEDNESS = ("left", "right", "arrow", "clock", "thirty", "east", "west", "letter", "button", "calendar", "text")
 
 
@@ -227,7 +236,7 @@ def colour_name(red: float, green: float, blue: float) -> str:
     if saturation < 0.16:
         return "white" if value > 0.85 else "grey"
     name = next(name for limit, name in HUES if hue * 360 < limit)
-    if name == "orange" and value < 0.72 or name == "red" and value < 0.5:
+    if (name == "orange" and value < 0.72) or (name == "red" and value < 0.5):
         return "brown"
     return name
 
@@ -307,7 +316,9 @@ def code(split: str, limit_bytes: int | None = None) -> Iterator[Document]:
     """Modules of Python's standard library as text. Validation holds every 20th module, training the others."""
     root = Path(sysconfig.get_paths()["stdlib"])
     taken = 0
-    paths = sorted(path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts))
+    paths = sorted(
+        path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)
+    )
     for number, path in enumerate(paths):
         if (number % 20 == 0) != (split == "validation"):
             continue

@@ -91,7 +91,7 @@ class PackedSource:
         is_pair = (
             len(ids) > block + 2
             and ids[1] == self.vocabulary.boi
-            and bool(((ids[1 + block : -1] >= self.vocabulary.text_start)).all())
+            and bool((ids[1 + block : -1] >= self.vocabulary.text_start).all())
             and ids[-1] == self.vocabulary.eos
         )
         if not is_pair or np.random.default_rng(seed).random() < 0.5:
@@ -156,7 +156,9 @@ class Mixture:
         """(source, epoch, row of the source) of the run's row `number`."""
         block, place = divmod(number, PATTERN)
         source = int(self.pattern[place])
-        epoch, index = divmod(block * int(self.counts[source]) + int(self.rank_in_pattern[place]), len(self.sources[source].rows))
+        epoch, index = divmod(
+            block * int(self.counts[source]) + int(self.rank_in_pattern[place]), len(self.sources[source].rows)
+        )
         return source, epoch, int(self.order(source, epoch)[index])
 
     @lru_cache(maxsize=64)  # noqa: B019 — a mixture lives as long as its run

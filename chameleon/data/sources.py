@@ -80,7 +80,9 @@ def expand(source: str) -> list[RawShard]:
     for path in paths:
         found = given or guess(path)
         if found is None:
-            raise BadInput("kind not known from its ending", where=path, remedy=f"write KIND:PATH, KIND of {', '.join(READERS)}")
+            raise BadInput(
+                "kind not known from its ending", where=path, remedy=f"write KIND:PATH, KIND of {', '.join(READERS)}"
+            )
         shards.append(RawShard(found, path))
     return shards
 

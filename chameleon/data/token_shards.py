@@ -1,8 +1,8 @@
 """Token shards: what training reads. One raw shard becomes one folder, written under another name and renamed when whole.
 
-    NAME/ids.bin      uint32, little-endian: the ids of all documents, one after the other
-    NAME/offsets.bin  uint64, little-endian: where each document starts, and the end; n + 1 numbers
-    NAME/shard.json   counts, SHA-256 of both files, and the fingerprint of the tokenizers
+NAME/ids.bin      uint32, little-endian: the ids of all documents, one after the other
+NAME/offsets.bin  uint64, little-endian: where each document starts, and the end; n + 1 numbers
+NAME/shard.json   counts, SHA-256 of both files, and the fingerprint of the tokenizers
 """
 
 from __future__ import annotations

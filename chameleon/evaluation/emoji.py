@@ -100,7 +100,12 @@ def question_accuracy(
 
 
 def drawn(
-    model: Chameleon, held_out: Sequence[Emoji], known: Sequence[Emoji], count: int, seed: int = 0, progress: Progress = quiet
+    model: Chameleon,
+    held_out: Sequence[Emoji],
+    known: Sequence[Emoji],
+    count: int,
+    seed: int = 0,
+    progress: Progress = quiet,
 ) -> dict[str, float]:
     """Drawings of names of training concepts, recognised by their nearest base emoji.
 

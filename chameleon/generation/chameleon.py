@@ -218,4 +218,3 @@ def whole_characters(data: bytes) -> int:
         if byte < 0x80:
             break
     return len(data)
-

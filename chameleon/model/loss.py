@@ -85,9 +85,7 @@ def chunked_cross_entropy(
     and the loss is a plain sum, so weights carry the normalisation (1 / number of tokens in the whole batch).
     """
     live = weights.nonzero().squeeze(1)
-    loss, nll, log_z = ChunkedCrossEntropy.apply(
-        hidden[live], head, targets[live], weights[live].float(), z_loss, chunk
-    )
+    loss, nll, log_z = ChunkedCrossEntropy.apply(hidden[live], head, targets[live], weights[live].float(), z_loss, chunk)
     return TokenLoss(
         loss,
         torch.zeros(len(weights), device=hidden.device).index_copy(0, live, nll),
