@@ -112,7 +112,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     content = read_json_document(Path(arguments.document))
     model = load_model(arguments)
-    parts = []
+    parts: list[Any] = []
     out = Path(arguments.out) if arguments.out else None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from chameleon.data import emoji
 from chameleon.generation.chameleon import Chameleon
 
+# ruff: noqa: E501 (style sheet)
 STYLE = """
 :root { --ink: #1c2430; --soft: #667085; --line: #e4e7ec; --good: #16794c; --bad: #b42318; --accent: #3b5bdb; }
 * { box-sizing: border-box; }

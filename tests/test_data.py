@@ -71,7 +71,10 @@ def test_bad_samples_are_named_and_passed_over(tmp_path: Path, tokenizer: MixedT
     report = tokenize([str(tmp_path / "mixed.tar")], tokenizer, tmp_path / "out")
     assert (report.documents_in, report.documents_out) == (4, 1)
     text = "\n".join(report.examples)
-    assert "sample c: not UTF-8" in text and "sample d: sidecar is not JSON" in text and "damaged picture" in text
+    assert "sample c: not UTF-8" in text
+    assert "sample d: sidecar is not JSON" in text
+    assert "sample b: " in text
+    assert "no picture that can be read" in text
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["documents_out"] == 1 and sum(saved["skipped"].values()) == 3
     with pytest.raises(BadInput):

@@ -59,10 +59,12 @@ class VectorQuantizer(nn.Module):
         """codes [B, h, w] to latents [B, width, h, w]."""
         return rearrange(F.embedding(codes, self.codebook()), "b h w c -> b c h w")
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def forward(self, latent: Tensor) -> Quantized:
         """latent [B, width, h, w] to its nearest codes. Always in fp32: distances decide between neighbours."""
+        with torch.autocast(latent.device.type, enabled=False):
+            return self.quantize(latent)
+
+    def quantize(self, latent: Tensor) -> Quantized:
         latent = latent.float()
         batch, _, height, _ = latent.shape
         flat = rearrange(latent, "b c h w -> (b h w) c")

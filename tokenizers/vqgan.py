@@ -194,7 +194,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
+                h = level.downsample(h)  # type: ignore[operator]
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -225,11 +225,11 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h = level.upsample(h)  # type: ignore[operator]
         return self.conv_out(F.silu(self.norm_out(h)))
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight at which the adversarial weight is balanced (arXiv 2012.09841, eq. 7)."""
         return self.conv_out.weight
 

@@ -94,7 +94,7 @@ class ImageTokenizerModule(L.LightningModule):
     step: Tensor
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [build_adamw([self.network], self.recipe.optimizer)]
+        optimizers: list[torch.optim.Optimizer] = [build_adamw([self.network], self.recipe.optimizer)]
         if self.discriminator is not None:
             optimizers.append(build_adamw([self.discriminator], self.recipe.discriminator))
         return optimizers
@@ -110,7 +110,7 @@ class ImageTokenizerModule(L.LightningModule):
                 remedy="raise batch or lower model.codebook_size",
             )
         order = torch.randperm(len(latent))[: 32 * self.recipe.model.codebook_size]
-        self.network.quantize.start_from(latent[order])
+        self.network.quantize.start_from(latent[order])  # type: ignore[operator]
 
     def training_step(self, pictures: Tensor, index: int) -> None:
         step, weights = int(self.step), self.recipe.loss

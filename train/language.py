@@ -97,7 +97,7 @@ class LanguageModule(L.LightningModule):
         weights = self.weights(rows, modality)
         total = weights.sum()
         if self.trainer.world_size > 1:
-            total = self.all_gather(total).sum() / self.trainer.world_size  # DDP averages gradients
+            total = torch.as_tensor(self.all_gather(total)).sum() / self.trainer.world_size  # DDP averages gradients
         weights = weights / total.clamp(min=1e-6)
         micro = self.recipe.micro_rows or len(rows.ids)
         loss, parts = torch.zeros((), device=self.device), []

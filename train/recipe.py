@@ -161,7 +161,7 @@ def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str]
     parser = ArgumentParser(exit_on_error=False, parser_mode="yaml")
     parser.add_class_arguments(kind)
     try:
-        return typing.cast(R, kind(**vars(parser.instantiate_classes(parser.parse_object(values)))))
+        return kind(**vars(parser.instantiate_classes(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
         raise BadInput(str(error), where=where) from None
 
@@ -212,4 +212,4 @@ def put(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
 
 def to_plain(recipe: Any) -> dict[str, Any]:
     """The recipe as plain values, as provenance keeps it."""
-    return typing.cast(dict[str, Any], dataclasses.asdict(recipe))
+    return dataclasses.asdict(recipe)

@@ -215,8 +215,8 @@ def emoji_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation
 
     def run() -> Iterable[Document | Conversation]:
         if shard.path in worded:
-            return known[shard.path](split, **numbers)  # type: ignore[no-any-return]
-        return known[shard.path](emoji.subset(split, int(limit) if limit else None), **numbers)  # type: ignore[no-any-return]
+            return known[shard.path](split, **numbers)
+        return known[shard.path](emoji.subset(split, int(limit) if limit else None), **numbers)
 
     return run
 

@@ -169,7 +169,7 @@ def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, repor
     source = {"kind": raw.kind, "path": Path(raw.path).name, "options": raw.options}
     with ShardWriter(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=source) as writer:
         for batch in batches(sources.read(raw, on_skip), 64):
-            for sample, ids in encode_each(batch, tokenizer, on_skip):
+            for ids in encode_each(batch, tokenizer, on_skip):
                 writer.add(ids)
                 report.documents_in += 1
                 report.documents_out += 1
@@ -178,10 +178,10 @@ def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, repor
 
 def encode_each(
     batch: Sequence[Sample], tokenizer: MixedTokenizer, on_skip: Callable[[str, str], None]
-) -> Iterator[tuple[Sample, torch.Tensor]]:
-    """Samples with their ids, encoded together; where that fails, one by one, so that the bad one can be named."""
+) -> Iterator[torch.Tensor]:
+    """Ids of the samples, encoded together; where that fails, one by one, so that the bad one can be named."""
     try:
-        yield from zip(batch, tokenizer.encode_batch([sample.content for sample in batch]), strict=True)
+        yield from tokenizer.encode_batch([sample.content for sample in batch])
         return
     except BadInput:
         pass
@@ -191,7 +191,7 @@ def encode_each(
         except BadInput as error:
             on_skip(sample.key, str(error))
             continue
-        yield sample, ids
+        yield ids
 
 
 def tokenize(

@@ -108,7 +108,7 @@ class Engine:
         rows = sum(len(request.prompts) for request in requests)
         cache = KVCache(self.model.config, rows, longest, dtype=self.dtype, device=self.device)
         running: list[Running] = []
-        hidden = []
+        hidden: list[Tensor] = []
         for number, (request, rule) in enumerate(pairs):
             entry, states = self.prefill(number, request, rule, cache, first_row=len(hidden))
             running.append(entry)

@@ -1,0 +1,250 @@
+"""Bundles, recipes, training and the command: what is saved comes back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image as PILImage
+
+from chameleon import bundle as bundle_module
+from chameleon.bundle import SHIPPED, Bundle
+from chameleon.cli import main
+from chameleon.data.token_shards import ShardWriter
+from chameleon.document import Document, Image, Text
+from chameleon.errors import BadInput
+from chameleon.evaluation.captions import cider_d, exact_match
+from chameleon.generation.chameleon import Chameleon, whole_characters
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train.language import train
+from chameleon.train.optimizer import OptimizerConfig, rate_at
+from chameleon.train.recipe import (
+    SHIPPED as RECIPES,
+)
+from chameleon.train.recipe import (
+    FinetuneRecipe,
+    FitImageRecipe,
+    PretrainRecipe,
+    RoadRecipe,
+    read_recipe,
+)
+
+
+def test_a_bundle_comes_back(bundle: Bundle, bundle_folder: Path) -> None:
+    again = Bundle.load(bundle_folder, dtype=torch.float32)
+    assert again.vocabulary == bundle.vocabulary
+    assert again.prompting == "conversation"
+    assert again.tokenizer.fingerprint == bundle.tokenizer.fingerprint
+    for name, value in bundle.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value.bfloat16().float())
+
+
+def test_big_models_are_saved_in_several_files(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "MAX_FILE_BYTES", 20_000)
+    bundle.save(tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 1
+    again = Bundle.load(tmp_path / "b")
+    assert torch.equal(again.model.head.weight, bundle.model.head.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "text_tokenizer.model", "image_tokenizer.safetensors"]
+)
+def test_missing_and_altered_files_are_named(bundle_folder: Path, name: str) -> None:
+    path = bundle_folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BadInput, match=f"{name}: file was altered"):
+        Bundle.load(bundle_folder)
+    path.unlink()
+    with pytest.raises(BadInput, match=f"{name}: file is missing"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_full_disk_leaves_what_was_there(bundle: Bundle, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in bundle_folder.iterdir()}
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle_module, "save_file", full)
+    with pytest.raises(BadInput, match="No space left"):
+        bundle.save(bundle_folder)
+    assert {path.name: path.read_bytes() for path in bundle_folder.iterdir()} == before
+    assert [path.name for path in bundle_folder.parent.iterdir()] == [bundle_folder.name]
+
+
+def test_every_shipped_recipe_parses() -> None:
+    kinds = {"image": FitImageRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+    found = sorted(RECIPES.glob("*.yaml"))
+    assert len(found) >= 8
+    for path in found:
+        read_recipe(kinds.get(path.stem.rsplit("-", 1)[-1], RoadRecipe), path)  # type: ignore[arg-type]
+
+
+def test_unknown_and_wrong_keys_are_named(tmp_path: Path) -> None:
+    for key, near in (("rwos", "rows"), ("run.stepz", "run.steps"), ("optimizer.rat", "optimizer.rate")):
+        with pytest.raises(BadInput, match=f"unknown key {key}; did you mean {near}"):
+            read_recipe(PretrainRecipe, "demo-pretrain", [f"{key}=1"])
+    path = tmp_path / "r.yaml"
+    path.write_text("mixture:\n  - {shard: x}\n")
+    with pytest.raises(BadInput, match=r"r\.yaml: unknown key mixture\.shard; did you mean mixture\.shards"):
+        read_recipe(PretrainRecipe, path)
+    with pytest.raises(BadInput, match="rows"):
+        read_recipe(PretrainRecipe, "demo-pretrain", ["rows=many"])
+    with pytest.raises(BadInput, match="no such recipe"):
+        read_recipe(PretrainRecipe, "nothing")
+
+
+def test_rates_follow_the_paper() -> None:
+    config = OptimizerConfig(rate=1.0, warmup=10, schedule="exponential", final=0.01)
+    assert rate_at(0, 110, config) == pytest.approx(0.1)
+    assert rate_at(10, 110, config) == pytest.approx(1.0)
+    assert rate_at(60, 110, config) == pytest.approx(0.1)
+    assert rate_at(110, 110, config) == pytest.approx(0.01)
+    cosine = OptimizerConfig(rate=1.0, warmup=0, schedule="cosine", final=0.0)
+    assert rate_at(50, 100, cosine) == pytest.approx(0.5)
+
+
+def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) -> Path:
+    v = tokenizer.vocabulary
+    tokenizer.text.save(tmp_path / "tokenizers")
+    tokenizer.image.save(tmp_path / "tokenizers")
+    with ShardWriter(tmp_path / "shards" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(12):
+            picture = [v.boi, *range(v.image_start, v.image_start + 16), v.eoi]
+            writer.add(torch.tensor([v.bos, *picture, v.sep, v.text_start + n % 3, v.text_start + 5, v.eos]))
+    values = {
+        "tokenizers": str(tmp_path / "tokenizers"),
+        "size": "tiny",
+        "model": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn_width": 32},
+        "context": 48,
+        "rows": 4,
+        "mixture": [{"shards": str(tmp_path / "shards")}],
+        "run": {"out": str(tmp_path / "run"), "steps": 30, "log_every": 5, "progress": False, "precision": "32-true"},
+        "optimizer": {"rate": 0.01, "warmup": 2, "eps": 1e-8},
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = recipe_file(tmp_path, tokenizer)
+    whole, figures = train(read_recipe(PretrainRecipe, path))
+    parted, _ = train(read_recipe(PretrainRecipe, path, ["micro_rows=1", f"run.out={tmp_path / 'parted'}"]))
+    assert figures["train/image_loss"] < 0.5  # one picture, learned by heart
+    for first, second in zip(whole.model.parameters(), parted.model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=2e-4, rtol=2e-3)
+    assert (tmp_path / "run" / "log" / "metrics.csv").is_file()
+    assert Bundle.load(tmp_path / "run" / "bundle").provenance["training"][0]["recipe"]["rows"] == 4
+    tuned, _ = train(
+        read_recipe(
+            FinetuneRecipe,
+            path,
+            ["tokenizers=null", "size=tiny", "model={}", f"bundle={tmp_path / 'run' / 'bundle'}", "run.steps=2"],
+        )
+    )
+    assert tuned.prompting == "conversation"
+
+
+def test_shards_of_other_tokenizers_stop_training(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = recipe_file(tmp_path, tokenizer)
+    description = tmp_path / "shards" / "s" / "shard.json"
+    value = json.loads(description.read_text())
+    description.write_text(json.dumps({**value, "fingerprint": "other"}))
+    with pytest.raises(BadInput, match="made with tokenizers other"):
+        train(read_recipe(PretrainRecipe, path))
+
+
+def test_api_on_a_random_model(chameleon: Chameleon) -> None:
+    picture = PILImage.new("RGB", (16, 16), "red")
+    assert isinstance(chameleon.caption(picture), str)
+    assert isinstance(chameleon.answer(picture, "what is it?"), str)
+    assert chameleon.draw("orange heart", seed=3).size == (16, 16)
+    document = Document((Text("a"), Image(picture)))
+    made = chameleon.generate(document, max_new=40)
+    streamed = Document(tuple(chameleon.stream(document, max_new=40)))
+    assert streamed.text == made.text
+    assert len(streamed.images) == len(made.images)
+    ids = chameleon.encode(document)
+    assert chameleon.logits(ids[None]).shape == (1, len(ids), chameleon.vocabulary.size)
+    with pytest.raises(BadInput, match="shorten it"):
+        chameleon.answer(picture, "what is it? " * 100)
+
+
+def test_whole_characters_never_cut_one() -> None:
+    text = "aé漢🧑‍🚀"
+    data = text.encode()
+    for end in range(len(data) + 1):
+        whole = whole_characters(data[:end])
+        assert text.startswith(data[:whole].decode())
+        assert end - whole < 4
+    assert whole_characters(b"\xff") == 1
+
+
+def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, out = tmp_path / "p.png", tmp_path / "o.png"
+    PILImage.new("RGB", (16, 16), "red").save(picture)
+    options = ["--model", str(bundle_folder), "--json"]
+    main(["caption", str(picture), *options])
+    assert json.loads(capsys.readouterr().out)[0]["image"] == str(picture)
+    main(["answer", str(picture), "what is it?", *options])
+    assert "answer" in json.loads(capsys.readouterr().out)
+    main(["draw", "heart", "--out", str(out), *options])
+    assert PILImage.open(out).size == (16, 16)
+    capsys.readouterr()
+    document = tmp_path / "d.json"
+    document.write_text('{"parts": [{"type": "text", "text": "orange"}]}')
+    main(["generate", str(document), "--max-new", "30", *options])
+    assert "parts" in json.loads(capsys.readouterr().out)
+    main(["info", str(bundle_folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["image codes"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["caption", "none.png"], "no such picture"),
+        (["caption"], "required"),
+        (["draw", "x", "--out", "x.xyz"], "not a picture's ending"),
+        (["info", "nowhere"], "no such folder"),
+        (["pretrain", "--config", "demo-pretrain", "rwos=1"], "did you mean rows"),
+        (["tokenize", "nothing*.tar", "--out", "x"], "no file matches"),
+        (["generate", "none.json"], "no such file"),
+        (["evaluate", "--parts", "nothing"], "use reconstruction"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""
+
+
+def test_exact_match_and_cider() -> None:
+    assert exact_match(["Red heart.", "cat"], ["red heart", "dog"]) == 0.5
+    references = [["a red heart on a white ground"], ["two small dogs in the rain"], ["one green apple by the sea"]]
+    perfect = [texts[0] for texts in references]
+    assert cider_d(perfect, references) == pytest.approx(10.0)
+    assert cider_d(["nothing alike", "none", "no"], references) == 0
+    assert 0 < cider_d(["a red heart", "two dogs", "green apple"], references) < 10
+
+
+def test_the_shipped_bundle_is_whole(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(SHIPPED, copy)
+    bundle = Bundle.load(copy)
+    assert bundle.prompting == "conversation"
+    assert bundle.provenance["evaluation"]["reconstruction"]["psnr_db"] > 20
