@@ -28,8 +28,8 @@ FLOORS = {
     "chameleon.serve": 6,
     "chameleon.gallery": 6,
     "chameleon.demo": 7,
-    "chameleon.cli": 7,
-    "chameleon": 8,
+    "chameleon.cli": 8,
+    "chameleon": 9,
 }
 # Rooms on one floor that may see each other: errors.py is seen by all.
 FOUNDATION = "chameleon.errors"

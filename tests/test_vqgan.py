@@ -190,7 +190,7 @@ def test_kmeans_start_lowers_the_distance() -> None:
     clustered.start_from(latent, iterations=10)
 
     def distance(quantizer: PlainCodebook) -> float:
-        return float(torch.cdist(latent, quantizer.codebook()).min(1).values.square().mean())
+        return float(torch.cdist(latent, quantizer.codebook().detach()).min(1).values.square().mean())
 
     assert distance(clustered) < 0.85 * distance(sampled)
 

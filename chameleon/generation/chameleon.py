@@ -212,9 +212,9 @@ def whole_characters(data: bytes) -> int:
     """How many leading bytes make whole UTF-8 characters, or can never become any."""
     for back in range(1, min(4, len(data) + 1)):
         byte = data[-back]
-        if byte >= 0xC0:  # a leading byte: how many should follow it
+        if 0xC0 <= byte <= 0xF4:  # a leading byte: how many should follow it
             wanted = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return len(data) - back if back < wanted else len(data)
-        if byte < 0x80:
+        if not 0x80 <= byte < 0xC0:
             break
     return len(data)
