@@ -145,10 +145,12 @@ class TextTokenizer:
             raise BadInput("no text to learn from", where="fit-text")
         if pieces < BYTE_PIECES + 2:
             raise BadInput(f"{pieces} pieces leave no room beside the 256 bytes", where="fit-text", remedy="ask for more")
+        # A quarter of the pieces, or an alphabet where that is more, are single characters.
+        characters = min(pieces - BYTE_PIECES - 2, max(64, (pieces - BYTE_PIECES) // 4))
         output = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(without_rare(sample, (pieces - BYTE_PIECES) // 4)),
+                sentence_iterator=iter(without_rare(sample, characters)),
                 model_writer=output,
                 model_type="bpe",
                 vocab_size=pieces,
