@@ -118,7 +118,7 @@ def model_section(
     parts.append(
         grid(
             figure([picture_tag(a), " ", picture_tag(b)], [html.escape(entry.name)])
-            for a, b, entry in zip(pictures[:12], rebuilt[:12], shown, strict=False)
+            for a, b, entry in list(zip(pictures, rebuilt, shown, strict=True))[:12]
         )
     )
     all_codes = model.tokenizer.image.encode([entry.picture for entry in emoji.subset("validation", concepts)])
