@@ -131,12 +131,38 @@ def to_pictures(values: Tensor) -> list[PILImage.Image]:
     return [PILImage.fromarray(entry) for entry in pixels]
 
 
+class KnownCodes:
+    """Codes of pictures met before, by the hash of their pixels: data sets repeat pictures. The oldest make room.
+
+    All lie in one table, which takes memory as it fills: small tensors kept between the network's large temporary ones
+    would hold those pages too, a quarter of a megabyte a picture.
+    """
+
+    def __init__(self, grid: tuple[int, int], size: int = KNOWN_PICTURES) -> None:
+        self.table = torch.empty(size, *grid, dtype=torch.int32)
+        self.slots: OrderedDict[bytes, int] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.slots
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        """Codes int64 [h, w]."""
+        return self.table[self.slots[key]].long()
+
+    def add(self, keys: Iterable[bytes], codes: Tensor) -> None:
+        """Keeps codes [n, h, w] of n new keys."""
+        for key, entry in zip(keys, codes, strict=True):
+            slot = len(self.slots) if len(self.slots) < len(self.table) else self.slots.popitem(last=False)[1]
+            self.slots[key] = slot
+            self.table[slot] = entry
+
+
 class ImageTokenizer:
     """Pictures ↔ grids of codes."""
 
     def __init__(self, network: VQGAN) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.known: OrderedDict[bytes, Tensor] = OrderedDict()  # pixels' hash → codes: data sets repeat pictures
+        self.known = KnownCodes(self.config.grid)
 
     @property
     def config(self) -> VQGANConfig:
@@ -152,18 +178,20 @@ class ImageTokenizer:
 
     def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = 64) -> Tensor:
         """Codes [B, h, w] int64 on the CPU, `batch` pictures at a time; pictures met before are not encoded again."""
-        parts = []
+        result = torch.empty(len(pictures), *self.config.grid, dtype=torch.int64)
         for start in range(0, len(pictures), batch):
             squares = [fit_square(load_picture(p), self.config.resolution, fit) for p in pictures[start : start + batch]]
             keys = [hashlib.blake2b(square.tobytes(), digest_size=16).digest() for square in squares]
             new = {key: square for key, square in zip(keys, squares, strict=True) if key not in self.known}
+            codes = {key: self.known[key] for key in keys if key not in new}
             if new:
                 values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
-                self.known.update(zip(new, self.network.encode(values).cpu(), strict=True))
-            parts += [self.known[key] for key in keys]
-            while len(self.known) > KNOWN_PICTURES:
-                self.known.popitem(last=False)
-        return torch.stack(parts) if parts else torch.empty(0, *self.config.grid, dtype=torch.int64)
+                made = self.network.encode(values).cpu()
+                codes.update(zip(new, made, strict=True))
+                self.known.add(new, made)
+            for number, key in enumerate(keys, start):
+                result[number] = codes[key]
+        return result
 
     def decode(self, codes: Tensor, batch: int = 64) -> list[PILImage.Image]:
         """Codes [B, h, w] to RGB pictures. Raises `BadInput` for codes outside the codebook."""

@@ -21,7 +21,7 @@ from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture,
 from chameleon.tokenizers.quantizer import build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
-from chameleon.train.optimizer import build_adamw, rate_at, set_rate
+from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FitImageRecipe
 from chameleon.train.trainer import build_trainer
 
@@ -94,9 +94,9 @@ class ImageTokenizerModule(L.LightningModule):
     step: Tensor
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers: list[torch.optim.Optimizer] = [build_adamw([self.network], self.recipe.optimizer)]
+        optimizers = build_optimizers(self.network, self.recipe.optimizer)
         if self.discriminator is not None:
-            optimizers.append(build_adamw([self.discriminator], self.recipe.discriminator))
+            optimizers += build_optimizers(self.discriminator, self.recipe.discriminator)
         return optimizers
 
     @torch.no_grad()

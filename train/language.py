@@ -13,7 +13,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
 from chameleon.bundle import Bundle
@@ -26,7 +28,7 @@ from chameleon.plan import flops_per_token, matmul_peak
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import TextTokenizer
-from chameleon.train.optimizer import build_adamw, rate_at, set_rate
+from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
 from chameleon.train.trainer import build_trainer
 from chameleon.vocabulary import Modality, Vocabulary
@@ -65,8 +67,8 @@ class LanguageModule(L.LightningModule):
         """Mean norm of the last block's output: its growth foretells divergence (arXiv 2405.09818, fig. 5a)."""
         self.output_norm = output.detach().float().norm(dim=-1).mean()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_adamw([self.model], self.recipe.optimizer)
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.model, self.recipe.optimizer)
 
     def on_fit_start(self) -> None:
         self.peak = matmul_peak(self.device)
@@ -90,9 +92,9 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, rows: Rows, step: int) -> None:
         started = time.perf_counter()
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        set_rate(optimizer.optimizer, rate_at(step, self.recipe.run.steps, self.recipe.optimizer))
+        found = self.optimizers()
+        optimizers = found if isinstance(found, list) else [found]
+        rate = rate_at(step, self.recipe.run.steps, self.recipe.optimizer)
         modality = self.vocabulary.modality(rows.targets)
         weights = self.weights(rows, modality)
         total = weights.sum()
@@ -108,8 +110,11 @@ class LanguageModule(L.LightningModule):
             loss += result.loss.detach()
             parts.append(result)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            set_rate(optimizer.optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log("rate", rate)
         self.log_step(rows, modality, parts, loss, norm, time.perf_counter() - started)
 
     def log_step(
@@ -129,7 +134,6 @@ class LanguageModule(L.LightningModule):
                 "train/log_z": log_z[live].mean(),
                 "train/gradient_norm": norm,
                 "train/output_norm": self.output_norm,
-                "rate": self.optimizers().optimizer.param_groups[0]["lr"],  # type: ignore[union-attr]
                 "speed/tokens_per_second": tokens * self.trainer.world_size,
                 "speed/share_of_matmul_peak": tokens * self.flops / self.peak,
             }
@@ -144,6 +148,45 @@ class LanguageModule(L.LightningModule):
             if chosen.any():
                 name = f"validation/{kind.name.lower()}_loss"
                 self.log(name, result.nll[chosen].mean(), prog_bar=True, batch_size=int(chosen.sum()))
+
+
+class CodebookRows(nn.Module):
+    """Rows of image ids as free rows plus a projection of the codebook: a parametrisation of embedding and head.
+
+    A row learned alone sees each of its codes rarely; the projection is shared by all, so codes near each other in the
+    codebook move together from the first step. It starts at zero and is folded away by `fold_codebook_rows`.
+    """
+
+    def __init__(self, codebook: Tensor, first: int, width: int) -> None:
+        """codebook [K, E], put to mean 0 and deviation 1; row `first` of the weight is that of code 0."""
+        super().__init__()
+        centred = codebook.float() - codebook.float().mean(dim=0)
+        self.register_buffer("codebook", centred / centred.std(), persistent=False)
+        self.first = first
+        self.projection = nn.Parameter(torch.zeros(codebook.shape[1], width))
+
+    codebook: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight [V, D]."""
+        shared = self.codebook @ self.projection
+        return weight + F.pad(shared, (0, 0, self.first, len(weight) - self.first - len(shared)))
+
+
+def add_codebook_rows(model: Transformer, codebook: Tensor, vocabulary: Vocabulary) -> None:
+    """Puts `CodebookRows` on embedding and head. Raises `BadInput` where they are one."""
+    if model.config.tied_head:
+        raise BadInput("codebook_rows needs an untied head", where="recipe", remedy="set tied_head to false")
+    for table in (model.embed, model.head):
+        rows = CodebookRows(codebook, vocabulary.image_start, model.config.width)
+        parametrize.register_parametrization(table, "weight", rows)
+
+
+def fold_codebook_rows(model: Transformer) -> None:
+    """Makes embedding and head plain again, with the projection added to their rows."""
+    for table in (model.embed, model.head):
+        if parametrize.is_parametrized(table):
+            parametrize.remove_parametrizations(table, "weight", leave_parametrized=True)
 
 
 def load_tokenizers(folder: Path) -> MixedTokenizer:
@@ -181,6 +224,8 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
         raise BadInput(f"context {context} exceeds the model's {bundle.model.config.context}", where="recipe.context")
     fixed = {"context": context, "vocabulary": bundle.vocabulary, "fingerprint": bundle.tokenizer.fingerprint}
     mixture = Mixture(recipe.mixture, rows=recipe.rows, seed=recipe.run.seed, **fixed)  # type: ignore[arg-type]
+    if recipe.codebook_rows:
+        add_codebook_rows(bundle.model, bundle.tokenizer.image.network.quantize.codebook(), bundle.vocabulary)
     module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
     trainer = build_trainer(recipe.run)
     training = StepRows(mixture, recipe.run.steps)
@@ -192,6 +237,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
         held_out = DataLoader(StepRows(validation, count), batch_size=None)
     loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
     trainer.fit(module, loader, held_out)
+    fold_codebook_rows(bundle.model)
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
     history = [*bundle.provenance.get("training", []), {"recipe": to_plain(recipe), "figures": figures}]

@@ -1,9 +1,8 @@
-"""AdamW as the paper sets it, and learning rates as pure functions of the step."""
+"""AdamW as the paper sets it, Muon beside it, and learning rates as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,10 @@ from torch import nn
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule. Defaults are the paper's for pretraining (RECIPE, optimisation, 2.3)."""
+    """The optimiser and its schedule. Defaults are the paper's for pretraining (arXiv 2405.09818, 2.3)."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: the matrices of the blocks by Muon (arXiv 2502.16982, whose scale takes AdamW's rate), the rest by AdamW."""
 
     rate: float = 1e-4
     """Peak learning rate."""
@@ -42,14 +44,35 @@ def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.rate * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_adamw(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of `modules`; only tensors of two or more dimensions decay."""
-    parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values()
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, and not to the norms of heads, which are rows of weights."""
+    return parameter.ndim >= 2 and "_norm." not in name
+
+
+def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers over all trainable parameters of `module`: AdamW, and before it Muon where the config wants it.
+
+    Muon takes the matrices of `module.blocks`; embedding, head, norms and biases stay with AdamW.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    hidden = [n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and decays(n, p)]
+    result: list[torch.optim.Optimizer] = []
+    if hidden:
+        result.append(
+            torch.optim.Muon(
+                [named.pop(name) for name in hidden],
+                lr=config.rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in named.items() if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    betas = (config.betas[0], config.betas[1])
+    result.append(torch.optim.AdamW(groups, lr=config.rate, betas=betas, eps=config.eps, fused=True))
+    return result
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -84,6 +84,9 @@ class TrainRecipe:
     """Named size of a new model, see `chameleon.model.config.SIZES`."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the model that differ from the named size."""
+    codebook_rows: bool = False
+    """While training, add a learned projection of the codebook to the rows of image ids in embedding and head, so that
+    codes that look alike learn alike; folded into plain rows in the bundle."""
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     context: int | None = None

@@ -243,7 +243,11 @@ def colour_name(red: float, green: float, blue: float) -> str:
 
 # --- documents -------------------------------------------------------------------------------------------------------
 # Each task takes its picture from the stream first, so that with one seed all tasks show the same pictures, and those
-# are encoded once.
+# are encoded once. `augmented` 0 shows the pictures as they are.
+
+
+def show(entry: Emoji, stream: random.Random, augmented: int) -> Image:
+    return Image(augment(entry, stream) if augmented else entry.picture)
 
 
 def ask(*content: Part) -> Message:
@@ -254,27 +258,27 @@ def reply(*content: Part) -> Message:
     return Message("assistant", Document(content))
 
 
-def pairs(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[Document]:
+def pairs(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Document]:
     """Pictures with captions; one in ten has no caption, so that the model also learns pictures alone."""
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = Image(augment(entry, stream))
+        picture = show(entry, stream, augmented)
         yield Document((picture,) if stream.random() < 0.1 else (picture, Text(entry.caption)))
 
 
-def captioning(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[Conversation]:
+def captioning(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
     """A picture, answered by its caption."""
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        yield Conversation((ask(Image(augment(entry, stream))), reply(Text(entry.caption))))
+        yield Conversation((ask(show(entry, stream, augmented)), reply(Text(entry.caption))))
 
 
-def answering(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[Conversation]:
+def answering(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
     """Questions about one picture in one conversation, as LLaVA-1.5 (arXiv 2310.03744) lays out its VQA data.
 
     The order is random, so that each kind of question is also met without answers before it. The name comes last if at
     all: it would give the others away.
     """
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = Image(augment(entry, stream))
+        picture = show(entry, stream, augmented)
         asked = questions(entry, stream)
         name, rest = asked[0], asked[1:]
         stream.shuffle(rest)
@@ -287,10 +291,10 @@ def answering(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[C
         yield Conversation(tuple(messages))
 
 
-def drawing(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[Conversation]:
+def drawing(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
     """A caption, in a quarter of the cases with the style, answered by the picture; one in ten prompts is empty."""
     for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = Image(augment(entry, stream))
+        picture = show(entry, stream, augmented)
         prompt = entry.caption
         if stream.random() < 0.25:
             prompt = f"{prompt}, {entry.style} style"

@@ -1,0 +1,284 @@
+"""Speed of training, decoding, image encoding and text encoding beside what one would take instead.
+
+Both sides do the same work in the same process, round by round in turn, so that whatever the machine does in between
+falls on both; what is said is the ratio of the medians. Run with nothing else running:
+
+    python benchmarks/speed.py [--rounds 5] [--device cpu] [--only training decoding …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+from chameleon.data import emoji
+from chameleon.generation.engine import Engine, Request
+from chameleon.generation.modality import Rules
+from chameleon.generation.sampling import GREEDY
+from chameleon.model.config import named_size
+from chameleon.model.loss import chunked_cross_entropy
+from chameleon.model.transformer import Transformer, packed_mask
+from chameleon.plan import flops_per_token, matmul_peak
+from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+from chameleon.train.optimizer import OptimizerConfig, build_optimizers
+from chameleon.vocabulary import Vocabulary
+
+PIECES, CODES = 8192, 8186  # with the specials 16,384 ids
+ROWS, LENGTH = 4, 512
+PROMPT, NEW = 32, 64
+Side = Callable[[], object]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(side: Side, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    side()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, options: Any) -> dict[str, Any]:
+    """Medians of both sides over the rounds, after one round each that is not counted. `work`: units a call does."""
+    sides = {"ours": ours, **({"theirs": theirs} if theirs is not None else {})}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.rounds + 1):
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        for side in order:
+            taken = seconds(sides[side], options.device)
+            if number:
+                times[side].append(taken)
+    result: dict[str, Any] = {"unit": unit}
+    for side, values in times.items():
+        result[side] = work / statistics.median(values)
+        result[f"{side}_range"] = [work / max(values), work / min(values)]
+    if theirs is not None:
+        result["ratio"] = result["ours"] / result["theirs"]
+    print(f"{name:28} " + "  ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float)), unit)
+    return result
+
+
+# --- the two models --------------------------------------------------------------------------------------------------
+
+
+def our_model(vocabulary: Vocabulary, options: Any) -> Transformer:
+    model = Transformer(named_size("base", vocab_size=vocabulary.size, context=1024))
+    model.init_weights()
+    return model.to(options.device)
+
+
+def their_model(vocabulary: Vocabulary, options: Any) -> Any:
+    """Hugging Face's model of the same shape; its picture tokenizer is made tiny, no picture goes through it here."""
+    c = named_size("base", vocab_size=vocabulary.size, context=1024)
+    config = ChameleonConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.ffn_width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context,
+        vocabulary_map={"<image>": 0},
+        vq_config=ChameleonVQVAEConfig(base_channels=32, channel_multiplier=[1], num_res_blocks=1, resolution=8).to_dict(),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return ChameleonForConditionalGeneration(config).to(options.device)
+
+
+def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """A step of 4×512 ids: forward, loss, backward, clipping, AdamW; bf16 autocast over float32 weights.
+
+    Ours with what training has: packed rows whose attention stays inside documents (two a row), weighted targets,
+    z-loss. Theirs with its own loss, one causal document a row.
+    """
+    ours, theirs = our_model(vocabulary, options), their_model(vocabulary, options)
+    assert sum(p.numel() for p in ours.parameters()) == sum(
+        p.numel() for n, p in theirs.named_parameters() if "vqmodel" not in n
+    ) + qk_difference(ours)
+    theirs.model.vqmodel.requires_grad_(False)
+    optimizers = {
+        "ours": build_optimizers(ours, OptimizerConfig()),
+        "theirs": [torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-4, fused=True)],
+    }
+    ids = torch.randint(vocabulary.text_start, vocabulary.size, (ROWS, LENGTH + 1), device=options.device)
+    documents = (torch.arange(LENGTH, device=options.device) >= LENGTH // 2).long().expand(ROWS, LENGTH)
+    positions = torch.arange(LENGTH, device=options.device).remainder(LENGTH // 2).expand(ROWS, LENGTH)
+    weights = torch.full((ROWS * LENGTH,), 1 / (ROWS * LENGTH), device=options.device)
+
+    def finish(side: str, model: torch.nn.Module, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers[side]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def our_step() -> None:
+        with torch.autocast(options.device.type, torch.bfloat16):
+            hidden = ours(ids[:, :-1], positions, packed_mask(documents)).bfloat16()
+            result = chunked_cross_entropy(hidden.flatten(0, 1), ours.head.weight, ids[:, 1:].flatten(), weights)
+        finish("ours", ours, result.loss)
+
+    def their_step() -> None:
+        with torch.autocast(options.device.type, torch.bfloat16):
+            loss = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+        finish("theirs", theirs, loss)
+
+    result = compare("training step", our_step, their_step, ROWS * LENGTH, "tokens/s", options)
+    peak = matmul_peak(options.device)
+    result["share_of_matmul_peak"] = result["ours"] * flops_per_token(ours.config, LENGTH) / peak
+    return result
+
+
+def qk_difference(model: Transformer) -> int:
+    """Parameters ours has less for QK-norm: theirs keeps a row a head, ours one for all heads."""
+    c = model.config
+    return -c.layers * 2 * c.head_width * (c.heads + c.kv_heads - 2)
+
+
+def decoding(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """64 new ids after prompts of 32, greedy, bf16 weights, whole calls: prompt, cache, rules and sampling included."""
+    ours = our_model(vocabulary, options).bfloat16().eval().requires_grad_(False)
+    theirs = their_model(vocabulary, options).bfloat16().eval().requires_grad_(False)
+    with torch.no_grad():  # nothing ends early on either side
+        ours.head.weight[vocabulary.eos] = 0
+    engine = Engine(ours, vocabulary)
+    results = {}
+    for batch in (1, 8):
+        prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT), device=options.device)
+        requests = [Request(tuple(prompt), Rules(NEW, max_images=0), text=GREEDY) for prompt in prompts.tolist()]
+
+        def our_side(requests: list[Request] = requests) -> None:
+            made = engine.generate(requests)
+            assert all(len(ids) == NEW for ids in made)
+
+        def their_side(prompts: Tensor = prompts) -> None:
+            mask = torch.ones_like(prompts)
+            made = theirs.generate(
+                input_ids=prompts, attention_mask=mask, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
+            )
+            assert made.shape[1] == PROMPT + NEW
+
+        name = f"decoding, batch {batch}"
+        results[str(batch)] = compare(name, our_side, their_side, batch * NEW, "tokens/s", options)
+    weights = sum(p.numel() for name, p in ours.named_parameters() if name != "embed.weight") * 2
+    results["1"]["share_of_memory_peak"] = results["1"]["ours"] * weights / memory_peak(options.device)
+    return results
+
+
+def images(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """Encoding and decoding with the released channels at 256 px, one picture, float32; theirs has no decoder."""
+    config = VQGANConfig(resolution=256)
+    ours = VQGAN(config).eval().requires_grad_(False).to(options.device)
+    theirs = ChameleonVQVAE(ChameleonVQVAEConfig(resolution=256)).eval().requires_grad_(False).to(options.device)
+    picture = torch.rand(1, 3, 256, 256, device=options.device) * 2 - 1
+    codes = ours.encode(picture)
+
+    def their_side() -> None:
+        with torch.no_grad():
+            theirs.encode(picture)
+
+    return {
+        "encode": compare("image encode", lambda: ours.encode(picture), their_side, 1, "pictures/s", options),
+        "decode": compare("image decode", lambda: ours.decode(codes), None, 1, "pictures/s", options),
+    }
+
+
+def text(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """BPE of 4096 pieces learned from the same bytes, encoding 2 MB of code and words, one thread each.
+
+    Ours through `TextTokenizer.encode`, a document at a time as tokenising does; theirs `Tokenizer.encode` of the
+    byte-level BPE that Hugging Face's `tokenizers` builds.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    documents = [d.text for d in emoji.code("train", 1_500_000)] + [d.text for d in emoji.words("train")][:5000]
+    ours = TextTokenizer.fit(documents, 4096)
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
+    )
+    size = sum(len(document.encode()) for document in documents) / 1e6
+    assert all(theirs.decode(theirs.encode(d).ids) == d == ours.decode(ours.encode(d)) for d in documents[:20])
+    result = compare(
+        "text encode",
+        lambda: [ours.encode(document) for document in documents],
+        lambda: [theirs.encode(document).ids for document in documents],
+        size,
+        "MB/s",
+        options,
+    )
+    result["bytes_per_id"] = {
+        "ours": size * 1e6 / sum(len(ours.encode(d)) for d in documents),
+        "theirs": size * 1e6 / sum(len(theirs.encode(d).ids) for d in documents),
+    }
+    return result
+
+
+def memory_peak(device: torch.device) -> float:
+    """Bytes a second of reading: the best of a few sums over half a gigabyte."""
+    values = torch.ones(2**27, device=device)
+    return values.numel() * 4 / min(seconds(values.sum, device) for _ in range(6))
+
+
+def ceilings(vocabulary: Vocabulary, options: Any) -> dict[str, float]:
+    """What the machine can do: bf16 and float32 products of 2048, and reading memory."""
+    result = {
+        "matmul_bf16_tflops": matmul_peak(options.device) / 1e12,
+        "matmul_fp32_tflops": matmul_peak(options.device, torch.float32) / 1e12,
+        "memory_read_gb_per_s": memory_peak(options.device) / 1e9,
+    }
+    print("ceilings", "  ".join(f"{name} {value:.3g}" for name, value in result.items()))
+    return result
+
+
+PARTS = {part.__name__: part for part in (ceilings, training, decoding, images, text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.own(image_codes=CODES, text_pieces=PIECES, grid=(32, 32))
+    result: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "vocabulary": vocabulary.size,
+    }
+    for name in options.only:
+        result[name] = PARTS[name](vocabulary, options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
