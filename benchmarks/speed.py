@@ -71,7 +71,9 @@ def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, 
         result[f"{side}_range"] = [work / max(values), work / min(values)]
     if theirs is not None:
         result["ratio"] = result["ours"] / result["theirs"]
-    print(f"{name:28} " + "  ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float)), unit)
+    print(
+        f"{name:28} " + "  ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float)), unit
+    )
     return result
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from chameleon.bundle import Bundle
+from chameleon.data.token_shards import ShardWriter
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
@@ -81,3 +83,28 @@ def bundle_folder(bundle: Bundle, tmp_path: Path) -> Path:
 @pytest.fixture
 def chameleon(bundle: Bundle) -> Chameleon:
     return Chameleon(bundle)
+
+
+def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) -> Path:
+    """A recipe that trains a very small model on twelve pictures with two words each, in `tmp_path`."""
+    v = tokenizer.vocabulary
+    tokenizer.text.save(tmp_path / "tokenizers")
+    tokenizer.image.save(tmp_path / "tokenizers")
+    with ShardWriter(tmp_path / "shards" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(12):
+            picture = [v.boi, *range(v.image_start, v.image_start + 16), v.eoi]
+            writer.add(torch.tensor([v.bos, *picture, v.sep, v.text_start + n % 3, v.text_start + 5, v.eos]))
+    values = {
+        "tokenizers": str(tmp_path / "tokenizers"),
+        "size": "tiny",
+        "model": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn_width": 32},
+        "context": 48,
+        "rows": 4,
+        "mixture": [{"shards": str(tmp_path / "shards")}],
+        "run": {"out": str(tmp_path / "run"), "steps": 30, "log_every": 5, "progress": False, "precision": "32-true"},
+        "optimizer": {"rate": 0.01, "warmup": 2, "eps": 1e-8},
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

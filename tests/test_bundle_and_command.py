@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from conftest import recipe_file
 from PIL import Image as PILImage
 
 from chameleon import bundle as bundle_module
 from chameleon.bundle import SHIPPED, Bundle
 from chameleon.cli import main
-from chameleon.data.token_shards import ShardWriter
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match
@@ -109,30 +108,6 @@ def test_rates_follow_the_paper() -> None:
     assert rate_at(110, 110, config) == pytest.approx(0.01)
     cosine = OptimizerConfig(rate=1.0, warmup=0, schedule="cosine", final=0.0)
     assert rate_at(50, 100, cosine) == pytest.approx(0.5)
-
-
-def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) -> Path:
-    v = tokenizer.vocabulary
-    tokenizer.text.save(tmp_path / "tokenizers")
-    tokenizer.image.save(tmp_path / "tokenizers")
-    with ShardWriter(tmp_path / "shards" / "s", tokenizer.fingerprint, v) as writer:
-        for n in range(12):
-            picture = [v.boi, *range(v.image_start, v.image_start + 16), v.eoi]
-            writer.add(torch.tensor([v.bos, *picture, v.sep, v.text_start + n % 3, v.text_start + 5, v.eos]))
-    values = {
-        "tokenizers": str(tmp_path / "tokenizers"),
-        "size": "tiny",
-        "model": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn_width": 32},
-        "context": 48,
-        "rows": 4,
-        "mixture": [{"shards": str(tmp_path / "shards")}],
-        "run": {"out": str(tmp_path / "run"), "steps": 30, "log_every": 5, "progress": False, "precision": "32-true"},
-        "optimizer": {"rate": 0.01, "warmup": 2, "eps": 1e-8},
-        **changes,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokenizer: MixedTokenizer) -> None:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from conftest import random_model
+import torch.nn.functional as F
+from conftest import random_model, recipe_file
+from PIL import Image as PILImage
 
+from chameleon.bundle import Bundle
+from chameleon.data.mixture import SourceConfig
+from chameleon.data.token_shards import open_shards
 from chameleon.errors import BadInput
+from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.language import add_codebook_rows, fold_codebook_rows
+from chameleon.tokenizers.vq_loss import VQLossConfig
+from chameleon.tokenizers.vqgan import VQGANConfig
+from chameleon.train.image_tokenizer import fit_image
+from chameleon.train.language import add_codebook_rows, fold_codebook_rows, train
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
+from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
+from chameleon.vocabulary import Modality
 
 
 def test_matrices_decay_and_norms_do_not() -> None:
@@ -81,3 +99,108 @@ def test_a_tied_head_has_no_rows_of_its_own(tokenizer: MixedTokenizer) -> None:
     model = random_model(tokenizer.vocabulary.size, tied_head=True)
     with pytest.raises(BadInput, match="tied_head"):
         add_codebook_rows(model, torch.randn(tokenizer.vocabulary.image_count, 5), tokenizer.vocabulary)
+
+
+# --- the language module ---------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_mean_over_all_ids_of_a_modality(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Batches hold different numbers of text ids; the logged mean must weigh ids alike, not batches."""
+    path = recipe_file(tmp_path, tokenizer)
+    recipe = read_recipe(PretrainRecipe, path, ["run.steps=2", "rows=1"])
+    recipe.validation = [SourceConfig(str(tmp_path / "shards"), swap_pairs=False)]
+    bundle, figures = train(recipe)
+    v, total = tokenizer.vocabulary, {Modality.TEXT: [], Modality.IMAGE: []}
+    for number in range(len(shard := open_shards(tmp_path / "shards")[0])):
+        ids = torch.from_numpy(shard[number])
+        logits = bundle.model.logits(bundle.model(ids[None, :-1]))[0]
+        nll = F.cross_entropy(logits, ids[1:], reduction="none")
+        for kind, values in total.items():
+            values += nll[v.modality(ids[1:]) == kind].tolist()
+    for kind, values in total.items():
+        assert figures[f"validation/{kind.name.lower()}_loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_several_processes_train_as_one(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Two processes share the rows of each step; the weights that come out are those of one process."""
+    path = recipe_file(tmp_path, tokenizer)
+    weights = []
+    for devices in (1, 2):
+        out = tmp_path / f"on-{devices}"
+        settings = [f"run.out={out}", f"run.devices={devices}", "run.accelerator=cpu", "run.steps=6"]
+        command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(path), *settings]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        weights.append(Bundle.load(out / "bundle", dtype=torch.float32).model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=2e-2, msg=name)
+
+
+# --- the image tokenizer's module ------------------------------------------------------------------------------------
+
+
+def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
+    generator = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for number in range(12):
+        values = generator.integers(0, 256, 3, dtype=np.uint8)
+        pixels = np.broadcast_to(values, (16, 16, 3)).copy()
+        pixels[4:12, 4:12] = 255 - values
+        PILImage.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
+    return FitImageRecipe(
+        sources=[f"{folder}/pictures/*.png"],
+        validation=[f"{folder}/pictures/*.png"],
+        run=RunConfig(out=str(folder / "run"), steps=30, log_every=1, progress=False, precision="32-true"),
+        model=VQGANConfig(
+            resolution=16,
+            channels=8,
+            multipliers=(1, 2, 2),
+            res_blocks=1,
+            latent_channels=8,
+            codebook_size=16,
+            codebook_width=4,
+            norm_groups=4,
+        ),
+        loss=VQLossConfig(discriminator_channels=8, discriminator_layers=1, **loss),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(rate=3e-3, betas=(0.9, 0.99), eps=1e-8, warmup=0, schedule="constant"),
+        batch=8,
+    )
+
+
+def test_image_tokenizer_learns_and_comes_back(tmp_path: Path) -> None:
+    recipe = image_recipe(tmp_path)
+    trained, figures = fit_image(recipe)
+    rows = log_of(tmp_path / "run")
+    first, last = (float(rows[place]["train/psnr"]) for place in (0, 29))
+    assert last > first + 3
+    assert figures["validation/usage"] <= 1
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    again = ImageTokenizer.load(tmp_path / "run")
+    assert torch.equal(again.encode(pictures), trained.encode(pictures))
+    wanted, drawn = trained.preprocess(pictures), trained.network.decode(trained.encode(pictures))
+    measured = (10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)))).mean()
+    assert float(measured) == pytest.approx(figures["validation/psnr"], abs=0.05)
+
+
+def test_discriminator_starts_at_its_step(tmp_path: Path) -> None:
+    """Before it nothing adversarial is logged and the discriminator keeps its first weights; from it on both move."""
+    recipe = image_recipe(tmp_path, adversarial=0.5, adversarial_start=20)
+    fit_image(recipe)
+    rows = log_of(tmp_path / "run")
+    assert [bool(row.get("train/adversarial")) for row in rows] == [number >= 20 for number in range(30)]
+    assert all(float(row["train/adaptive_weight"]) >= 0 for row in rows[20:])
+    judged = [float(row["train/discriminator"]) for row in rows[20:]]
+    assert judged[0] == pytest.approx(1.0, abs=0.3)  # a fresh one cannot tell: hinge loss of logits near 0
+    assert len(set(judged)) == 10
+
+
+def test_too_few_pictures_for_the_codebook_are_named(tmp_path: Path) -> None:
+    recipe = image_recipe(tmp_path)
+    recipe.model = replace(recipe.model, codebook_size=20_000)
+    with pytest.raises(BadInput, match="raise batch or lower"):
+        fit_image(recipe)
+
+
+def log_of(run: Path) -> list[dict[str, str]]:
+    """Rows of a run's log that training wrote."""
+    with open(run / "log" / "metrics.csv", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("train/loss")]

@@ -153,15 +153,15 @@ class LanguageModule(L.LightningModule):
 class CodebookRows(nn.Module):
     """Rows of image ids as free rows plus a projection of the codebook: a parametrisation of embedding and head.
 
-    A row learned alone sees each of its codes rarely; the projection is shared by all, so codes near each other in the
-    codebook move together from the first step. It starts at zero and is folded away by `fold_codebook_rows`.
+    A row learned alone sees its code rarely; the projection is shared by all, so codes near each other in the codebook
+    move together from the first step. It starts at zero and is folded away by `fold_codebook_rows`.
     """
 
     def __init__(self, codebook: Tensor, first: int, width: int) -> None:
-        """codebook [K, E], put to mean 0 and deviation 1; row `first` of the weight is that of code 0."""
+        """codebook [K, E], put to mean 0 and rows of length about 1; row `first` of the weight is that of code 0."""
         super().__init__()
         centred = codebook.float() - codebook.float().mean(dim=0)
-        self.register_buffer("codebook", centred / centred.std(), persistent=False)
+        self.register_buffer("codebook", centred / (centred.std() * codebook.shape[1] ** 0.5), persistent=False)
         self.first = first
         self.projection = nn.Parameter(torch.zeros(codebook.shape[1], width))
 

@@ -38,7 +38,8 @@ class RunConfig:
     seed: int = 0
     steps: int = 1000
     precision: str = "bf16-mixed"
-    devices: str = "auto"
+    devices: int | str = "auto"
+    """How many, or `auto`; on CPUs each is a process with its share of the threads."""
     accelerator: str = "auto"
     log_every: int = 10
     """Steps between two rows of the log."""

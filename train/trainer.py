@@ -19,7 +19,7 @@ def build_trainer(run: RunConfig, callbacks: list[Callback] | None = None, **mor
     bar: list[Callback] = [RichProgressBar()] if run.progress else []
     return L.Trainer(
         accelerator=run.accelerator,
-        devices=run.devices if run.devices == "auto" else int(run.devices),
+        devices=run.devices,
         precision=run.precision,  # type: ignore[arg-type]
         max_epochs=1,
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
