@@ -3,7 +3,7 @@ BIN := .venv/bin
 # torch first and by itself: on machines that keep its wheels on disk nothing is downloaded.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all bench lint
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +19,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/codebooks.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -175,6 +175,8 @@ def test_tasks_with_one_seed_show_the_same_pictures() -> None:
     pair = [bytes(d.images[0].tobytes()) for d in emoji.pairs(chosen, 2, 5)]  # type: ignore[union-attr]
     caption = [c.messages[0].content.images[0].tobytes() for c in emoji.captioning(chosen, 2, 5)]  # type: ignore[union-attr]
     assert pair == caption
+    plain = [c.messages[1].content.images[0].tobytes() for c in emoji.drawing(chosen, 3, 5, augmented=0)]  # type: ignore[union-attr]
+    assert set(plain) <= {entry.picture.tobytes() for entry in chosen}
 
 
 def test_colours_are_measured() -> None:

@@ -149,7 +149,9 @@ def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
     return FitImageRecipe(
         sources=[f"{folder}/pictures/*.png"],
         validation=[f"{folder}/pictures/*.png"],
-        run=RunConfig(out=str(folder / "run"), steps=30, log_every=1, progress=False, precision="32-true"),
+        run=RunConfig(
+            out=str(folder / "run"), steps=30, log_every=1, validate_every=600, progress=False, precision="32-true"
+        ),
         model=VQGANConfig(
             resolution=16,
             channels=8,

@@ -119,6 +119,18 @@ def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImag
     return square
 
 
+def moved(picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirror: bool = False) -> PILImage.Image:
+    """The picture zoomed about its centre and its content shifted left and up, in shares of its sides; white outside."""
+    if mirror:
+        picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+    scale = 1 / zoom
+    left, top = (side * (0.5 - scale / 2 + share) for side, share in zip(picture.size, shift, strict=True))
+    matrix = (scale, 0, left, 0, scale, top)
+    return picture.transform(
+        picture.size, PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
+    )
+
+
 def to_tensor(pictures: Iterable[PILImage.Image]) -> Tensor:
     """Square RGB pictures of one size to float32 [B, 3, R, R] in [-1, 1]."""
     values = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))

@@ -142,9 +142,11 @@ class TextTokenizer:
         """
         sample = reservoir((part for text in texts for part in chunks(text)), max(1, sample_bytes // CHUNK_BYTES), seed)
         if not any(part.strip() for part in sample):
-            raise BadInput("no text to learn from", where="fit-text")
+            raise BadInput("no text to learn from", where="text tokenizer")
         if pieces < BYTE_PIECES + 2:
-            raise BadInput(f"{pieces} pieces leave no room beside the 256 bytes", where="fit-text", remedy="ask for more")
+            raise BadInput(
+                f"{pieces} pieces leave no room beside the 256 bytes", where="text tokenizer", remedy="ask for more"
+            )
         # A quarter of the pieces, or an alphabet where that is more, are single characters.
         characters = min(pieces - BYTE_PIECES - 2, max(64, (pieces - BYTE_PIECES) // 4))
         output = io.BytesIO()
@@ -171,6 +173,6 @@ class TextTokenizer:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
             raise BadInput(
-                f"cannot learn {pieces} pieces from this text ({reason})", where="fit-text", remedy="ask for fewer"
+                f"cannot learn {pieces} pieces from this text ({reason})", where="text tokenizer", remedy="ask for fewer"
             ) from None
         return cls(output.getvalue())

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.sources import PictureEntry, read_pictures
 from chameleon.errors import BadInput
-from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, to_tensor
+from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
 from chameleon.tokenizers.quantizer import build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
@@ -61,16 +61,12 @@ class StepPictures(Dataset[Tensor]):
         return to_tensor(pictures)
 
     def augment(self, entry: PictureEntry, stream: np.random.Generator) -> PILImage.Image:
-        side, (low, high), shift = self.recipe.model.resolution, self.recipe.scale, self.recipe.shift
-        picture = fit_square(load_picture(entry.source, entry.name), side)
-        if entry.may_mirror and stream.random() < 0.5:
-            picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        scale = 1 / stream.uniform(low, high)
-        left, top = (side * (0.5 - scale / 2 + stream.uniform(-shift, shift)) for _ in range(2))
-        matrix = (scale, 0, left, 0, scale, top)
-        return picture.transform(
-            (side, side), PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
-        )
+        recipe = self.recipe
+        picture = fit_square(load_picture(entry.source, entry.name), recipe.model.resolution)
+        mirror = entry.may_mirror and bool(stream.random() < 0.5)
+        zoom = stream.uniform(*recipe.scale)
+        shift = (stream.uniform(-recipe.shift, recipe.shift), stream.uniform(-recipe.shift, recipe.shift))
+        return moved(picture, zoom, shift, mirror)
 
 
 class ImageTokenizerModule(L.LightningModule):
@@ -106,7 +102,7 @@ class ImageTokenizerModule(L.LightningModule):
         if len(latent) < self.recipe.model.codebook_size:
             raise BadInput(
                 f"{len(latent)} latents cannot start {self.recipe.model.codebook_size} codes",
-                where="fit-image",
+                where="image tokenizer",
                 remedy="raise batch or lower model.codebook_size",
             )
         order = torch.randperm(len(latent))[: 32 * self.recipe.model.codebook_size]

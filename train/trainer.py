@@ -24,7 +24,7 @@ def build_trainer(run: RunConfig, callbacks: list[Callback] | None = None, **mor
         max_epochs=1,
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
         log_every_n_steps=run.log_every,
-        val_check_interval=run.validate_every or None,
+        val_check_interval=min(run.validate_every, run.steps) or None,
         callbacks=[*bar, *(callbacks or [])],
         num_sanity_val_steps=0,
         enable_checkpointing=False,

@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 
 from chameleon.data.webdataset import read_samples
 from chameleon.document import Conversation, Document, Image, Message, Part, Text
+from chameleon.tokenizers.image import moved
 
 EMBEDDED = Path(__file__).parent / "embedded"
 STYLES = ("fluent", "noto", "twemoji")
@@ -158,17 +159,9 @@ def draw_by_concept(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iter
 
 def augment(entry: Emoji, stream: random.Random) -> PILImage.Image:
     """The picture shifted by up to 5%, scaled by 0.85 to 1.1, and mirrored in half of the cases that allow it."""
-    picture = entry.picture
-    if entry.may_mirror and stream.random() < 0.5:
-        picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-    width, height = picture.size
-    scale = 1 / stream.uniform(0.85, 1.1)
-    left = width * (0.5 - scale * 0.5 + stream.uniform(-0.05, 0.05))
-    top = height * (0.5 - scale * 0.5 + stream.uniform(-0.05, 0.05))
-    matrix = (scale, 0, left, 0, scale, top)
-    return picture.transform(
-        picture.size, PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
-    )
+    mirror = entry.may_mirror and stream.random() < 0.5
+    zoom = stream.uniform(0.85, 1.1)
+    return moved(entry.picture, zoom, (stream.uniform(-0.05, 0.05), stream.uniform(-0.05, 0.05)), mirror)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
