@@ -11,10 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chameleon.data.token_shards import checksum
 from chameleon.errors import BadInput
+from chameleon.files import checksum, write_json, written_whole
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
 from chameleon.tokenizers.image import ImageTokenizer
@@ -40,30 +36,6 @@ SHIPPED = Path(__file__).parent / "bundles" / "emoji"
 FORMAT = 1
 
 Prompting = Literal["document", "conversation"]
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, renamed to `folder` when the block ends well; else nothing of it stays.
-
-    Raises `BadInput` where the disk is full or the place cannot be written; what was at `folder` before is then kept.
-    """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise BadInput(f"could not be written ({error})", where=folder, remedy="nothing was changed there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass
@@ -94,8 +66,7 @@ class Bundle:
             self.tokenizer.text.save(place)
             self.tokenizer.image.save(place, dtype)
             files = {path.name: checksum(path) for path in sorted(place.iterdir())}
-            version = importlib.metadata.version("open-chameleon")
-            write_json(place / PROVENANCE_FILE, {**self.provenance, "version": version, "sha256": files})
+            write_json(place / PROVENANCE_FILE, {**self.provenance, "version": version(), "sha256": files})
 
     @classmethod
     def load(
@@ -121,17 +92,31 @@ class Bundle:
             raise BadInput(
                 f"bundle format {config.get('format')!r}, this version reads {FORMAT}", where=place / CONFIG_FILE
             )
+        for key in ("model", "vocabulary", "prompting"):
+            if key not in config:
+                raise BadInput(f"no key {key}", where=place / CONFIG_FILE)
         vocabulary = Vocabulary.from_json(config["vocabulary"], where=place / CONFIG_FILE)
-        tokenizer = MixedTokenizer(TextTokenizer.load(place), ImageTokenizer.load(place, device), vocabulary)
+        text, image = TextTokenizer.load(place), ImageTokenizer.load(place, device)
         model_config = ModelConfig.from_json(config["model"], where=place / CONFIG_FILE)
-        if model_config.vocab_size != vocabulary.size:
-            raise BadInput("model and vocabulary differ in size", where=place / CONFIG_FILE)
+        for name, wanted, found in (
+            ("ids", vocabulary.size, model_config.vocab_size),
+            ("text pieces", vocabulary.text_count, len(text)),
+            ("image codes", vocabulary.image_count, image.config.codebook_size),
+            ("codes a picture", vocabulary.grid, image.config.grid),
+        ):
+            if wanted != found:
+                raise BadInput(f"vocabulary says {wanted} {name}, the files have {found}", where=place / CONFIG_FILE)
+        tokenizer = MixedTokenizer(text, image, vocabulary)
         model = load_weights(model_config, place, device, dtype)
         return cls(model, tokenizer, config["prompting"], provenance)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def version() -> str:
+    """The package's version; "unknown" in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("open-chameleon")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,7 +133,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def verify_files(place: Path, provenance: dict[str, Any]) -> None:
     """Raises `BadInput` naming a file that is missing or not what provenance.json says."""
-    for name, wanted in provenance.get("sha256", {}).items():
+    hashes = provenance.get("sha256")
+    if not isinstance(hashes, dict) or CONFIG_FILE not in hashes:
+        raise BadInput("no checksums", where=place / PROVENANCE_FILE, remedy="copy the whole bundle again")
+    for name, wanted in hashes.items():
         if not (place / name).is_file():
             raise BadInput("file is missing", where=place / name, remedy="copy the whole bundle again")
         if checksum(place / name) != wanted:
@@ -182,7 +170,9 @@ def save_weights(model: Transformer, place: Path, dtype: torch.dtype) -> None:
 def load_weights(config: ModelConfig, place: Path, device: str | torch.device, dtype: torch.dtype) -> Transformer:
     files = [MODEL_FILE]
     if (place / INDEX_FILE).is_file():
-        files = sorted(set(read_json(place / INDEX_FILE)["weight_map"].values()))
+        files = sorted(set(read_json(place / INDEX_FILE).get("weight_map", {}).values()))
+        if not files or any(Path(file).name != file for file in files):
+            raise BadInput("weight_map must name files of this folder", where=place / INDEX_FILE)
     state: dict[str, Tensor] = {}
     for file in files:
         try:

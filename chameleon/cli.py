@@ -10,10 +10,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from chameleon.errors import BadInput
+
+if TYPE_CHECKING:
+    from chameleon.data.token_shards import Report
+    from chameleon.generation.sampling import Sampling
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,21 +52,18 @@ def load_model(arguments: argparse.Namespace) -> Any:
     return Chameleon.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
 
 
-def sampling_of(arguments: argparse.Namespace, temperature: float, top_p: float) -> Any:
-    from chameleon.generation.sampling import Sampling
-
-    return Sampling(
-        temperature=temperature if arguments.temperature is None else arguments.temperature,
-        top_p=top_p if arguments.top_p is None else arguments.top_p,
-        top_k=arguments.top_k,
-        repetition_penalty=arguments.repetition_penalty,
-    )
+def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
+    """`default` with what the command line says."""
+    given = {key: getattr(arguments, key, None) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    return replace(default, **{key: value for key, value in given.items() if value is not None})
 
 
 def caption(arguments: argparse.Namespace) -> None:
+    from chameleon.generation.sampling import GREEDY
+
     model = load_model(arguments)
     texts = model.caption_batch(
-        arguments.image, max_new=arguments.max_new, sampling=sampling_of(arguments, 0.0, 1.0), seed=arguments.seed
+        arguments.image, max_new=arguments.max_new, sampling=sampling_of(arguments, GREEDY), seed=arguments.seed
     )
     rows = [{"image": image, "caption": text} for image, text in zip(arguments.image, texts, strict=True)]
     lines = [row["caption"] if len(rows) == 1 else f"{row['image']}\t{row['caption']}" for row in rows]
@@ -69,7 +71,9 @@ def caption(arguments: argparse.Namespace) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    sampling = sampling_of(arguments, 0.0, 1.0)
+    from chameleon.generation.sampling import GREEDY
+
+    sampling = sampling_of(arguments, GREEDY)
     text = load_model(arguments).answer(
         arguments.image, arguments.question, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed
     )
@@ -77,10 +81,12 @@ def answer(arguments: argparse.Namespace) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> None:
+    from chameleon.generation.engine import IMAGE_SAMPLING
+
     out = Path(arguments.out)
     check_picture_path(out)
     picture = load_model(arguments).draw(
-        arguments.prompt, seed=arguments.seed, guidance=arguments.guidance, sampling=sampling_of(arguments, 0.7, 0.9)
+        arguments.prompt, seed=arguments.seed, guidance=arguments.guidance, sampling=sampling_of(arguments, IMAGE_SAMPLING)
     )
     save_picture(picture, out)
     show(arguments, {"prompt": arguments.prompt, "out": str(out), "seed": arguments.seed}, str(out))
@@ -89,7 +95,7 @@ def draw(arguments: argparse.Namespace) -> None:
 def check_picture_path(path: Path) -> None:
     from PIL import Image as PILImage
 
-    if path.suffix.lower() not in PILImage.registered_extensions():
+    if PILImage.registered_extensions().get(path.suffix.lower()) not in PILImage.SAVE:
         raise BadInput("not a picture's ending", where=path, remedy="use .png, .webp or .jpg")
     if not path.parent.is_dir():
         raise BadInput("no such folder", where=path.parent, remedy="make it first")
@@ -109,6 +115,7 @@ def save_picture(picture: Any, path: Path) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     from chameleon.document import Document, Image, Text, read_json_document
+    from chameleon.generation.engine import IMAGE_SAMPLING, TEXT_SAMPLING
 
     content = read_json_document(Path(arguments.document))
     model = load_model(arguments)
@@ -120,7 +127,8 @@ def generate(arguments: argparse.Namespace) -> None:
         content,
         max_new=arguments.max_new,
         max_images=arguments.max_images,
-        text=sampling_of(arguments, 0.7, 0.9),
+        text=sampling_of(arguments, TEXT_SAMPLING),
+        image=replace(sampling_of(arguments, IMAGE_SAMPLING), repetition_penalty=1.0),
         seed=arguments.seed,
     )
     for part in stream:
@@ -227,32 +235,48 @@ def describe_shards(folder: Path) -> dict[str, Any]:
 # --- making a model --------------------------------------------------------------------------------------------------
 
 
+def say_skipped(report: Report) -> None:
+    """Names the first samples that were passed over, and says how many there were."""
+    for line in report.examples:
+        say(f"skipped: {line}")
+    if report.skipped:
+        say(f"skipped {sum(report.skipped.values())} in all")
+
+
 def fit_text(arguments: argparse.Namespace) -> None:
     from chameleon.data.sources import texts_of
+    from chameleon.data.token_shards import Report
     from chameleon.tokenizers.text import MODEL_FILE, TextTokenizer
 
     out = Path(arguments.out)
+    report = Report()
     tokenizer = TextTokenizer.fit(
-        texts_of(arguments.source), arguments.pieces, sample_bytes=arguments.sample_mb << 20, seed=arguments.seed
+        texts_of(arguments.source, report.skip),
+        arguments.pieces,
+        sample_bytes=arguments.sample_mb << 20,
+        seed=arguments.seed,
     )
     tokenizer.save(out)
+    say_skipped(report)
     show(
         arguments, {"out": str(out / MODEL_FILE), "pieces": len(tokenizer)}, f"{out / MODEL_FILE}: {len(tokenizer)} pieces"
     )
 
 
 def fit_image(arguments: argparse.Namespace) -> None:
+    from chameleon.data.token_shards import Report
     from chameleon.train.image_tokenizer import fit_image as run
     from chameleon.train.recipe import FitImageRecipe, read_recipe
 
     recipe = read_recipe(FitImageRecipe, arguments.config, arguments.override)
-    _, figures = run(recipe)
+    report = Report()
+    _, figures = run(recipe, report.skip)
+    say_skipped(report)
     show(arguments, {"out": recipe.run.out, **figures}, f"{recipe.run.out}\n{table(figures)}")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import Bundle
-    from chameleon.data.token_shards import Report
     from chameleon.data.token_shards import tokenize as run
     from chameleon.train.language import load_tokenizers
 
@@ -266,8 +290,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         say(f"{done} of {total} shards, {report.documents_out} documents, {sum(report.skipped.values())} skipped")
 
     report = run(arguments.source, tokenizer, Path(arguments.out), strict=arguments.strict, progress=progress)
-    for line in report.examples:
-        say(f"skipped: {line}")
+    say_skipped(report)
     value = report.to_json()
     show(
         arguments,
@@ -320,9 +343,9 @@ def build_parser() -> Parser:
     def sampling_options(sub: Parser, max_new: int) -> None:
         sub.add_argument("--temperature", type=float, help="0 is greedy")
         sub.add_argument("--top-p", type=float, help="mass of the nucleus, 1 keeps all")
-        sub.add_argument("--top-k", type=int, default=0, help="keep this many ids, 0 keeps all (default)")
-        sub.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default)")
+        sub.add_argument("--top-k", type=int, help="keep this many ids, 0 keeps all")
         if max_new:
+            sub.add_argument("--repetition-penalty", type=float, help="on text met before, 1 is none")
             sub.add_argument("--max-new", type=int, default=max_new, help=f"ids at most (default: {max_new})")
 
     def recipe_options(sub: Parser) -> None:
@@ -397,6 +420,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.debug:
             raise
         say(f"chameleon {arguments.verb}: {error}")
+        raise SystemExit(2) from None
+    except OSError as error:
+        if arguments.debug or not error.strerror:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        say(f"chameleon {arguments.verb}: {where}{error.strerror}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         say("interrupted")

@@ -45,7 +45,7 @@ def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
 
     stage("training the image tokenizer")
     image_recipe = read_recipe(FitImageRecipe, road.image)
-    image_recipe.run.out = str(tokenizers)
+    image_recipe.run.out, image_recipe.run.devices = str(tokenizers), 1
     image, _ = fit_image(image_recipe)
 
     stage("turning documents into token shards")
@@ -109,7 +109,10 @@ def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def place(recipe: TrainRecipe, out: Path, shards: Path) -> None:
-    """Sets the recipe's folders to those of this run; shard folders keep their last name."""
-    recipe.run.out = str(out)
+    """Sets the recipe's folders to those of this run, on one device; shard folders keep their last name.
+
+    Further devices would be processes that each begin the road anew.
+    """
+    recipe.run.out, recipe.run.devices = str(out), 1
     for source in (*recipe.mixture, *recipe.validation):
         source.shards = str(shards / Path(source.shards).name)

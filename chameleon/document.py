@@ -108,8 +108,6 @@ class Conversation:
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             messages.append(Message(entry["role"], Document(parts_from_json(content, where=place, folder=folder))))
-        if not any(message.role == "assistant" for message in messages):
-            raise BadInput("no assistant turn, so there is nothing to learn", where=where)
         return cls(tuple(messages))
 
 
@@ -130,6 +128,15 @@ def read_json_document(path: Path) -> Document | Conversation:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"not JSON in UTF-8 ({error})", where=path) from None
     return from_json(value, where=path, folder=path.parent)
+
+
+def unicode(text: str, where: object) -> str:
+    """The text, which JSON may spell with half a surrogate pair. Raises `BadInput` for that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"half a surrogate pair at character {error.start}", where=where) from None
+    return text
 
 
 def part_to_json(part: Part) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def parts_from_json(value: Any, *, where: object, folder: Path | None) -> tuple[
                 'expected {"type": "text", "text": …} or {"type": "image", "image": …}', where=f"{where}, part {number}"
             )
         if kind == "text":
-            parts.append(Text(content))
+            parts.append(Text(unicode(content, f"{where}, part {number}")))
         elif content.startswith("data:") or folder is None or Path(content).is_absolute():
             parts.append(Image(content))
         else:

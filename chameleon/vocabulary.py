@@ -2,7 +2,6 @@
 
 Our own layout is `[specials][image codes][text pieces]`. Other layouts (the originals') place the same three kinds of
 ids elsewhere; whoever needs an id, a mask or the grid of a picture asks here, and ids are written nowhere else.
-Both conversions between codes and ids go through a table, so a layout may also permute its image ids.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ SPECIALS = ("pad", "bos", "eos", "boi", "eoi", "sep")
 class Vocabulary:
     """Ids of special tokens, image codes and text pieces.
 
-    `size` counts everything. `image_ids[c]` is the id of image code `c`; `text_start` is the id of text piece 0 in our
-    own layout. A picture is a grid of `grid = (height, width)` codes, row by row.
+    `size` counts everything. Image code c has the id `image_start + c`, text piece p the id `text_start + p`. A picture
+    is a grid of `grid = (height, width)` codes, row by row.
     """
 
     pad: int

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from chameleon.bundle import Bundle
-from chameleon.data.token_shards import ShardWriter
+from chameleon.data.token_shards import write_shard
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
@@ -86,14 +86,15 @@ def chameleon(bundle: Bundle) -> Chameleon:
 
 
 def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) -> Path:
-    """A recipe that trains a very small model on twelve pictures with two words each, in `tmp_path`."""
+    """A recipe that trains a very small model on twelve pictures with a few words each, in `tmp_path`."""
     v = tokenizer.vocabulary
     tokenizer.text.save(tmp_path / "tokenizers")
     tokenizer.image.save(tmp_path / "tokenizers")
-    with ShardWriter(tmp_path / "shards" / "s", tokenizer.fingerprint, v) as writer:
+    with write_shard(tmp_path / "shards" / "s", tokenizer.fingerprint, v) as writer:
         for n in range(12):
             picture = [v.boi, *range(v.image_start, v.image_start + 16), v.eoi]
-            writer.add(torch.tensor([v.bos, *picture, v.sep, v.text_start + n % 3, v.text_start + 5, v.eos]))
+            words = [v.text_start + n % 3] * (1 + n % 4)  # so that rows hold different numbers of targets
+            writer.add(torch.tensor([v.bos, *picture, v.sep, *words, v.text_start + 5, v.eos]))
     values = {
         "tokenizers": str(tmp_path / "tokenizers"),
         "size": "tiny",

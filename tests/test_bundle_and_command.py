@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,34 @@ def test_missing_and_altered_files_are_named(bundle_folder: Path, name: str) -> 
     path.unlink()
     with pytest.raises(BadInput, match=f"{name}: file is missing"):
         Bundle.load(bundle_folder)
+
+
+def test_bundles_that_do_not_fit_together_are_refused(bundle_folder: Path) -> None:
+    def rewrite(name: str, change: Callable[[dict[str, Any]], object]) -> None:
+        path = bundle_folder / name
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    def load() -> None:
+        Bundle.load(bundle_folder, verify=False)
+
+    load()
+    rewrite("config.json", lambda value: value["vocabulary"].update(grid=[2, 8]))
+    with pytest.raises(BadInput, match=r"vocabulary says \(2, 8\) codes a picture, the files have \(4, 4\)"):
+        load()
+    rewrite("config.json", lambda value: value.pop("vocabulary"))
+    with pytest.raises(BadInput, match="no key vocabulary"):
+        load()
+    rewrite("provenance.json", lambda value: value.pop("sha256"))
+    with pytest.raises(BadInput, match="no checksums"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_weight_map_names_files_of_its_folder_only(bundle: Bundle, bundle_folder: Path) -> None:
+    (bundle_folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')
+    with pytest.raises(BadInput, match="must name files of this folder"):
+        Bundle.load(bundle_folder, verify=False)
 
 
 def test_a_full_disk_leaves_what_was_there(bundle: Bundle, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +231,16 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
         (["tokenize", "nothing*.tar", "--out", "x"], "no file matches"),
         (["generate", "none.json"], "no such file"),
         (["evaluate", "--parts", "nothing"], "use reconstruction"),
+        (["evaluate", "--concepts", "1"], "take more"),
+        (["pretrain", "--config", "demo-pretrain", "run.out=[a"], "not YAML"),
+        (["pretrain", "--config", "demo-pretrain", "tokenizers=x", "model={widht: 3}"], "did you mean model.width"),
+        (["info", "--json", "."], "no token shard"),
+        (["generate", "."], "Is a directory"),
+        (["draw", "x", "--out", "x.psd"], "not a picture's ending"),
+        (["draw", "x", "--out", "x.png", "--device", "gpu"], "cannot be used"),
+        (["draw", "x", "--out", "x.png", "--temperature", "-1"], "must be 0 (greedy) or more"),
+        (["tokenize", "emoji:pairs?concepts=abc", "--out", "x"], "option is no number"),
+        (["tokenize", "emoji:words", "--out", "/proc/x"], "could not be written"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

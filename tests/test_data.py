@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from chameleon.data import emoji
-from chameleon.data.mixture import Mixture, SourceConfig
+from chameleon.data import emoji, token_shards
+from chameleon.data.mixture import Mixture, PackedSource, SourceConfig
 from chameleon.data.packing import cut, pack
 from chameleon.data.sources import expand, read, read_pictures, texts_of
-from chameleon.data.token_shards import ShardWriter, TokenShard, open_shards, tokenize
+from chameleon.data.token_shards import TokenShard, open_shards, tokenize, write_shard
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
+from chameleon.tokenizers.image import load_picture
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
 from chameleon.vocabulary import Vocabulary
 
@@ -93,6 +94,69 @@ def test_truncated_archives_keep_what_came_before(shard: Path, tmp_path: Path, t
     noise.write_bytes(b"no archive at all" * 100)
     report = tokenize([str(noise)], tokenizer, tmp_path / "out2")
     assert report.documents_out == 0 and sum(report.skipped.values()) == 1
+
+
+def test_an_archive_cut_between_members_is_reported_and_its_last_sample_left_out(shard: Path, tmp_path: Path) -> None:
+    """tarfile alone takes such an archive for whole, and its last picture would be read without its caption."""
+    with tarfile.open(shard) as archive:
+        caption = archive.getmember("a.txt")
+    for end, last in ((caption.offset, "a.png"), (caption.offset + 100, "a.png"), (caption.offset_data + 512, "a.txt")):
+        cut_off = tmp_path / f"{end}.tar"
+        cut_off.write_bytes(shard.read_bytes()[:end])
+        skipped: list[str] = []
+        assert not list(read(expand(str(cut_off))[0], lambda where, why: skipped.append(f"{where}: {why}")))  # noqa: B023
+        assert len(skipped) == 1 and f"after {last}" in skipped[0] and "sample a may lack files" in skipped[0]
+        with pytest.raises(BadInput, match="truncated archive"):
+            list(read(expand(str(cut_off))[0]))
+
+
+def test_odd_samples_are_skipped_and_the_rest_read(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, data in (
+            ("a.png", png()),
+            ("a.png", png("blue")),  # the same name twice
+            ("b.png", png()),
+            ("b.json", b"[1]"),
+            ("c.json", b'{"parts": [{"type": "image", "image": "/etc/hostname"}]}'),
+            ("d.png", png()),
+            ("d.json", b'{"parts": [{"type": "text", "text": "x"}, {"type": "image", "image": "d.png"}]}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    skipped: list[str] = []
+    samples = list(read(expand(str(tmp_path / "odd.tar"))[0], lambda where, why: skipped.append(f"{where}: {why}")))
+    assert [Path(sample.key).name.split()[-1] for sample in samples] == ["a", "d"]
+    assert len(skipped) == 3
+    for part in ("duplicate file name", "sidecar is not an object", "no member /etc/hostname"):
+        assert any(part in line for line in skipped), part
+    content = samples[1].content
+    assert isinstance(content, Document) and content.text == "x"
+    assert load_picture(content.images[0]).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_captions_beside_pictures_are_no_texts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(png())
+    (tmp_path / "p.txt").write_text("a caption")
+    (tmp_path / "q.png").write_bytes(png())
+    (tmp_path / "q.txt").write_bytes(b"\xff")
+    (tmp_path / "r.txt").write_text("a text")
+    assert [(Path(s.path).name, s.kind) for s in expand(str(tmp_path))] == [
+        ("p.png", "picture"),
+        ("q.png", "picture"),
+        ("r.txt", "text"),
+    ]
+    assert [Path(s.path).name for s in expand(f"picture:{tmp_path}")] == ["p.png", "q.png"]
+    skipped: list[str] = []
+    samples = [s for raw in expand(str(tmp_path)) for s in read(raw, lambda where, why: skipped.append(why))]
+    assert len(samples) == 2 and "not UTF-8" in skipped[0]
+
+
+def test_half_a_surrogate_pair_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "\\ud800"}\n{"text": "\\ud83d\\ude00"}\n')
+    skipped: list[str] = []
+    assert list(texts_of([str(tmp_path / "d.jsonl")], lambda where, why: skipped.append(why))) == ["😀"]
+    assert len(skipped) == 1 and "half a surrogate pair" in skipped[0]
 
 
 def test_jsonl_and_text_and_pictures(tmp_path: Path) -> None:
@@ -211,7 +275,7 @@ def test_picture_sources() -> None:
 def test_shards_round_trip_and_are_verified(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     documents = [torch.tensor([v.bos, v.text_start + n, v.eos]) for n in range(5)] + [torch.tensor([v.bos, v.eos])]
-    with ShardWriter(tmp_path / "s", "print", v) as writer:
+    with write_shard(tmp_path / "s", "print", v) as writer:
         for document in documents:
             writer.add(document)
     shard = TokenShard(tmp_path / "s")
@@ -229,9 +293,9 @@ def test_shards_round_trip_and_are_verified(tmp_path: Path, tokenizer: MixedToke
 
 
 def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    with ShardWriter(tmp_path / "s", "old", tokenizer.vocabulary) as writer:
+    with write_shard(tmp_path / "s", "old", tokenizer.vocabulary) as writer:
         writer.add(torch.tensor([1, 2]))
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "s", "new", tokenizer.vocabulary) as writer:  # noqa: PT012
+    with pytest.raises(RuntimeError), write_shard(tmp_path / "s", "new", tokenizer.vocabulary) as writer:  # noqa: PT012
         writer.add(torch.tensor([3]))
         raise RuntimeError
     assert TokenShard(tmp_path / "s").description["fingerprint"] == "old"
@@ -241,6 +305,54 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, tokenizer: Mixed
 def test_tokenizing_again_does_nothing(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 2
     assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 0
+
+
+def test_tokenizing_sees_other_and_changed_and_damaged_files(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    sources, out = [str(tmp_path / "x"), str(tmp_path / "y")], tmp_path / "out"
+    assert tokenize(sources[:1], tokenizer, out).documents_out == 1
+    assert tokenize(sources, tokenizer, out).documents_out == 1  # the other file of that name
+    assert tokenize(sources, tokenizer, out).documents_out == 0
+    (tmp_path / "x" / "a.txt").write_text("x, changed")
+    assert tokenize(sources, tokenizer, out).documents_out == 1
+    ids = next(path for path in out.glob("*/ids.bin"))
+    ids.write_bytes(ids.read_bytes()[:-1])
+    assert tokenize(sources, tokenizer, out).documents_out == 1
+    spelt = {tokenizer.decode(shard[0]).text for shard in open_shards(out)}
+    assert spelt == {"x, changed", "y"}
+
+
+def test_a_full_disk_leaves_the_shard_that_was_there(
+    shard: Path, tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    tokenize([str(shard)], tokenizer, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    next(out.glob("*/ids.bin")).touch()
+    shard.touch()  # changed, so it is made anew
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_shards, "write_json", full)
+    with pytest.raises(BadInput, match="No space left"):
+        tokenize([str(shard)], tokenizer, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_any_number_of_shards_holds_no_file_open(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    def held() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    before = held()
+    for number in range(40):
+        with write_shard(tmp_path / f"s{number:02}", tokenizer.fingerprint, tokenizer.vocabulary) as writer:
+            writer.add(torch.tensor([1, number]))
+    shards = open_shards(tmp_path)
+    assert [int(shard[0][1]) for shard in shards] == list(range(40))
+    assert held() <= before
 
 
 def test_shards_of_other_tokenizers_are_refused(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -303,10 +415,10 @@ def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
     v = tokenizer.vocabulary
     stream = np.random.default_rng(0)
     picture = [v.boi, *[v.image_start] * 16, v.eoi]
-    with ShardWriter(tmp_path / "pairs" / "s", tokenizer.fingerprint, v) as writer:
+    with write_shard(tmp_path / "pairs" / "s", tokenizer.fingerprint, v) as writer:
         for n in range(30):
             writer.add(torch.tensor([v.bos, *picture, *[v.text_start + n] * int(stream.integers(1, 6)), v.eos]))
-    with ShardWriter(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
+    with write_shard(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
         for n in range(20):
             writer.add(torch.tensor([v.bos, *[v.text_start] * 3, v.sep, *[v.text_start + n] * 4, v.eos]))
     return Mixture(
@@ -362,6 +474,38 @@ def test_rows_hold_targets_positions_and_masks(mixture: Mixture) -> None:
                 assert torch.equal(weights[here].bool(), answer_mask(document, v)[1:])
             else:
                 assert weights[here].all()
+
+
+def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Each id but the first is a target once, and the loss lies where it lies in the whole conversation."""
+    v, stream = tokenizer.vocabulary, np.random.default_rng(1)
+    ids = [v.bos]
+    for _ in range(12):
+        prompt, answer = ([v.text_start + int(n) for n in stream.integers(0, 50, stream.integers(1, 9))] for _ in range(2))
+        ids += [*prompt, v.sep, *answer, v.eos]
+    whole = torch.tensor(ids)
+    with write_shard(tmp_path / "s", "print", v) as writer:
+        writer.add(whole)
+    source = PackedSource(SourceConfig(str(tmp_path), loss="answers"), 24, v, "print")
+    assert len(source.pieces) > 3
+    found: dict[int, tuple[int, float]] = {}
+    for number, row in enumerate(source.rows):
+        made = source.row(number, 0, 0)
+        place = 0
+        for piece in (source.pieces[item] for item in row):
+            for target in range(piece.start + 1, piece.end):
+                assert target not in found
+                found[target] = (int(made.targets[place]), float(made.weights[place]))
+                assert int(made.ids[place]) == ids[target - 1]
+                place += 1
+    assert sorted(found) == list(range(1, len(ids)))
+    assert [found[n][0] for n in sorted(found)] == ids[1:]
+    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole, v)[1:].tolist()
+
+
+def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
+    with pytest.raises(BadInput, match="rows 6 do not divide by 4 devices"):
+        mixture.batch(0, 0, 4)
 
 
 def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,41 @@ def test_transparency_is_blended_over_white() -> None:
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_any_shape_becomes_a_square(size: tuple[int, int], fit: str) -> None:
     assert fit_square(PILImage.new("RGB", size, "red"), 16, fit).size == (16, 16)  # type: ignore[arg-type]
+
+
+def test_a_long_strip_takes_no_memory(tmp_path: Path) -> None:
+    PILImage.new("RGB", (1, 60000), "red").save(tmp_path / "strip.png")
+    square = fit_square(load_picture(tmp_path / "strip.png"), 512)
+    assert square.size == (512, 512) and square.getpixel((5, 5)) == (255, 0, 0)
+    values = np.arange(60000).astype(np.uint8)  # 0 … 255 again and again: the middle must be the middle
+    strip = PILImage.fromarray(np.stack([values] * 3, axis=1)[:, None])
+    assert fit_square(strip, 512).getpixel((0, 256)) == strip.getpixel((0, 30000))
+    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert gib < 20  # scaled whole it would be over 60
+
+
+def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
+    PILImage.new("RGB", (8, 8), "red").save(tmp_path / "p.eps")
+    (tmp_path / "p.png").write_bytes((tmp_path / "p.eps").read_bytes())
+    for name in ("p.eps", "p.png"):
+        with pytest.raises(BadInput, match="no picture that can be read"):
+            load_picture(tmp_path / name)
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(
+    image_tokenizer: ImageTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_tokenizer.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_module, "save_file", full)
+    with pytest.raises(BadInput, match="No space left"):
+        image_tokenizer.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_crop_keeps_the_middle_and_pad_keeps_all() -> None:

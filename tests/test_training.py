@@ -17,13 +17,15 @@ from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import SourceConfig
+from chameleon.data.sources import read_pictures
 from chameleon.data.token_shards import open_shards
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.tokenizers.quantizer import build_quantizer
 from chameleon.tokenizers.vq_loss import VQLossConfig
-from chameleon.tokenizers.vqgan import VQGANConfig
-from chameleon.train.image_tokenizer import fit_image
+from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+from chameleon.train.image_tokenizer import StepPictures, fit_image
 from chameleon.train.language import add_codebook_rows, fold_codebook_rows, train
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
@@ -41,6 +43,16 @@ def test_matrices_decay_and_norms_do_not() -> None:
     for name, value in model.named_parameters():
         factor = 1.0 if "norm" in name else 0.95
         torch.testing.assert_close(value.detach(), before[name] * factor, msg=name)
+
+
+def test_codebooks_do_not_decay() -> None:
+    network = VQGAN(
+        VQGANConfig(resolution=16, channels=8, multipliers=(1, 2), norm_groups=4), build_quantizer("plain", 8, 4)
+    )
+    (optimizer,) = build_optimizers(network, OptimizerConfig())
+    still = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert id(network.quantize.embedding.weight) in still
+    assert id(network.quant_conv.weight) not in still
 
 
 def test_muon_takes_the_matrices_of_the_blocks() -> None:
@@ -121,6 +133,7 @@ def test_validation_is_the_mean_over_all_ids_of_a_modality(tmp_path: Path, token
         assert figures[f"validation/{kind.name.lower()}_loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_processes_train_as_one(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Two processes share the rows of each step; the weights that come out are those of one process."""
     path = recipe_file(tmp_path, tokenizer)
@@ -174,13 +187,51 @@ def test_image_tokenizer_learns_and_comes_back(tmp_path: Path) -> None:
     rows = log_of(tmp_path / "run")
     first, last = (float(rows[place]["train/psnr"]) for place in (0, 29))
     assert last > first + 3
-    assert figures["validation/usage"] <= 1
+    assert 0 < figures["validation/usage"] <= 1
     pictures = sorted((tmp_path / "pictures").iterdir())
     again = ImageTokenizer.load(tmp_path / "run")
     assert torch.equal(again.encode(pictures), trained.encode(pictures))
     wanted, drawn = trained.preprocess(pictures), trained.network.decode(trained.encode(pictures))
     measured = (10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)))).mean()
     assert float(measured) == pytest.approx(figures["validation/psnr"], abs=0.05)
+
+
+def test_pictures_that_cannot_be_read_are_named_once_and_others_drawn(tmp_path: Path) -> None:
+    recipe = image_recipe(tmp_path)
+    bad = tmp_path / "pictures" / "bad.png"
+    bad.write_bytes((tmp_path / "pictures" / "0.png").read_bytes()[:40])
+    with pytest.raises(BadInput, match=r"bad\.png"):
+        fit_image(recipe)
+    skipped: list[str] = []
+    fit_image(recipe, lambda where, why: skipped.append(where))
+    assert 1 <= len(skipped) <= 2 and set(skipped) == {str(bad)}  # in training and in validation
+    training = StepPictures(read_pictures(recipe.sources), recipe, lambda *_: None)
+    assert torch.equal(training[3], StepPictures(read_pictures(recipe.sources), recipe, lambda *_: None)[3])
+    recipe.batch = 9
+    training.world = 2
+    with pytest.raises(BadInput, match="batch 9 does not divide by 2"):
+        training[0]
+
+
+@pytest.mark.slow
+def test_image_tokenizer_trains_on_two_processes_with_a_discriminator(tmp_path: Path) -> None:
+    """Codebook, dead-code revival and discriminator are kept alike on both; the two halves of a batch teach as one."""
+    image_recipe(tmp_path)
+    settings = ["model.channels=8", "model.multipliers=[1,2,2]", "model.res_blocks=1", "model.latent_channels=8"]
+    settings += ["model.resolution=16", "model.codebook_size=16", "model.codebook_width=4", "model.norm_groups=4"]
+    settings += [f"sources=[{tmp_path}/pictures/*.png]", f"validation=[{tmp_path}/pictures/*.png]", "batch=8"]
+    settings += ["run.steps=12", "run.log_every=1", "run.precision=32-true", "run.accelerator=cpu", "run.progress=false"]
+    results = []
+    for devices, adversarial in ((1, 0), (2, 0), (2, 0.5)):
+        out = tmp_path / f"{devices}-{adversarial}"
+        own = [f"run.devices={devices}", f"loss.adversarial={adversarial}", f"run.out={out}"]
+        own += ["loss.discriminator_channels=8", "loss.discriminator_layers=1"]
+        command = [sys.executable, "-m", "chameleon.cli", "fit-image", "--config", "emoji-image", *settings, *own]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(ImageTokenizer.load(out).network.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=5e-3, rtol=5e-2, msg=name)
 
 
 def test_discriminator_starts_at_its_step(tmp_path: Path) -> None:

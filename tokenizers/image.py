@@ -27,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chameleon.errors import BadInput
+from chameleon.files import write_json, written_into
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Fit = Literal["crop", "pad"]
 Picture = PILImage.Image | str | Path
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may run programs (EPS) or are rare
 MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
 KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
 CONFIG_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
@@ -46,7 +48,9 @@ def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-            picture = source if isinstance(source, PILImage.Image) else PILImage.open(open_bytes(source, name))
+            picture = (
+                source if isinstance(source, PILImage.Image) else PILImage.open(open_bytes(source, name), formats=FORMATS)
+            )
         if picture.width * picture.height > MAX_PIXELS:
             raise BadInput(f"{picture.width}×{picture.height} pixels are too many", where=name, remedy="scale it down")
         if getattr(picture, "is_animated", False):
@@ -54,10 +58,10 @@ def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Imag
         return to_rgb(picture)
     except (UnidentifiedImageError, PILImage.DecompressionBombError) as error:
         raise BadInput(f"no picture that can be read ({type(error).__name__})", where=name) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"damaged picture ({error})", where=name) from None
+    except BadInput:
+        raise
+    except Exception as error:  # decoders raise all sorts of things on damaged files
+        raise BadInput(f"damaged picture ({error or type(error).__name__})", where=name) from None
 
 
 def describe(source: object) -> str:
@@ -110,8 +114,12 @@ def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImag
         return picture
     scale = side / (min if fit == "crop" else max)(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    picture = picture.resize(size, PILImage.Resampling.LANCZOS)
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    if size[0] * size[1] > MAX_PIXELS:  # a long strip: only what the square shows is scaled
+        across, down = width / size[0], height / size[1]
+        box = (-left * across, -top * down, (side - left) * across, (side - top) * down)
+        return picture.resize((side, side), PILImage.Resampling.LANCZOS, box=box)
+    picture = picture.resize(size, PILImage.Resampling.LANCZOS)
     if fit == "crop":
         return picture.crop((-left, -top, side - left, side - top))
     square = PILImage.new("RGB", (side, side), "white")
@@ -215,11 +223,14 @@ class ImageTokenizer:
         return result
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`, names and shapes as released."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`, names and shapes as released.
+
+        Raises `BadInput` where that fails, and changes nothing then.
+        """
         state = {name: value.to("cpu", dtype).contiguous() for name, value in self.network.released_state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE)
+        with written_into(folder) as place:
+            write_json(place / CONFIG_FILE, self.config.to_json())
+            save_file(state, place / WEIGHTS_FILE)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTokenizer:

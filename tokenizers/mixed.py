@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chameleon.document import Conversation, Document, Image, Part, Text
+from chameleon.errors import BadInput
 from chameleon.tokenizers.image import Fit, ImageTokenizer
 from chameleon.tokenizers.text import TextTokenizer
 from chameleon.vocabulary import Vocabulary
@@ -37,7 +38,10 @@ class Turn:
 
 
 def turns_of(content: Content) -> list[Turn]:
-    """A document as one turn without an answer; a conversation as its pairs of prompt and answer."""
+    """A document as one turn without an answer; a conversation as its pairs of prompt and answer.
+
+    Raises `BadInput` for a conversation that does not end with an answer.
+    """
     if isinstance(content, Document):
         return [Turn(list(content.parts), None)]
     turns: list[Turn] = []
@@ -48,6 +52,8 @@ def turns_of(content: Content) -> list[Turn]:
             prompt = []
         else:
             prompt += message.content.parts
+    if not turns or prompt:
+        raise BadInput("the last message is no assistant's, so there is nothing to learn from it", where="conversation")
     return turns
 
 

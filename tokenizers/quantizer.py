@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 CodebookKind = Literal["plain", "moving_average", "linear"]
 
@@ -41,6 +41,20 @@ def nearest(latent: Tensor, codebook: Tensor) -> Tensor:
     latent, codebook = latent.float(), codebook.float()
     distance = codebook.square().sum(1) - 2 * latent @ codebook.t()  # |latent|² is the same for all codes
     return distance.argmin(1)
+
+
+def over_all(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes that train together."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def of_first(values: Tensor) -> Tensor:
+    """The first process's `values`, on every process that trains with it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast(values, src=0)
+    return values
 
 
 class VectorQuantizer(nn.Module):
@@ -101,12 +115,12 @@ class PlainCodebook(VectorQuantizer):
         self.register_buffer("uses", torch.ones(size), persistent=True)
 
     def observe(self, latent: Tensor, codes: Tensor) -> None:
-        counts = torch.bincount(codes, minlength=len(self.uses)).to(self.uses.dtype)
+        counts = over_all(torch.bincount(codes, minlength=len(self.uses)).to(self.uses.dtype))
         self.uses.lerp_(counts, 1 - self.decay)
         dead = (self.uses < self.revive_below).nonzero().flatten()
         if len(dead):
             pick = torch.randint(len(latent), (len(dead),), device=latent.device)
-            self.place(dead, latent[pick])
+            self.place(dead, of_first(latent[pick]))
             self.uses[dead] = 1.0
 
     @torch.no_grad()
@@ -139,7 +153,7 @@ class MovingAverageCodebook(PlainCodebook):
 
     @torch.no_grad()
     def observe(self, latent: Tensor, codes: Tensor) -> None:
-        self.sums.mul_(self.decay).index_add_(0, codes, latent, alpha=1 - self.decay)
+        self.sums.lerp_(over_all(torch.zeros_like(self.sums).index_add_(0, codes, latent)), 1 - self.decay)
         super().observe(latent, codes)
         used = self.uses >= self.revive_below
         self.embedding.weight[used] = self.sums[used] / self.uses[used].unsqueeze(1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import sentencepiece
 
 from chameleon.errors import BadInput
+from chameleon.files import written_into
 
 MODEL_FILE = "text_tokenizer.model"
 SPACE = "\u2581"
@@ -120,8 +121,9 @@ class TextTokenizer:
         return self.decode_bytes(pieces).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self.model)
+        """Writes `text_tokenizer.model` into the folder. Raises `BadInput` where that fails, and changes nothing then."""
+        with written_into(folder) as place:
+            (place / MODEL_FILE).write_bytes(self.model)
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.sources import PictureEntry, read_pictures
+from chameleon.data.webdataset import Skip, stop
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
 from chameleon.tokenizers.quantizer import build_quantizer
@@ -24,6 +25,8 @@ from chameleon.tokenizers.vqgan import VQGAN
 from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FitImageRecipe
 from chameleon.train.trainer import build_trainer
+
+TRIES = 100  # pictures drawn for one place before a source counts as unreadable
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
@@ -40,29 +43,46 @@ def perplexity(counts: Tensor) -> Tensor:
 class StepPictures(Dataset[Tensor]):
     """Batch of step s: a pure function of (seed, s). Each row draws a group of pictures, then one of the group."""
 
-    def __init__(self, entries: Sequence[PictureEntry], recipe: FitImageRecipe) -> None:
+    def __init__(self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: Skip = stop) -> None:
         groups: dict[str, list[PictureEntry]] = {}
         for entry in entries:
             groups.setdefault(entry.group, []).append(entry)
         self.groups = [groups[name] for name in sorted(groups)]
-        self.recipe = recipe
+        self.recipe, self.on_skip = recipe, on_skip
+        self.bad: set[str] = set()
         self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
         return self.recipe.run.steps
 
     def __getitem__(self, step: int) -> Tensor:
-        """float32 [batch / devices, 3, R, R] in [-1, 1]."""
+        """float32 [batch / devices, 3, R, R] in [-1, 1]. Raises `BadInput` where the batch does not divide by devices."""
+        if self.recipe.batch % self.world:
+            raise BadInput(f"batch {self.recipe.batch} does not divide by {self.world} devices", where="recipe.batch")
         pictures = []
         for row in range(self.rank, self.recipe.batch, self.world):
             stream = np.random.default_rng((self.recipe.run.seed, step, row))
-            group = self.groups[stream.integers(len(self.groups))]
-            pictures.append(self.augment(group[stream.integers(len(group))], stream))
+            pictures.append(self.draw(stream))
         return to_tensor(pictures)
 
-    def augment(self, entry: PictureEntry, stream: np.random.Generator) -> PILImage.Image:
+    def draw(self, stream: np.random.Generator) -> PILImage.Image:
+        """A picture by the stream; one that cannot be read is reported once, and another drawn in its place."""
+        for _ in range(TRIES):
+            group = self.groups[stream.integers(len(self.groups))]
+            entry = group[stream.integers(len(group))]
+            if entry.name in self.bad:
+                continue
+            try:
+                picture = fit_square(load_picture(entry.source, entry.name), self.recipe.model.resolution)
+            except BadInput as error:
+                self.on_skip(entry.name, str(error).removeprefix(f"{entry.name}: "))
+                self.bad.add(entry.name)
+                continue
+            return self.augment(picture, entry, stream)
+        raise BadInput(f"none of {TRIES} pictures drawn could be read", where=", ".join(self.recipe.sources))
+
+    def augment(self, picture: PILImage.Image, entry: PictureEntry, stream: np.random.Generator) -> PILImage.Image:
         recipe = self.recipe
-        picture = fit_square(load_picture(entry.source, entry.name), recipe.model.resolution)
         mirror = entry.may_mirror and bool(stream.random() < 0.5)
         zoom = stream.uniform(*recipe.scale)
         shift = (stream.uniform(-recipe.shift, recipe.shift), stream.uniform(-recipe.shift, recipe.shift))
@@ -179,22 +199,31 @@ class ImageTokenizerModule(L.LightningModule):
         return ImageTokenizer(network)
 
 
-def fit_image(recipe: FitImageRecipe) -> tuple[ImageTokenizer, dict[str, float]]:
-    """Trains, saves to `run.out`, and returns the tokenizer and its last logged figures."""
+def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokenizer, dict[str, float]]:
+    """Trains, saves to `run.out`, and returns the tokenizer and its last logged figures.
+
+    What cannot be read goes to `on_skip` and is passed over.
+    """
     L.seed_everything(recipe.run.seed, verbose=False)
     module = ImageTokenizerModule(recipe)
-    training = StepPictures(read_pictures(recipe.sources), recipe)
+    training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip)
     module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
-    trainer = build_trainer(recipe.run)
+    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial))
     training.rank, training.world = trainer.global_rank, trainer.world_size
     loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
     held_out = []
     if recipe.validation:
         side = recipe.model.resolution
-        pictures = [fit_square(load_picture(entry.source, entry.name), side) for entry in read_pictures(recipe.validation)]
+        pictures = []
+        for entry in read_pictures(recipe.validation, on_skip):
+            try:
+                pictures.append(fit_square(load_picture(entry.source, entry.name), side))
+            except BadInput as error:
+                on_skip(entry.name, str(error).removeprefix(f"{entry.name}: "))
         held_out = [to_tensor(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
     trainer.fit(module, loader, DataLoader(held_out, batch_size=None) if held_out else None)  # type: ignore[arg-type]
     tokenizer = module.tokenizer()
     if trainer.is_global_zero:
         tokenizer.save(Path(recipe.run.out))
+    trainer.strategy.barrier()
     return tokenizer, {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import Mixture, Rows
 from chameleon.errors import BadInput
-from chameleon.model.config import ModelConfig, named_size
+from chameleon.model.config import named_size
 from chameleon.model.loss import TokenLoss, chunked_cross_entropy
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.plan import flops_per_token, matmul_peak
@@ -115,6 +116,8 @@ class LanguageModule(L.LightningModule):
             optimizer.step()
             optimizer.zero_grad()
         self.log("rate", rate)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else the clock stops before the work does
         self.log_step(rows, modality, parts, loss, norm, time.perf_counter() - started)
 
     def log_step(
@@ -203,14 +206,13 @@ def start(recipe: TrainRecipe) -> Bundle:
         dropout = recipe.model.get("dropout", bundle.model.config.dropout)
         if set(recipe.model) - {"dropout"}:
             raise BadInput("the shape of a bundle's model is fixed; only dropout can be set", where="recipe.model")
-        config = ModelConfig(**{**bundle.model.config.to_json(), "dropout": dropout})
-        model = Transformer(config)
+        model = Transformer(replace(bundle.model.config, dropout=dropout))
         model.load_state_dict(bundle.model.state_dict())
         return Bundle(model, bundle.tokenizer, bundle.prompting, bundle.provenance)
     assert recipe.tokenizers is not None
+    config = named_size(recipe.size, **recipe.model)
     tokenizer = load_tokenizers(Path(recipe.tokenizers))
-    changes = {"vocab_size": tokenizer.vocabulary.size, **recipe.model}
-    model = Transformer(named_size(recipe.size, **changes))
+    model = Transformer(replace(config, vocab_size=tokenizer.vocabulary.size))
     model.init_weights()
     return Bundle(model, tokenizer)
 
@@ -224,6 +226,10 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
         raise BadInput(f"context {context} exceeds the model's {bundle.model.config.context}", where="recipe.context")
     fixed = {"context": context, "vocabulary": bundle.vocabulary, "fingerprint": bundle.tokenizer.fingerprint}
     mixture = Mixture(recipe.mixture, rows=recipe.rows, seed=recipe.run.seed, **fixed)  # type: ignore[arg-type]
+    if recipe.verify:
+        for source in mixture.sources:
+            for shard in source.shards:
+                shard.verify()
     if recipe.codebook_rows:
         add_codebook_rows(bundle.model, bundle.tokenizer.image.network.quantize.codebook(), bundle.vocabulary)
     module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
@@ -240,10 +246,11 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     fold_codebook_rows(bundle.model)
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
-    history = [*bundle.provenance.get("training", []), {"recipe": to_plain(recipe), "figures": figures}]
-    bundle.provenance = {"training": history, "data": [data_fingerprint(mixture)]}
+    stage = {"recipe": to_plain(recipe), "figures": figures, "data": data_fingerprint(mixture)}
+    bundle.provenance = {"training": [*bundle.provenance.get("training", []), stage]}
     if trainer.is_global_zero:
         bundle.save(Path(recipe.run.out) / "bundle")
+    trainer.strategy.barrier()
     bundle.model.requires_grad_(False).eval()
     return bundle, figures
 

@@ -45,8 +45,8 @@ def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, and not to the norms of heads, which are rows of weights."""
-    return parameter.ndim >= 2 and "_norm." not in name
+    """Whether weight decay applies: to matrices and kernels, and not to codebooks or the norms of heads."""
+    return parameter.ndim >= 2 and "_norm." not in name and not name.startswith("quantize.")
 
 
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:

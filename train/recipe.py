@@ -99,6 +99,8 @@ class TrainRecipe:
     image_weight: float = 1.0
     """Weight of image codes in the loss, against 1 for text and structure."""
     z_loss: float = Z_LOSS
+    verify: bool = True
+    """Check the SHA-256 of all token shards before the first step."""
     compile: bool = False
     """torch.compile each block."""
     workers: int = 0
@@ -160,7 +162,10 @@ def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str]
         key, sign, value = text.partition("=")
         if not sign:
             raise BadInput(f"expected key=value, got {text!r}", where="command line")
-        put(values, key.split("."), yaml.safe_load(value), text)
+        try:
+            put(values, key.split("."), yaml.safe_load(value), text)
+        except yaml.YAMLError:
+            raise BadInput(f"value of {text!r} is not YAML", where="command line") from None
     check_keys(values, known, "command line" if overrides else where, "")
     parser = ArgumentParser(exit_on_error=False, parser_mode="yaml")
     parser.add_class_arguments(kind)

@@ -6,26 +6,35 @@ import warnings
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from chameleon.train.recipe import RunConfig
 
 
-def build_trainer(run: RunConfig, callbacks: list[Callback] | None = None, **more: Any) -> L.Trainer:
-    """A trainer for one pass over a loader that holds one batch a step. Logs CSV and TensorBoard under `run.out`."""
+def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) -> L.Trainer:
+    """A trainer for one pass over a loader that holds one batch a step. Logs CSV and TensorBoard under `run.out`.
+
+    `parts_unused`: a backward pass may leave out some parameters, which several processes must know of beforehand.
+    """
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*No device id.*"):
         warnings.filterwarnings("ignore", text)
-    bar: list[Callback] = [RichProgressBar()] if run.progress else []
+    bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if run.progress else []
+    devices = run.devices
+    if devices == "auto" and run.accelerator in ("auto", "gpu", "cuda"):
+        devices = max(1, torch.cuda.device_count())
+    if parts_unused and devices not in ("auto", 1):
+        more["strategy"] = "ddp_find_unused_parameters_true"
     return L.Trainer(
         accelerator=run.accelerator,
-        devices=run.devices,
+        devices=devices,
         precision=run.precision,  # type: ignore[arg-type]
         max_epochs=1,
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
         log_every_n_steps=run.log_every,
         val_check_interval=min(run.validate_every, run.steps) or None,
-        callbacks=[*bar, *(callbacks or [])],
+        callbacks=bar,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=run.progress,

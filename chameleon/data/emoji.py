@@ -314,7 +314,9 @@ def code(split: str, limit_bytes: int | None = None) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     taken = 0
     paths = sorted(
-        path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)
+        path
+        for path in root.rglob("*.py")
+        if not {"site-packages", "test", "tests", "idlelib"} & set(path.relative_to(root).parts)
     )
     for number, path in enumerate(paths):
         if (number % 20 == 0) != (split == "validation"):

@@ -69,7 +69,9 @@ class PackedSource:
             if length <= context + 1:
                 pieces.append(Piece(number, 0, length))
             else:
-                pieces += [Piece(number, start, end) for start, end in cut(self.document(number), context, vocabulary)]
+                # A later stretch begins with the last id of the one before, so that each id but the first is a target.
+                stretches = cut(self.document(number), context, vocabulary)
+                pieces += [Piece(number, max(0, start - 1), end) for start, end in stretches]
         self.pieces = [piece for piece in pieces if piece.end - piece.start > 1]
         if not self.pieces:
             raise BadInput("no document with anything to predict", where=config.shards)
@@ -91,7 +93,7 @@ class PackedSource:
         is_pair = (
             len(ids) > block + 2
             and ids[1] == self.vocabulary.boi
-            and bool((ids[1 + block : -1] >= self.vocabulary.text_start).all())
+            and bool(self.vocabulary.is_text(torch.from_numpy(ids[1 + block : -1])).all())
             and ids[-1] == self.vocabulary.eos
         )
         if not is_pair or np.random.default_rng(seed).random() < 0.5:
@@ -107,13 +109,15 @@ class PackedSource:
         place = 0
         for order, item in enumerate(self.rows[number]):
             piece = self.pieces[item]
-            document = self.document(piece.document)[piece.start : piece.end]
-            if self.config.swap_pairs:
+            document = self.document(piece.document)
+            if self.config.swap_pairs and piece.end - piece.start == len(document):
                 document = self.swapped(document, (seed, epoch, piece.document))
-            values = torch.from_numpy(document)
+            whole = torch.from_numpy(document)
+            stretch = slice(piece.start, piece.end)
+            values = whole[stretch]
             end = place + len(values) - 1
             ids[place:end], targets[place:end] = values[:-1], values[1:]
-            weights[place:end] = answer_mask(values, v)[1:].float() if self.config.loss == "answers" else 1.0
+            weights[place:end] = answer_mask(whole, v)[stretch][1:].float() if self.config.loss == "answers" else 1.0
             document_ids[place:end] = order
             positions[place:end] = torch.arange(end - place)
             place = end
@@ -167,7 +171,12 @@ class Mixture:
         return np.random.default_rng((self.seed, source, epoch)).permutation(len(self.sources[source].rows))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Rows:
-        """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T]."""
+        """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T].
+
+        Raises `BadInput` where the rows do not divide: devices with fewer would leave the others waiting.
+        """
+        if self.rows % world:
+            raise BadInput(f"rows {self.rows} do not divide by {world} devices", where="recipe.rows")
         chosen = []
         for number in range(step * self.rows + rank, (step + 1) * self.rows, world):
             source, epoch, row = self.locate(number)

@@ -9,8 +9,10 @@ A sample that cannot be read is passed to `on_skip(where, why)` and passed over;
 
 from __future__ import annotations
 
+import base64
 import glob
 import gzip
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +23,7 @@ from urllib.parse import parse_qsl
 
 from chameleon.data import emoji
 from chameleon.data.webdataset import Skip, read_samples, stop
-from chameleon.document import Conversation, Document, Image, Text, from_json
+from chameleon.document import Conversation, Document, Image, Message, Part, Text, from_json, unicode
 from chameleon.errors import BadInput
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -51,14 +53,24 @@ class RawShard:
     options: dict[str, str] = field(default_factory=dict)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells whether a token shard was made of this: kind, path and options, size and time of the file."""
+        result: dict[str, Any] = {"kind": self.kind, "path": self.path, "options": self.options}
+        if self.kind != "emoji" and (path := Path(self.path)).is_file():
+            status = path.stat()
+            result |= {"bytes": status.st_size, "modified": status.st_mtime_ns}
+        return result
+
+    @property
     def name(self) -> str:
-        """A file name for what is made of the shard: unique among the shards of one source."""
+        """A folder name for what is made of the shard: readable, and apart from those of all other shards."""
         stem = Path(self.path).name
         for ending in sorted((end for ends in ENDINGS.values() for end in ends), key=len, reverse=True):
             if stem.endswith(ending):
                 stem = stem.removesuffix(ending)
                 break
-        return "-".join([stem, *(f"{key}-{value}" for key, value in sorted(self.options.items()))])
+        whole = json.dumps([self.kind, self.path, sorted(self.options.items())])
+        return f"{stem}-{hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()}"
 
 
 def expand(source: str) -> list[RawShard]:
@@ -73,7 +85,7 @@ def expand(source: str) -> list[RawShard]:
     pattern = rest if given else source
     paths = sorted(glob.glob(pattern, recursive=True))
     if paths == [pattern] and Path(pattern).is_dir():
-        paths = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file() and (given or guess(path.name)))
+        paths = sorted(files_of(Path(pattern), given))
     if not paths:
         raise BadInput("no file matches", where=source, remedy="check the path or pattern")
     shards = []
@@ -85,6 +97,17 @@ def expand(source: str) -> list[RawShard]:
             )
         shards.append(RawShard(found, path))
     return shards
+
+
+def files_of(folder: Path, given: str | None) -> Iterator[str]:
+    """The files of a folder that have a reader, or that of the `given` kind; captions beside pictures are not texts."""
+    for path in folder.rglob("*"):
+        kind = guess(path.name) if path.is_file() else None
+        if kind is None or given not in (None, kind):
+            continue
+        if kind == "text" and any(path.with_suffix(ending).is_file() for ending in PICTURE_ENDINGS):
+            continue
+        yield str(path)
 
 
 def guess(path: str) -> str | None:
@@ -115,9 +138,12 @@ def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversat
             fields = json.loads(sample["json"])
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadInput(f"sidecar is not JSON ({error})", where=key) from None
+        if not isinstance(fields, dict):
+            raise BadInput("sidecar is not an object", where=key)
     if "parts" in fields or "messages" in fields:
-        return from_json(fields, where=key)
-    parts: list[Any] = [Image(as_data_url(sample[end[1:]])) for end in PICTURE_ENDINGS if end[1:] in sample][:1]
+        return with_members(from_json(fields, where=key), sample, key)
+    pictures = [sample[end[1:]] for end in PICTURE_ENDINGS if end[1:] in sample]
+    parts: list[Part] = [Image(as_data_url(data)) for data in pictures[:1]]
     caption = fields.get("caption") or fields.get("name")
     if "txt" in sample:
         caption = decode(sample["txt"], key).strip()
@@ -128,9 +154,25 @@ def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversat
     return Document(tuple(parts))
 
 
-def as_data_url(data: bytes) -> str:
-    import base64
+def with_members(content: Document | Conversation, sample: dict[str, Any], key: str) -> Document | Conversation:
+    """The content with pictures named as members of the sample put in. A shard may name no other files."""
+    stem = Path(sample["__key__"]).name
 
+    def put(part: Part) -> Part:
+        if not isinstance(part, Image) or str(part.image).startswith("data:"):
+            return part
+        member = Path(str(part.image)).name
+        data = sample.get(member.removeprefix(f"{stem}.")) if member.startswith(f"{stem}.") else None
+        if not isinstance(data, bytes):
+            raise BadInput(f"no member {part.image} in this sample", where=key)
+        return Image(as_data_url(data))
+
+    if isinstance(content, Document):
+        return Document(tuple(map(put, content.parts)))
+    return Conversation(tuple(Message(m.role, Document(tuple(map(put, m.content.parts)))) for m in content.messages))
+
+
+def as_data_url(data: bytes) -> str:
     return "data:image/*;base64," + base64.b64encode(data).decode()
 
 
@@ -155,7 +197,7 @@ def read_jsonl(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
                 try:
                     value = json.loads(decode(line, key))
                     if isinstance(value, dict) and isinstance(value.get("text"), str):
-                        yield Sample(key, Document((Text(value["text"]),)))
+                        yield Sample(key, Document((Text(unicode(value["text"], key)),)))
                     else:
                         yield Sample(key, from_json(value, where=key, folder=path.parent))
                 except json.JSONDecodeError as error:
@@ -182,10 +224,14 @@ def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
 def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     """A picture; a `.txt` of the same name beside it is its caption."""
     path = Path(shard.path)
-    parts: list[Any] = [Image(path)]
+    parts: list[Part] = [Image(path)]
     caption = path.with_suffix(".txt")
     if caption.is_file():
-        parts.append(Text(decode(caption.read_bytes(), caption).strip()))
+        try:
+            parts.append(Text(decode(caption.read_bytes(), caption).strip()))
+        except BadInput as error:
+            on_skip(shard.path, str(error))
+            return
     yield Sample(shard.path, Document(tuple(parts)))
 
 
@@ -207,16 +253,16 @@ def emoji_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation
     split = options.pop("split")
     if split not in ("train", "validation"):
         raise BadInput(f"no split {split!r}", where=where, remedy="use train or validation")
-    limit = options.pop("concepts", None)
     try:
         numbers = {key: int(value) for key, value in options.items()}
     except ValueError as error:
         raise BadInput(f"option is no number ({error})", where=where) from None
+    limit = numbers.pop("concepts", None)
 
     def run() -> Iterable[Document | Conversation]:
         if shard.path in worded:
             return known[shard.path](split, **numbers)
-        return known[shard.path](emoji.subset(split, int(limit) if limit else None), **numbers)
+        return known[shard.path](emoji.subset(split, limit), **numbers)
 
     return run
 
@@ -260,8 +306,8 @@ class PictureEntry:
     may_mirror: bool = True
 
 
-def read_pictures(sources: Iterable[str]) -> list[PictureEntry]:
-    """The pictures of all sources. Raises `BadInput` where there is none."""
+def read_pictures(sources: Iterable[str], on_skip: Skip = stop) -> list[PictureEntry]:
+    """The pictures of all sources, not opened yet. Raises `BadInput` where there is none."""
     result: list[PictureEntry] = []
     for source in sources:
         for shard in expand(source):
@@ -270,7 +316,7 @@ def read_pictures(sources: Iterable[str]) -> list[PictureEntry]:
                 members = emoji.subset(shard.options.get("split", "train"), int(limit) if limit else None)
                 result += [PictureEntry(entry.key, entry.webp, entry.concept, entry.may_mirror) for entry in members]
             else:
-                for sample in read(shard):
+                for sample in read(shard, on_skip):
                     if isinstance(sample.content, Document):
                         for image in sample.content.images:
                             assert isinstance(image, (str, Path))

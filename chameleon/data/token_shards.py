@@ -7,16 +7,14 @@ NAME/shard.json   counts, SHA-256 of both files, and the fingerprint of the toke
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from chameleon.data import sources
 from chameleon.data.sources import RawShard, Sample
 from chameleon.data.webdataset import stop
 from chameleon.errors import BadInput
+from chameleon.files import checksum, write_json, written_into, written_whole
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Modality, Vocabulary
 
@@ -55,20 +54,12 @@ class Report:
 
 
 class ShardWriter:
-    """Collects documents and writes the shard when the `with` block ends without an exception."""
+    """Collects documents in a folder that becomes a shard; made by `write_shard`."""
 
-    def __init__(self, folder: Path, fingerprint: str, vocabulary: Vocabulary, **description: Any) -> None:
-        self.folder, self.vocabulary = folder, vocabulary
-        self.partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        self.description = {"fingerprint": fingerprint, **description}
+    def __init__(self, file: BinaryIO, vocabulary: Vocabulary) -> None:
+        self.file, self.vocabulary = file, vocabulary
         self.offsets = [0]
         self.counts: Counter[str] = Counter()
-
-    def __enter__(self) -> ShardWriter:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self.file = open(self.partial / IDS, "wb")
-        return self
 
     def add(self, ids: torch.Tensor) -> None:
         """Appends a document of int64 ids [T]."""
@@ -77,34 +68,27 @@ class ShardWriter:
         kinds = torch.bincount(self.vocabulary.modality(ids), minlength=len(Modality)).tolist()
         self.counts.update({kind.name.lower(): kinds[kind] for kind in Modality})
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.file.close()
-        try:
-            if kind is None:
-                np.asarray(self.offsets, dtype="<u8").tofile(self.partial / OFFSETS)
-                description = {
-                    "documents": len(self.offsets) - 1,
-                    "tokens": self.offsets[-1],
-                    "by_modality": dict(self.counts),
-                    "sha256": {name: checksum(self.partial / name) for name in (IDS, OFFSETS)},
-                    "vocabulary": self.vocabulary.to_json(),
-                    **self.description,
-                }
-                (self.partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.partial.rename(self.folder)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
 
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def write_shard(folder: Path, fingerprint: str, vocabulary: Vocabulary, **description: Any) -> Iterator[ShardWriter]:
+    """A writer whose documents are the shard `folder` once the block ends well; else what was there stays."""
+    with written_whole(folder) as place:
+        with open(place / IDS, "wb") as file:
+            writer = ShardWriter(file, vocabulary)
+            yield writer
+        np.asarray(writer.offsets, dtype="<u8").tofile(place / OFFSETS)
+        counts = {
+            "documents": len(writer.offsets) - 1,
+            "tokens": writer.offsets[-1],
+            "by_modality": dict(writer.counts),
+            "sha256": {name: checksum(place / name) for name in (IDS, OFFSETS)},
+            "vocabulary": vocabulary.to_json(),
+        }
+        write_json(place / DESCRIPTION, {**counts, "fingerprint": fingerprint, **description})
 
 
 class TokenShard:
-    """A shard, mapped into memory: document i is `shard[i]`, int64 [T]."""
+    """A shard on disk: document i is `shard[i]`, int64 [T]. No file is held open, so there may be any number of shards."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,13 +102,13 @@ class TokenShard:
             raise BadInput(f"not a shard's description ({error})", where=folder / DESCRIPTION) from None
         if len(self.offsets) != self.description["documents"] + 1 or 4 * self.description["tokens"] != size:
             raise BadInput("files do not have the counts of shard.json", where=folder, remedy="tokenize this shard again")
-        self.ids = np.memmap(folder / IDS, dtype="<u4", mode="r") if size else np.empty(0, dtype="<u4")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.ids[self.offsets[number] : self.offsets[number + 1]].astype(np.int64)
+        start, end = self.offsets[number : number + 2].tolist()
+        return np.fromfile(self.folder / IDS, dtype="<u4", count=end - start, offset=4 * start).astype(np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -166,8 +150,7 @@ def batches(samples: Iterable[Sample], size: int) -> Iterator[Sequence[Sample]]:
 def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, report: Report, *, strict: bool) -> None:
     """One raw shard to one token shard. Samples that cannot be used are counted in `report`, or stop it if `strict`."""
     on_skip = stop if strict else report.skip
-    source = {"kind": raw.kind, "path": Path(raw.path).name, "options": raw.options}
-    with ShardWriter(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=source) as writer:
+    with write_shard(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=raw.identity) as writer:
         for batch in batches(sources.read(raw, on_skip), 64):
             for ids in encode_each(batch, tokenizer, on_skip):
                 writer.add(ids)
@@ -202,27 +185,28 @@ def tokenize(
     strict: bool = False,
     progress: Callable[[int, int, Report], None] | None = None,
 ) -> Report:
-    """Sources to token shards in `out`; shards that are there already, made with these tokenizers, are left.
+    """Sources to token shards in `out`; shards there already, made of the same files with these tokenizers, are left.
 
     Writes `report.json`. `progress` is called with shards done, shards in all, and the report.
     """
     raw = [shard for pattern in patterns for shard in sources.expand(pattern)]
-    names = Counter(shard.name for shard in raw)
-    seen: Counter[str] = Counter()
     report = Report()
     for number, shard in enumerate(raw):
-        name = shard.name
-        if names[name] > 1:
-            name, seen[shard.name] = f"{shard.name}-{seen[shard.name]}", seen[shard.name] + 1
-        if not is_done(out / name, tokenizer.fingerprint):
-            tokenize_shard(shard, out / name, tokenizer, report, strict=strict)
+        if not is_done(out / shard.name, tokenizer.fingerprint, shard):
+            tokenize_shard(shard, out / shard.name, tokenizer, report, strict=strict)
         if progress is not None:
             progress(number + 1, len(raw), report)
-    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    with written_into(out) as place:
+        write_json(place / "report.json", report.to_json())
     return report
 
 
-def is_done(folder: Path, fingerprint: str) -> bool:
+def is_done(folder: Path, fingerprint: str, raw: RawShard) -> bool:
+    """Whether the token shard is there and whole, and was made of this raw shard as it is now, with these tokenizers."""
     if not (folder / DESCRIPTION).is_file():
         return False
-    return bool(TokenShard(folder).description["fingerprint"] == fingerprint)
+    try:
+        made = TokenShard(folder).description
+    except BadInput:
+        return False
+    return bool(made["fingerprint"] == fingerprint and made.get("source") == raw.identity)

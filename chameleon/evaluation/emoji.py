@@ -9,6 +9,7 @@ from typing import Any
 
 from chameleon.data import emoji
 from chameleon.data.emoji import Emoji, Question
+from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match, words
 from chameleon.evaluation.likelihood import bits_per_byte
 from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
@@ -34,6 +35,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """All figures of the suite, as nested dictionaries. `concepts` restricts the set to a subset, as a demo trains on."""
     held_out = emoji.subset("validation", concepts)
+    if not held_out:
+        raise BadInput(f"no style is held out of {concepts} concepts", where="evaluate", remedy="take more")
     result: dict[str, Any] = {}
     if "reconstruction" in parts:
         result["reconstruction"] = reconstruction(model.tokenizer.image, [entry.picture for entry in held_out])

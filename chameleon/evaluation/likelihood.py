@@ -26,8 +26,8 @@ def bits_per_byte(model: Chameleon, documents: Iterable[Document], limit_bytes: 
             break
         ids = model.encode(document)
         for start, end in cut(ids.numpy(), context, model.vocabulary):
-            # The part's first id is predicted from bos alone.
-            part = ids[start:end] if start == 0 else torch.cat((ids[:1], ids[start:end]))[:context]
+            # A later part's first id is predicted from bos alone; its last id is only a target, so all of it fits.
+            part = ids[start:end] if start == 0 else torch.cat((ids[:1], ids[start:end]))
             hidden = model.model(part[None, :-1].to(model.engine.device))[0]
             weights = torch.ones(len(part) - 1, device=hidden.device)
             targets = part[1:].to(hidden.device)

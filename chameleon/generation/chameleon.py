@@ -35,6 +35,10 @@ class Chameleon:
         """Loads a bundle (None: the shipped one). Raises `BadInput` for files that are missing, altered or unfitting."""
         if dtype not in DTYPES:
             raise BadInput(f"{dtype!r} is none of {', '.join(DTYPES)}", where="dtype")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BadInput(f"cannot be used ({str(error).splitlines()[0]})", where=f"device {device}") from None
         return cls(Bundle.load(path, device=device, dtype=DTYPES[dtype]))
 
     @property

@@ -63,13 +63,19 @@ class Running:
 
 
 class Engine:
-    """Continues prompts with a Transformer."""
+    """Continues prompts with a Transformer.
+
+    A request's result depends on its prompt, settings and seed alone. In bfloat16 the products of batches of different
+    sizes round differently, so there a near tie between two ids may fall the other way in another batch.
+    """
 
     def __init__(self, model: Transformer, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.masks = masks(vocabulary).to(self.device)
+        self.text_ids = range(vocabulary.text_slice.start, vocabulary.text_slice.stop)
+        self.nothing_seen = torch.zeros(vocabulary.size, dtype=torch.bool, device=self.device)
 
     def check(self, request: Request) -> None:
         """Raises `BadInput` where the request does not fit the context."""
@@ -123,7 +129,7 @@ class Engine:
                 yield entry.number, token
                 entry.made.append(token)
                 entry.state.push(token)
-                if entry.seen is not None:
+                if entry.seen is not None and token in self.text_ids:
                     entry.seen[token] = True
                 entry.last = token
                 if not entry.state.done:
@@ -157,7 +163,7 @@ class Engine:
             [len(prompt) for prompt in request.prompts],
         )
         if request.text.repetition_penalty != 1:
-            entry.seen = torch.zeros(self.vocabulary.size, dtype=torch.bool, device=self.device)
+            entry.seen = self.nothing_seen.clone()
             entry.seen[ids_of_text(request.prompt, self.vocabulary)] = True
         return entry, states
 
@@ -207,14 +213,10 @@ class Engine:
 
     def seen(self, running: Sequence[Running], open_: Sequence[int], kinds: Sequence[Next]) -> Tensor | None:
         """bool [len(open_), V] for the repetition penalty of rows that are at text, or None where none wants it."""
-        if all(kinds[place] == Next.CODE or running[place].seen is None for place in open_):
+        rows = [None if kinds[place] == Next.CODE else running[place].seen for place in open_]
+        if all(row is None for row in rows):
             return None
-        table = torch.zeros(len(open_), self.vocabulary.size, dtype=torch.bool, device=self.device)
-        for number, place in enumerate(open_):
-            seen = running[place].seen
-            if seen is not None and kinds[place] != Next.CODE:
-                table[number] = seen
-        return table
+        return torch.stack([self.nothing_seen if row is None else row for row in rows])
 
 
 def ids_of_text(ids: Sequence[int], vocabulary: Vocabulary) -> Tensor:

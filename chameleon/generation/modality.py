@@ -8,6 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from chameleon.errors import BadInput
 from chameleon.vocabulary import Vocabulary
 
 
@@ -51,6 +52,12 @@ class Rules:
     max_images: int = 0
     text: bool = True
     """Whether text may be produced; without it a row is `max_images` pictures and the end."""
+
+    def __post_init__(self) -> None:
+        if self.max_new < 1 or self.max_images < 0:
+            raise BadInput(
+                f"{self.max_new} ids with {self.max_images} pictures", where="what to make", remedy="ask for some"
+            )
 
 
 class ModalityState:

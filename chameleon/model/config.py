@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from chameleon.errors import BadInput
@@ -96,7 +96,9 @@ def named_size(name: str, **changes: Any) -> ModelConfig:
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.0)[0]
         raise BadInput(f"no size {name!r}", where="model.size", remedy=f"did you mean {near}? Sizes: {', '.join(SIZES)}")
-    try:
-        return replace(SIZES[name], **changes)
-    except TypeError as error:
-        raise BadInput(str(error), where="model") from None
+    known = [entry.name for entry in fields(ModelConfig)]
+    for key in changes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise BadInput(f"unknown key model.{key}", where="recipe", remedy=f"did you mean model.{near}?")
+    return replace(SIZES[name], **changes)

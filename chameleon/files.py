@@ -1,0 +1,73 @@
+"""Writing files and folders whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from chameleon.errors import BadInput
+
+
+@contextmanager
+def partial_folder(place: Path, target: Path) -> Iterator[Path]:
+    """A fresh folder at `place` that is gone when the block ends. Raises `BadInput` about `target` where writing fails."""
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        yield place
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"could not be written ({error})", where=target, remedy="nothing was changed there") from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, renamed to `folder` when the block ends well; else nothing of it stays.
+
+    Raises `BadInput` where the disk is full or the place cannot be written; what was at `folder` before is then kept.
+    """
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    with partial_folder(folder.with_name(f".{folder.name}.partial-{os.getpid()}"), folder) as partial:
+        yield partial
+        try:
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def written_into(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files move into `folder` when the block ends well, each replacing its namesake.
+
+    Other files of `folder` stay. Raises `BadInput` where the disk is full or the place cannot be written; what was there
+    before is then kept.
+    """
+    with partial_folder(folder / f".partial-{os.getpid()}", folder) as partial:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            path.replace(folder / path.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON in UTF-8."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
