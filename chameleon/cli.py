@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,14 +30,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+# Of several processes that train together the first one speaks; Lightning numbers those it starts.
+SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Progress, to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if SPEAKS:
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(arguments: argparse.Namespace, value: Any, text: str) -> None:
     """A result, to stdout: `value` as JSON with --json, else `text`."""
-    print(json.dumps(value, ensure_ascii=False) if arguments.json else text, flush=True)
+    if SPEAKS:
+        print(json.dumps(value, ensure_ascii=False) if arguments.json else text, flush=True)
 
 
 def counter(part: str, done: int, total: int) -> None:
@@ -291,6 +298,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     report = run(arguments.source, tokenizer, Path(arguments.out), strict=arguments.strict, progress=progress)
     say_skipped(report)
+    for name in report.others:
+        say(f"also in {arguments.out}, made of other sources: {name}")
     value = report.to_json()
     show(
         arguments,

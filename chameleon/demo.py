@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
     image, _ = fit_image(image_recipe)
 
     stage("turning documents into token shards")
+    shutil.rmtree(shards, ignore_errors=True)  # of an earlier run with other tokenizers
     tokenizer = MixedTokenizer(text, image)
     for task, source in road.shards.items():
         report = tokenize([source], tokenizer, shards / task)

@@ -10,7 +10,6 @@ class BadInput(ValueError):
     """
 
     def __init__(self, what: str, *, where: object = None, remedy: str | None = None) -> None:
-        text = f"{where}: {what}" if where is not None else what
-        if remedy:
-            text = f"{text}; {remedy}"
-        super().__init__(" ".join(text.split()))
+        self.reason = " ".join((f"{what}; {remedy}" if remedy else what).split())
+        """The message without the place."""
+        super().__init__(" ".join(f"{where}: {self.reason}".split()) if where is not None else self.reason)

@@ -35,9 +35,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Raises `BadInput` where the disk is full or the place cannot be written; what was at `folder` before is then kept.
     """
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old")
     with partial_folder(folder.with_name(f".{folder.name}.partial-{os.getpid()}"), folder) as partial:
         yield partial
+        if old.exists():  # a process was killed between the lines below
+            shutil.rmtree(old) if folder.exists() else old.rename(folder)
         try:
             if folder.exists():
                 folder.rename(old)
@@ -54,7 +56,7 @@ def written_into(folder: Path) -> Iterator[Path]:
     """A folder to write to, whose files move into `folder` when the block ends well, each replacing its namesake.
 
     Other files of `folder` stay. Raises `BadInput` where the disk is full or the place cannot be written; what was there
-    before is then kept.
+    before is then kept. Files are whole at any time, but a process that is killed while they move leaves old beside new.
     """
     with partial_folder(folder / f".partial-{os.getpid()}", folder) as partial:
         yield partial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -118,8 +119,8 @@ def test_odd_samples_are_skipped_and_the_rest_read(tmp_path: Path, tokenizer: Mi
             ("b.png", png()),
             ("b.json", b"[1]"),
             ("c.json", b'{"parts": [{"type": "image", "image": "/etc/hostname"}]}'),
-            ("d.png", png()),
-            ("d.json", b'{"parts": [{"type": "text", "text": "x"}, {"type": "image", "image": "d.png"}]}'),
+            ("d.PNG", png()),
+            ("d.json", b'{"parts": [{"type": "text", "text": "x"}, {"type": "image", "image": "d.PNG"}]}'),
         ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -150,6 +151,13 @@ def test_captions_beside_pictures_are_no_texts_of_their_own(tmp_path: Path) -> N
     skipped: list[str] = []
     samples = [s for raw in expand(str(tmp_path)) for s in read(raw, lambda where, why: skipped.append(why))]
     assert len(samples) == 2 and "not UTF-8" in skipped[0]
+
+
+def test_naming_the_kind_takes_files_of_any_ending(tmp_path: Path) -> None:
+    (tmp_path / "n.rst").write_text("of an ending without a reader")
+    assert [Path(s.path).name for s in expand(f"text:{tmp_path}")] == ["n.rst"]
+    with pytest.raises(BadInput, match="no file matches"):
+        expand(str(tmp_path))
 
 
 def test_half_a_surrogate_pair_is_skipped(tmp_path: Path) -> None:
@@ -318,8 +326,14 @@ def test_tokenizing_sees_other_and_changed_and_damaged_files(tmp_path: Path, tok
     (tmp_path / "x" / "a.txt").write_text("x, changed")
     assert tokenize(sources, tokenizer, out).documents_out == 1
     ids = next(path for path in out.glob("*/ids.bin"))
-    ids.write_bytes(ids.read_bytes()[:-1])
-    assert tokenize(sources, tokenizer, out).documents_out == 1
+    whole = ids.read_bytes()
+    for damaged in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+        ids.write_bytes(damaged)
+        assert tokenize(sources, tokenizer, out).documents_out == 1
+        assert ids.read_bytes() == whole
+    assert tokenize([os.path.relpath(source) for source in sources], tokenizer, out).documents_out == 0  # the same files
+    report = tokenize(sources[:1], tokenizer, out)
+    assert len(report.others) == 1
     spelt = {tokenizer.decode(shard[0]).text for shard in open_shards(out)}
     assert spelt == {"x, changed", "y"}
 
@@ -330,7 +344,6 @@ def test_a_full_disk_leaves_the_shard_that_was_there(
     out = tmp_path / "out"
     tokenize([str(shard)], tokenizer, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    next(out.glob("*/ids.bin")).touch()
     shard.touch()  # changed, so it is made anew
 
     def full(*args: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,8 @@ def test_a_long_strip_takes_no_memory(tmp_path: Path) -> None:
     values = np.arange(60000).astype(np.uint8)  # 0 … 255 again and again: the middle must be the middle
     strip = PILImage.fromarray(np.stack([values] * 3, axis=1)[:, None])
     assert fit_square(strip, 512).getpixel((0, 256)) == strip.getpixel((0, 30000))
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    assert gib < 20  # scaled whole it would be over 60
+    if sys.platform == "linux":  # KiB there
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 20  # scaled whole it would be over 60
 
 
 def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:

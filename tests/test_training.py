@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model, recipe_file
 from PIL import Image as PILImage
+from torch import distributed, multiprocessing
 
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import SourceConfig
 from chameleon.data.sources import read_pictures
 from chameleon.data.token_shards import open_shards
 from chameleon.errors import BadInput
+from chameleon.model.transformer import Transformer
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.quantizer import build_quantizer
+from chameleon.tokenizers.quantizer import MovingAverageCodebook, build_quantizer, nearest
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.image_tokenizer import StepPictures, fit_image
@@ -107,6 +110,21 @@ def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
     torch.testing.assert_close(model.logits(model(ids)).detach(), before)
 
 
+def test_muon_and_codebook_rows_end_in_a_plain_bundle(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = recipe_file(tmp_path, tokenizer)
+    trained, figures = train(read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon"]))
+    again = Bundle.load(tmp_path / "run" / "bundle", dtype=torch.float32).model.state_dict()
+    assert set(again) == set(Transformer(trained.model.config).state_dict())
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(again[name], value.bfloat16().float()), name
+    assert figures["train/text_loss"] < math.log(tokenizer.vocabulary.size) / 2
+
+
+def test_muon_without_blocks_is_refused() -> None:
+    with pytest.raises(BadInput, match="muon is for Transformers"):
+        build_optimizers(torch.nn.Linear(2, 2), OptimizerConfig(kind="muon"))
+
+
 def test_a_tied_head_has_no_rows_of_its_own(tokenizer: MixedTokenizer) -> None:
     model = random_model(tokenizer.vocabulary.size, tied_head=True)
     with pytest.raises(BadInput, match="tied_head"):
@@ -141,6 +159,7 @@ def test_several_processes_train_as_one(tmp_path: Path, tokenizer: MixedTokenize
     for devices in (1, 2):
         out = tmp_path / f"on-{devices}"
         settings = [f"run.out={out}", f"run.devices={devices}", "run.accelerator=cpu", "run.steps=6"]
+        settings += ["optimizer.kind=muon", "codebook_rows=true"]
         command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(path), *settings]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         weights.append(Bundle.load(out / "bundle", dtype=torch.float32).model.state_dict())
@@ -221,21 +240,61 @@ def test_image_tokenizer_trains_on_two_processes_with_a_discriminator(tmp_path: 
     settings += ["model.resolution=16", "model.codebook_size=16", "model.codebook_width=4", "model.norm_groups=4"]
     settings += [f"sources=[{tmp_path}/pictures/*.png]", f"validation=[{tmp_path}/pictures/*.png]", "batch=8"]
     settings += ["run.steps=12", "run.log_every=1", "run.precision=32-true", "run.accelerator=cpu", "run.progress=false"]
+    settings += ["optimizer.warmup=0", "optimizer.rate=0.003", "optimizer.schedule=constant"]
     results = []
     for devices, adversarial in ((1, 0), (2, 0), (2, 0.5)):
         out = tmp_path / f"{devices}-{adversarial}"
-        own = [f"run.devices={devices}", f"loss.adversarial={adversarial}", f"run.out={out}"]
+        own = ["--json", f"run.devices={devices}", f"loss.adversarial={adversarial}", f"run.out={out}"]
         own += ["loss.discriminator_channels=8", "loss.discriminator_layers=1"]
         command = [sys.executable, "-m", "chameleon.cli", "fit-image", "--config", "emoji-image", *settings, *own]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1  # one of the processes speaks
         results.append(ImageTokenizer.load(out).network.state_dict())
+    moved = []
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=5e-3, rtol=5e-2, msg=name)
+        moved.append((results[2][name] - value).abs().max())
+    assert max(moved) > 0.02  # the discriminator did teach something else
+
+
+def teach(rank: int, folder: str) -> None:
+    """One of two processes: a codebook that sees half of each batch, and whose codes soon die."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    quantizer = MovingAverageCodebook(6, 2, decay=0.5, revive_below=0.6)
+    quantizer.place(torch.arange(6), torch.arange(12.0).view(6, 2))
+    for batch in torch.load(f"{folder}/batches.pt"):
+        half = batch[rank::2]
+        quantizer.observe(half, nearest(half, quantizer.codebook()))
+    torch.save(quantizer.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
+    """Moving averages over both halves are those of one process on the whole batch, and revived codes are alike."""
+    batches = [torch.randn(16, 2, generator=torch.Generator().manual_seed(n)) * 6 for n in range(3)]
+    alone = MovingAverageCodebook(6, 2, decay=0.5, revive_below=0.0)
+    alone.place(torch.arange(6), torch.arange(12.0).view(6, 2))
+    alone.observe(batches[0], nearest(batches[0], alone.codebook()))
+    for count in (1, 3):
+        torch.save(batches[:count], tmp_path / "batches.pt")
+        multiprocessing.spawn(teach, (str(tmp_path),), nprocs=2)
+        (tmp_path / "meet").unlink(missing_ok=True)
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+        for name, value in first.items():
+            assert torch.equal(second[name], value), name
+        if count == 1:
+            kept = alone.uses >= 0.6
+            assert kept.any() and not kept.all()  # the others were revived
+            torch.testing.assert_close(first["uses"][kept], alone.uses[kept])
+            torch.testing.assert_close(first["sums"][kept], alone.sums[kept])
+            assert all((batches[0][0::2] == code).all(1).any() for code in first["embedding.weight"][~kept])
 
 
 def test_discriminator_starts_at_its_step(tmp_path: Path) -> None:
-    """Before it nothing adversarial is logged and the discriminator keeps its first weights; from it on both move."""
+    """Before it nothing adversarial is logged; at it the discriminator judges as a fresh one does."""
     recipe = image_recipe(tmp_path, adversarial=0.5, adversarial_start=20)
     fit_image(recipe)
     rows = log_of(tmp_path / "run")

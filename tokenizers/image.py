@@ -48,9 +48,7 @@ def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-            picture = (
-                source if isinstance(source, PILImage.Image) else PILImage.open(open_bytes(source, name), formats=FORMATS)
-            )
+            picture = source if isinstance(source, PILImage.Image) else open_picture(open_bytes(source, name))
         if picture.width * picture.height > MAX_PIXELS:
             raise BadInput(f"{picture.width}×{picture.height} pixels are too many", where=name, remedy="scale it down")
         if getattr(picture, "is_animated", False):
@@ -62,6 +60,11 @@ def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Imag
         raise
     except Exception as error:  # decoders raise all sorts of things on damaged files
         raise BadInput(f"damaged picture ({error or type(error).__name__})", where=name) from None
+
+
+def open_picture(data: io.BytesIO) -> PILImage.Image:
+    PILImage.init()  # fills OPEN
+    return PILImage.open(data, formats=[name for name in FORMATS if name in PILImage.OPEN])
 
 
 def describe(source: object) -> str:
@@ -115,7 +118,7 @@ def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImag
     scale = side / (min if fit == "crop" else max)(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
-    if size[0] * size[1] > MAX_PIXELS:  # a long strip: only what the square shows is scaled
+    if fit == "crop" and size[0] * size[1] > MAX_PIXELS:  # a long strip: only what the square shows is scaled
         across, down = width / size[0], height / size[1]
         box = (-left * across, -top * down, (side - left) * across, (side - top) * down)
         return picture.resize((side, side), PILImage.Resampling.LANCZOS, box=box)

@@ -19,12 +19,12 @@ from chameleon.data.sources import PictureEntry, read_pictures
 from chameleon.data.webdataset import Skip, stop
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
-from chameleon.tokenizers.quantizer import build_quantizer
+from chameleon.tokenizers.quantizer import build_quantizer, over_all
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
 from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FitImageRecipe
-from chameleon.train.trainer import build_trainer
+from chameleon.train.trainer import build_trainer, fit
 
 TRIES = 100  # pictures drawn for one place before a source counts as unreadable
 
@@ -75,7 +75,7 @@ class StepPictures(Dataset[Tensor]):
             try:
                 picture = fit_square(load_picture(entry.source, entry.name), self.recipe.model.resolution)
             except BadInput as error:
-                self.on_skip(entry.name, str(error).removeprefix(f"{entry.name}: "))
+                self.on_skip(entry.name, error.reason)
                 self.bad.add(entry.name)
                 continue
             return self.augment(picture, entry, stream)
@@ -164,7 +164,7 @@ class ImageTokenizerModule(L.LightningModule):
             self.manual_backward(judged)
             others[0].step()
             self.log("train/discriminator", judged)
-        self.counts.mul_(0.99).add_(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts)))
+        self.counts.mul_(0.99).add_(over_all(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))))
         self.step += 1
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/psnr", psnr(drawn.detach(), pictures).mean(), prog_bar=True)
@@ -219,11 +219,12 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
             try:
                 pictures.append(fit_square(load_picture(entry.source, entry.name), side))
             except BadInput as error:
-                on_skip(entry.name, str(error).removeprefix(f"{entry.name}: "))
+                on_skip(entry.name, error.reason)
         held_out = [to_tensor(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
-    trainer.fit(module, loader, DataLoader(held_out, batch_size=None) if held_out else None)  # type: ignore[arg-type]
+    validation: DataLoader[Any] | None = DataLoader(held_out, batch_size=None) if held_out else None  # type: ignore[arg-type]
+    figures = fit(trainer, module, loader, validation, recipe.run)
     tokenizer = module.tokenizer()
     if trainer.is_global_zero:
         tokenizer.save(Path(recipe.run.out))
     trainer.strategy.barrier()
-    return tokenizer, {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return tokenizer, figures

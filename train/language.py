@@ -31,7 +31,7 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import TextTokenizer
 from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
-from chameleon.train.trainer import build_trainer
+from chameleon.train.trainer import build_trainer, fit
 from chameleon.vocabulary import Modality, Vocabulary
 
 
@@ -210,6 +210,8 @@ def start(recipe: TrainRecipe) -> Bundle:
         model.load_state_dict(bundle.model.state_dict())
         return Bundle(model, bundle.tokenizer, bundle.prompting, bundle.provenance)
     assert recipe.tokenizers is not None
+    if "vocab_size" in recipe.model:
+        raise BadInput("the tokenizers give the number of ids; leave vocab_size out", where="recipe.model")
     config = named_size(recipe.size, **recipe.model)
     tokenizer = load_tokenizers(Path(recipe.tokenizers))
     model = Transformer(replace(config, vocab_size=tokenizer.vocabulary.size))
@@ -226,25 +228,24 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
         raise BadInput(f"context {context} exceeds the model's {bundle.model.config.context}", where="recipe.context")
     fixed = {"context": context, "vocabulary": bundle.vocabulary, "fingerprint": bundle.tokenizer.fingerprint}
     mixture = Mixture(recipe.mixture, rows=recipe.rows, seed=recipe.run.seed, **fixed)  # type: ignore[arg-type]
-    if recipe.verify:
-        for source in mixture.sources:
-            for shard in source.shards:
-                shard.verify()
     if recipe.codebook_rows:
         add_codebook_rows(bundle.model, bundle.tokenizer.image.network.quantize.codebook(), bundle.vocabulary)
     module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
     trainer = build_trainer(recipe.run)
     training = StepRows(mixture, recipe.run.steps)
     training.rank, training.world = trainer.global_rank, trainer.world_size
-    held_out = None
+    held_out, sources = None, mixture.sources
     if recipe.validation:
         validation = Mixture(recipe.validation, rows=recipe.rows, seed=0, **fixed)  # type: ignore[arg-type]
+        sources = sources + validation.sources
         count = max(1, sum(len(source.rows) for source in validation.sources) // recipe.rows)
         held_out = DataLoader(StepRows(validation, count), batch_size=None)
+    if recipe.verify:
+        for shard in (shard for source in sources for shard in source.shards):
+            shard.verify()
     loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
-    trainer.fit(module, loader, held_out)
+    figures = fit(trainer, module, loader, held_out, recipe.run)
     fold_codebook_rows(bundle.model)
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
     stage = {"recipe": to_plain(recipe), "figures": figures, "data": data_fingerprint(mixture)}
     bundle.provenance = {"training": [*bundle.provenance.get("training", []), stage]}

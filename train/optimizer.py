@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from chameleon.errors import BadInput
+
 
 @dataclass
 class OptimizerConfig:
@@ -52,11 +54,14 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """The optimisers over all trainable parameters of `module`: AdamW, and before it Muon where the config wants it.
 
-    Muon takes the matrices of `module.blocks`; embedding, head, norms and biases stay with AdamW.
+    Muon takes the matrices of `module.blocks`, each as it is stored (q, k, v are one, gate and up another); embedding,
+    head, norms and biases stay with AdamW. Raises `BadInput` where Muon is wanted and there are no blocks.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     hidden = [n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and decays(n, p)]
     result: list[torch.optim.Optimizer] = []
+    if config.kind == "muon" and not hidden:
+        raise BadInput("muon is for Transformers", where="recipe.optimizer.kind", remedy="use adamw")
     if hidden:
         result.append(
             torch.optim.Muon(

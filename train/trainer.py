@@ -13,6 +13,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from chameleon.train.recipe import RunConfig
 
 
+def validation_interval(run: RunConfig) -> int | None:
+    """Steps between two validations; None where there is one at the end only."""
+    return min(run.validate_every, run.steps) or None
+
+
 def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) -> L.Trainer:
     """A trainer for one pass over a loader that holds one batch a step. Logs CSV and TensorBoard under `run.out`.
 
@@ -33,7 +38,7 @@ def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) ->
         max_epochs=1,
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
         log_every_n_steps=run.log_every,
-        val_check_interval=min(run.validate_every, run.steps) or None,
+        val_check_interval=validation_interval(run),
         callbacks=bar,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -43,3 +48,16 @@ def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) ->
         default_root_dir=run.out,
         **more,
     )
+
+
+def fit(
+    trainer: L.Trainer, module: L.LightningModule, training: Any, validation: Any | None, run: RunConfig
+) -> dict[str, float]:
+    """Trains, and returns the last logged figures; those of validation are always of the trained weights."""
+    trainer.fit(module, training, validation)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    interval = validation_interval(run)
+    if validation is not None and interval and run.steps % interval:
+        trainer.validate(module, validation, verbose=False)
+        figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return figures

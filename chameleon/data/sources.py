@@ -15,6 +15,8 @@ import gzip
 import hashlib
 import inspect
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,12 +56,22 @@ class RawShard:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells whether a token shard was made of this: kind, path and options, size and time of the file."""
-        result: dict[str, Any] = {"kind": self.kind, "path": self.path, "options": self.options}
-        if self.kind != "emoji" and (path := Path(self.path)).is_file():
-            status = path.stat()
-            result |= {"bytes": status.st_size, "modified": status.st_mtime_ns}
-        return result
+        """What tells whether a token shard was made of this: kind, path and options, sizes and times of the files.
+
+        Pictures that a document in JSON names are not looked at.
+        """
+        files = []
+        if self.kind != "emoji":
+            path = Path(self.path)
+            for file in (path, path.with_suffix(".txt")) if self.kind == "picture" else (path,):
+                if file.is_file():
+                    files.append([file.stat().st_size, file.stat().st_mtime_ns])
+        return {"kind": self.kind, "path": self.place, "options": self.options, "files": files}
+
+    @property
+    def place(self) -> str:
+        """The path in full, however it was given."""
+        return self.path if self.kind == "emoji" else os.path.abspath(self.path)
 
     @property
     def name(self) -> str:
@@ -69,7 +81,7 @@ class RawShard:
             if stem.endswith(ending):
                 stem = stem.removesuffix(ending)
                 break
-        whole = json.dumps([self.kind, self.path, sorted(self.options.items())])
+        whole = json.dumps([self.kind, self.place, sorted(self.options.items())])
         return f"{stem}-{hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()}"
 
 
@@ -102,8 +114,9 @@ def expand(source: str) -> list[RawShard]:
 def files_of(folder: Path, given: str | None) -> Iterator[str]:
     """The files of a folder that have a reader, or that of the `given` kind; captions beside pictures are not texts."""
     for path in folder.rglob("*"):
-        kind = guess(path.name) if path.is_file() else None
-        if kind is None or given not in (None, kind):
+        kind = guess(path.name)
+        # Naming the kind also takes files of unknown endings, but for pictures, which lie among captions and notes.
+        if not path.is_file() or (kind is None and given in (None, "picture")) or (kind and given not in (None, kind)):
             continue
         if kind == "text" and any(path.with_suffix(ending).is_file() for ending in PICTURE_ENDINGS):
             continue
@@ -128,7 +141,7 @@ def read_webdataset(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
         try:
             yield Sample(key, webdataset_content(sample, key))
         except BadInput as error:
-            on_skip(key, str(error).removeprefix(f"{key}: "))
+            on_skip(key, error.reason)
 
 
 def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversation:
@@ -148,7 +161,7 @@ def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversat
     if "txt" in sample:
         caption = decode(sample["txt"], key).strip()
     if caption:
-        parts.append(Text(str(caption)))
+        parts.append(Text(unicode(str(caption), key)))
     if not parts:
         raise BadInput("neither picture nor text", where=key)
     return Document(tuple(parts))
@@ -162,7 +175,7 @@ def with_members(content: Document | Conversation, sample: dict[str, Any], key: 
         if not isinstance(part, Image) or str(part.image).startswith("data:"):
             return part
         member = Path(str(part.image)).name
-        data = sample.get(member.removeprefix(f"{stem}.")) if member.startswith(f"{stem}.") else None
+        data = sample.get(member.removeprefix(f"{stem}.").lower()) if member.startswith(f"{stem}.") else None
         if not isinstance(data, bytes):
             raise BadInput(f"no member {part.image} in this sample", where=key)
         return Image(as_data_url(data))
@@ -203,10 +216,10 @@ def read_jsonl(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
                 except json.JSONDecodeError as error:
                     on_skip(key, f"not JSON ({error})")
                 except BadInput as error:
-                    on_skip(key, str(error).removeprefix(f"{key}: "))
+                    on_skip(key, error.reason)
     except FileNotFoundError:
         raise BadInput("no such file", where=path) from None
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         on_skip(str(path), f"damaged file ({error})")
 
 
@@ -215,7 +228,10 @@ def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     try:
         text = decode(Path(shard.path).read_bytes(), shard.path)
     except BadInput as error:
-        on_skip(shard.path, str(error).removeprefix(f"{shard.path}: "))
+        on_skip(shard.path, error.reason)
+        return
+    except OSError as error:
+        on_skip(shard.path, f"could not be read ({error.strerror})")
         return
     if text:
         yield Sample(shard.path, Document((Text(text),)))
@@ -230,7 +246,10 @@ def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
         try:
             parts.append(Text(decode(caption.read_bytes(), caption).strip()))
         except BadInput as error:
-            on_skip(shard.path, str(error))
+            on_skip(str(caption), error.reason)
+            return
+        except OSError as error:
+            on_skip(str(caption), f"could not be read ({error.strerror})")
             return
     yield Sample(shard.path, Document(tuple(parts)))
 
@@ -318,9 +337,10 @@ def read_pictures(sources: Iterable[str], on_skip: Skip = stop) -> list[PictureE
             else:
                 for sample in read(shard, on_skip):
                     if isinstance(sample.content, Document):
-                        for image in sample.content.images:
+                        for number, image in enumerate(sample.content.images, 1):
                             assert isinstance(image, (str, Path))
-                            result.append(PictureEntry(sample.key, image, f"{sample.key} {len(result)}"))
+                            name = f"{sample.key}, picture {number}" if len(sample.content.images) > 1 else sample.key
+                            result.append(PictureEntry(name, image, name))
     if not result:
         raise BadInput("no picture in any source", where=", ".join(sources))
     return result

@@ -42,6 +42,8 @@ class Report:
     """The first skipped samples, by name."""
     tokens: Counter[str] = field(default_factory=Counter)
     """Ids written, by modality."""
+    others: list[str] = field(default_factory=list)
+    """Shards that lay in the folder before and were made of none of these sources; training on it reads them too."""
 
     def skip(self, where: str, why: str) -> None:
         self.documents_in += 1
@@ -95,18 +97,21 @@ class TokenShard:
         try:
             self.description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             self.offsets = np.fromfile(folder / OFFSETS, dtype="<u8").astype(np.int64)
+            counts = (self.description["documents"] + 1, 4 * self.description["tokens"])
             size = (folder / IDS).stat().st_size
         except FileNotFoundError as error:
             raise BadInput("file is missing", where=error.filename, remedy="tokenize this shard again") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise BadInput(f"not a shard's description ({error})", where=folder / DESCRIPTION) from None
-        if len(self.offsets) != self.description["documents"] + 1 or 4 * self.description["tokens"] != size:
+        if counts != (len(self.offsets), size):
             raise BadInput("files do not have the counts of shard.json", where=folder, remedy="tokenize this shard again")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, number: int) -> np.ndarray:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         start, end = self.offsets[number : number + 2].tolist()
         return np.fromfile(self.folder / IDS, dtype="<u4", count=end - start, offset=4 * start).astype(np.int64)
 
@@ -117,7 +122,7 @@ class TokenShard:
 
     def verify(self) -> None:
         """Raises `BadInput` where a file is not what it was when it was written."""
-        for name, wanted in self.description["sha256"].items():
+        for name, wanted in self.description.get("sha256", {}).items():
             if checksum(self.folder / name) != wanted:
                 raise BadInput("checksum does not fit", where=self.folder / name, remedy="tokenize this shard again")
 
@@ -172,7 +177,7 @@ def encode_each(
         try:
             ids = tokenizer.encode(sample.content)
         except BadInput as error:
-            on_skip(sample.key, str(error))
+            on_skip(sample.key, error.reason)
             continue
         yield ids
 
@@ -190,9 +195,11 @@ def tokenize(
     Writes `report.json`. `progress` is called with shards done, shards in all, and the report.
     """
     raw = [shard for pattern in patterns for shard in sources.expand(pattern)]
-    report = Report()
+    report, fingerprint = Report(), tokenizer.fingerprint
+    names = {shard.name for shard in raw}
+    report.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
     for number, shard in enumerate(raw):
-        if not is_done(out / shard.name, tokenizer.fingerprint, shard):
+        if not is_done(out / shard.name, fingerprint, shard):
             tokenize_shard(shard, out / shard.name, tokenizer, report, strict=strict)
         if progress is not None:
             progress(number + 1, len(raw), report)
@@ -206,7 +213,10 @@ def is_done(folder: Path, fingerprint: str, raw: RawShard) -> bool:
     if not (folder / DESCRIPTION).is_file():
         return False
     try:
-        made = TokenShard(folder).description
+        made = TokenShard(folder)
+        if (made.description.get("fingerprint"), made.description.get("source")) != (fingerprint, raw.identity):
+            return False
+        made.verify()
     except BadInput:
         return False
-    return bool(made["fingerprint"] == fingerprint and made.get("source") == raw.identity)
+    return True

@@ -101,4 +101,7 @@ def named_size(name: str, **changes: Any) -> ModelConfig:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise BadInput(f"unknown key model.{key}", where="recipe", remedy=f"did you mean model.{near}?")
-    return replace(SIZES[name], **changes)
+    try:
+        return replace(SIZES[name], **changes)
+    except (TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"a value of the wrong kind ({error})", where="recipe.model") from None
