@@ -398,7 +398,7 @@ def build_parser() -> Parser:
     sub = verb("draw", draw, "Draws a picture.")
     sub.add_argument("prompt")
     sub.add_argument("--out", required=True, metavar="FILE", help="the picture's file")
-    sub.add_argument("--guidance", type=float, default=3.0, help="scale of guidance, 1 is none (default: 3)")
+    sub.add_argument("--guidance", type=float, default=1.5, help="scale of guidance, 1 is none (default: 1.5)")
     model_options(sub)
     sampling_options(sub, 0)
 

@@ -19,7 +19,7 @@ from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.tokenizers.image import Picture
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
-GUIDANCE = 3.0
+GUIDANCE = 1.5
 
 
 class Chameleon:

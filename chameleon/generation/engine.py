@@ -22,7 +22,7 @@ from chameleon.model.transformer import Transformer
 from chameleon.vocabulary import Vocabulary
 
 TEXT_SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2)
-IMAGE_SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+IMAGE_SAMPLING = Sampling(temperature=0.5, top_p=0.5)
 
 
 @dataclass(frozen=True)
