@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 import transformers
+from hugging_face import config_of
 from torch import Tensor
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAEConfig
+from transformers import ChameleonForConditionalGeneration, ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from chameleon.data import emoji
@@ -72,9 +74,8 @@ def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, 
         result[f"{side}_range"] = [work / max(values), work / min(values)]
     if theirs is not None:
         result["ratio"] = result["ours"] / result["theirs"]
-    print(
-        f"{name:28} " + "  ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float)), unit
-    )
+    shown = (f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
+    print(f"{name:24}", *shown, unit, file=sys.stderr, flush=True)  # stdout is the JSON of all
     return result
 
 
@@ -88,24 +89,9 @@ def our_model(vocabulary: Vocabulary, options: Any) -> Transformer:
 
 
 def their_model(vocabulary: Vocabulary, options: Any) -> Any:
-    """Hugging Face's model of the same shape; its picture tokenizer is made tiny, no picture goes through it here."""
-    c = named_size("base", vocab_size=vocabulary.size, context=1024)
-    config = ChameleonConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=c.ffn_width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.context,
-        vocabulary_map={"<image>": 0},
-        vq_config=ChameleonVQVAEConfig(base_channels=32, channel_multiplier=[1], num_res_blocks=1, resolution=8).to_dict(),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_implementation="sdpa",
-    )
+    """Hugging Face's model of the same shape."""
+    shape = named_size("base", vocab_size=vocabulary.size, context=1024)
+    config = config_of(shape, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
     return ChameleonForConditionalGeneration(config).to(options.device)
 
 
@@ -252,7 +238,7 @@ def memory_peak(device: torch.device) -> float:
 
 
 def ceilings(vocabulary: Vocabulary, options: Any) -> dict[str, float]:
-    """What the machine can do: bf16 and float32 products of 2048, and reading memory."""
+    """What the machine can do: large bf16 and float32 products, and reading memory."""
     result = {
         "matmul_bf16_tflops": matmul_peak(options.device) / 1e12,
         "matmul_fp32_tflops": matmul_peak(options.device, torch.float32) / 1e12,

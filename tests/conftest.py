@@ -28,6 +28,18 @@ TEXT = [
 ]
 
 
+SMALL_VQGAN = VQGANConfig(
+    resolution=16,
+    channels=8,
+    multipliers=(1, 2, 2),
+    res_blocks=1,
+    latent_channels=8,
+    codebook_size=32,
+    codebook_width=4,
+    norm_groups=4,
+)
+
+
 @pytest.fixture(scope="session")
 def text_tokenizer() -> TextTokenizer:
     return TextTokenizer.fit(TEXT * 20, 340)
@@ -36,17 +48,7 @@ def text_tokenizer() -> TextTokenizer:
 @pytest.fixture(scope="session")
 def image_tokenizer() -> ImageTokenizer:
     torch.manual_seed(0)
-    config = VQGANConfig(
-        resolution=16,
-        channels=8,
-        multipliers=(1, 2, 2),
-        res_blocks=1,
-        latent_channels=8,
-        codebook_size=32,
-        codebook_width=4,
-        norm_groups=4,
-    )
-    network = VQGAN(config)
+    network = VQGAN(SMALL_VQGAN)
     torch.nn.init.normal_(network.quantize.embedding.weight, std=0.3)
     # Weights as a bundle keeps them, so that saving changes nothing.
     network.load_state_dict({name: value.bfloat16().float() for name, value in network.state_dict().items()})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, recipe_file
+from conftest import SMALL_VQGAN, random_model, recipe_file
 from PIL import Image as PILImage
 from torch import distributed, multiprocessing
 
@@ -28,8 +28,9 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.quantizer import MovingAverageCodebook, build_quantizer, nearest
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+from chameleon.train.codebook_rows import add_codebook_rows, fold_codebook_rows
 from chameleon.train.image_tokenizer import StepPictures, fit_image
-from chameleon.train.language import add_codebook_rows, fold_codebook_rows, train
+from chameleon.train.language import train
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
 from chameleon.vocabulary import Modality
@@ -184,16 +185,7 @@ def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
         run=RunConfig(
             out=str(folder / "run"), steps=30, log_every=1, validate_every=600, progress=False, precision="32-true"
         ),
-        model=VQGANConfig(
-            resolution=16,
-            channels=8,
-            multipliers=(1, 2, 2),
-            res_blocks=1,
-            latent_channels=8,
-            codebook_size=16,
-            codebook_width=4,
-            norm_groups=4,
-        ),
+        model=replace(SMALL_VQGAN, codebook_size=16),
         loss=VQLossConfig(discriminator_channels=8, discriminator_layers=1, **loss),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(rate=3e-3, betas=(0.9, 0.99), eps=1e-8, warmup=0, schedule="constant"),
         batch=8,

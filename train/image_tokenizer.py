@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from chameleon.data.sources import PictureEntry, read_pictures
 from chameleon.data.webdataset import Skip, stop
 from chameleon.errors import BadInput
+from chameleon.evaluation.pictures import perplexity, psnr
 from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
 from chameleon.tokenizers.quantizer import build_quantizer, over_all
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
@@ -27,17 +28,6 @@ from chameleon.train.recipe import FitImageRecipe
 from chameleon.train.trainer import build_trainer, fit
 
 TRIES = 100  # pictures drawn for one place before a source counts as unreadable
-
-
-def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, in dB: [B] for pictures [B, 3, R, R] in [-1, 1]."""
-    return 10 * torch.log10(4 / (first - second).square().mean((1, 2, 3)).clamp(min=1e-10))
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the shares that `counts` [K] gives: a scalar, K where all codes are used alike."""
-    shares = counts.double() / counts.sum().clamp(min=1)
-    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
 
 
 class StepPictures(Dataset[Tensor]):

@@ -67,17 +67,25 @@ def nearest_names(drawn: Tensor, known: Tensor, names: Sequence[str], count: int
     return result
 
 
+def psnr(first: Tensor, second: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, in dB: [B] for pictures [B, 3, R, R] in [-1, 1]."""
+    return 10 * torch.log10(4 / (first - second).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of the shares that `counts` [K] gives: a scalar, K where all codes are used alike."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
+
+
 def reconstruction(tokenizer: ImageTokenizer, pictures: Sequence[PILImage.Image]) -> dict[str, float]:
     """Mean PSNR in dB of 8-bit reconstructions, share of the codebook used, and perplexity of the codes."""
     codes = tokenizer.encode(pictures)
     drawn = to_tensor(tokenizer.decode(codes))
     wanted = tokenizer.preprocess(pictures)
-    psnr = 10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)).clamp(min=1e-10))
-    counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size).double()
-    shares = counts / counts.sum()
-    entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
+    counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size)
     return {
-        "psnr_db": float(psnr.mean()),
+        "psnr_db": float(psnr(drawn, wanted).mean()),
         "codebook_used": float((counts > 0).double().mean()),
-        "codebook_perplexity": float(entropy.exp()),
+        "codebook_perplexity": float(perplexity(counts)),
     }
