@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image as PILImage
+
 from chameleon.data import emoji
 from chameleon.data.emoji import Emoji, Question
 from chameleon.errors import BadInput
@@ -45,7 +47,8 @@ def evaluate(
     if "questions" in parts:
         result["questions"] = question_accuracy(model, held_out, seed, progress)
     if "drawings" in parts and drawings:
-        result["drawings"] = drawn(model, held_out, emoji.subset("train", concepts), drawings, seed, progress)
+        judge = DrawingJudge(emoji.subset("train", concepts), held_out)
+        result["drawings"] = drawn(model, judge, drawings, seed, progress)
     if "likelihood" in parts:
         result["text_bits_per_byte"] = bits_per_byte(model, emoji.words("validation"))
         result["code_bits_per_byte"] = bits_per_byte(model, emoji.code("validation"))
@@ -102,35 +105,44 @@ def question_accuracy(
     return result
 
 
-def drawn(
-    model: Chameleon,
-    held_out: Sequence[Emoji],
-    known: Sequence[Emoji],
-    count: int,
-    seed: int = 0,
-    progress: Progress = quiet,
-) -> dict[str, float]:
-    """Drawings of names of training concepts, recognised by their nearest base emoji.
+class DrawingJudge:
+    """Recognises drawings by their nearest base emoji in EffNet-Lite0 features.
 
-    A drawing counts where the right emoji is among its 10 nearest of all base emoji by EffNet-Lite0 features; an emoji is
-    as near as the nearest of its styles.
+    A drawing is right where its emoji is among the 10 nearest; an emoji is as near as the nearest of its styles.
     """
-    base = [entry for entry in known if entry.hexcode == entry.base]
-    names = sorted({entry.caption for entry in emoji.representatives(base, seed)})
-    chosen = random.Random(seed).sample(names, min(count, len(names)))
-    features = EffNetLite0()
-    gallery = base + [entry for entry in held_out if entry.hexcode == entry.base]
-    parts = []
-    for start in range(0, len(chosen), BATCH):
-        prompts = chosen[start : start + BATCH]
-        parts += model.draw_batch(prompts, seeds=range(start, start + len(prompts)))
-        progress("drawings", len(parts), len(chosen))
-    found = nearest_names(
-        features(parts), features([entry.picture for entry in gallery]), [entry.caption for entry in gallery]
-    )
-    return {
-        "drawings": len(chosen),
-        "right_among_10": sum(name in near for name, near in zip(chosen, found, strict=True)) / len(chosen),
-        "right_nearest": sum(name == near[0] for name, near in zip(chosen, found, strict=True)) / len(chosen),
-        "base_emoji": len({entry.caption for entry in gallery}),
-    }
+
+    def __init__(self, known: Sequence[Emoji], held_out: Sequence[Emoji]) -> None:
+        """Names to draw are those of `known`; drawings are compared with the base emoji of both."""
+        self.known = [entry for entry in known if entry.hexcode == entry.base]
+        gallery = self.known + [entry for entry in held_out if entry.hexcode == entry.base]
+        self.features = EffNetLite0()
+        self.places = self.features([entry.picture for entry in gallery])
+        self.names = [entry.caption for entry in gallery]
+
+    def choose(self, count: int, seed: int = 0) -> list[str]:
+        """`count` names to draw, or all where there are fewer."""
+        names = sorted({entry.caption for entry in emoji.representatives(self.known, seed)})
+        return random.Random(seed).sample(names, min(count, len(names)))
+
+    def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
+        """The figures of pictures that were to show `names`."""
+        found = nearest_names(self.features(pictures), self.places, self.names)
+        pairs = list(zip(names, found, strict=True))
+        return {
+            "drawings": len(pairs),
+            "right_among_10": sum(name in near for name, near in pairs) / len(pairs),
+            "right_nearest": sum(name == near[0] for name, near in pairs) / len(pairs),
+            "base_emoji": len(set(self.names)),
+        }
+
+
+def drawn(
+    model: Chameleon, judge: DrawingJudge, count: int, seed: int = 0, progress: Progress = quiet, **sampling: Any
+) -> dict[str, float]:
+    """Drawings of `count` names of training concepts, judged. `sampling`: options of `Chameleon.draw_batch`."""
+    names, pictures = judge.choose(count, seed), []
+    for start in range(0, len(names), BATCH):
+        prompts = names[start : start + BATCH]
+        pictures += model.draw_batch(prompts, seeds=range(start, start + len(prompts)), **sampling)
+        progress("drawings", len(pictures), len(names))
+    return judge.judge(pictures, names)
