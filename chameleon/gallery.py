@@ -57,8 +57,15 @@ def said(text: str, truth: str) -> str:
     return f'<span class="said {kind}">{html.escape(text) or "(nothing)"}</span>'
 
 
-def curve(title: str, points: Sequence[tuple[float, float]], size: tuple[int, int] = (320, 180)) -> str:
-    """A line through (step, value) as SVG, with the ends of both axes named."""
+def short(value: float) -> str:
+    """A number as an axis has room for it."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def curve(
+    title: str, points: Sequence[tuple[float, float]], size: tuple[int, int] = (320, 180), across_name: str = "step"
+) -> str:
+    """A line through points as SVG, with the ends of both axes named."""
     points = [(x, y) for x, y in points if y == y]
     if len(points) < 2:
         return ""
@@ -74,9 +81,9 @@ def curve(title: str, points: Sequence[tuple[float, float]], size: tuple[int, in
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(title)}">'
         f'<text x="45" y="16" font-size="13" fill="#1c2430">{html.escape(title)}</text>'
-        f'<text x="40" y="34" text-anchor="end" {label}>{high:.3g}</text>'
-        f'<text x="40" y="{height - 22}" text-anchor="end" {label}>{low:.3g}</text>'
-        f'<text x="45" y="{height - 6}" {label}>step {min(xs):.0f}</text>'
+        f'<text x="40" y="34" text-anchor="end" {label}>{short(high)}</text>'
+        f'<text x="40" y="{height - 22}" text-anchor="end" {label}>{short(low)}</text>'
+        f'<text x="45" y="{height - 6}" {label}>{across_name} {min(xs):.0f}</text>'
         f'<text x="{width - 12}" y="{height - 6}" text-anchor="end" {label}>{max(xs):.0f}</text>'
         f'<polyline points="{line}" fill="none" stroke="#3b5bdb" stroke-width="1.6"/></svg>'
     )
@@ -101,7 +108,7 @@ def usage(codes: torch.Tensor, size: int) -> str:
     counts = torch.bincount(codes.flatten(), minlength=size).sort(descending=True).values
     points = [(float(rank), float(count)) for rank, count in enumerate((counts + 1).double().log10().tolist())]
     used = int((counts > 0).sum())
-    return curve(f"codebook: {used} of {size} codes used; log10(uses + 1) by rank", points, (460, 200))
+    return curve(f"codebook: {used} of {size} codes used; log10(uses + 1) by rank", points, (460, 200), "rank")
 
 
 def model_section(

@@ -148,6 +148,8 @@ def test_curves_show_their_ends() -> None:
     assert places == sorted(places) and places[0][1] < places[1][1] < places[2][1]  # falls: y grows downwards
     assert ">4<" in drawn and ">1<" in drawn and "step 0" in drawn and ">30<" in drawn
     assert curve("nothing", [(0, 1.0)]) == ""
+    drawn = curve("speed", [(0, 12345.0), (3, 999.5)], across_name="rank")
+    assert ">12,345<" in drawn and ">1e+03<" not in drawn and "rank 0" in drawn
 
 
 @pytest.mark.slow
