@@ -59,7 +59,7 @@ def said(text: str, truth: str) -> str:
 
 def short(value: float) -> str:
     """A number as an axis has room for it."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def curve(
