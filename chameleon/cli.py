@@ -197,6 +197,68 @@ def info(arguments: argparse.Namespace) -> None:
     show(arguments, described, "\n".join(f"{key:<22}{value}" for key, value in described.items()))
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    from chameleon.plan import DEVICES, Setup, make_plan, named_device
+
+    chosen = [arguments.device] if arguments.device else list(DEVICES)
+    for name in chosen:
+        named_device(name)
+    config, recipe = what_to_plan(arguments.what)
+    given = {key: getattr(arguments, key) for key in ("sharding", "checkpointing", "devices", "utilisation")}
+    for key in ("rows", "context", "precision", "optimizer"):
+        value = getattr(arguments, key)
+        given[key] = recipe[key] if value is None else value
+    found = make_plan(config, Setup(**given))
+    value = {**found.to_json(), "tokens": arguments.tokens}
+
+    def table(title: str, part: Any) -> list[str]:
+        rows = [(name.replace("_", " "), size) for name, size in [*vars(part).items(), ("together", part.total)]]
+        return [title, *(f"  {name:<18}{size / 1e9:>10.3f} GB" for name, size in rows)]
+
+    lines = [f"{arguments.what}: {config.parameters / 1e9:.3f} billion parameters"]
+    lines += table("training, a device", found.training) + table("running in 16 bits", found.running)
+    lines.append(f"{found.flops_per_token / 1e9:.2f} GFLOP for a token of training, a third of it for one that is read")
+    for name in chosen:
+        spare, speed = found.spare(name), found.tokens_per_second(name)
+        fits = f"fits, {spare / 1e9:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare / 1e9:.1f} GB too much"
+        days = f", {found.days(name, arguments.tokens):,.2f} days" if arguments.tokens and spare >= 0 else ""
+        lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}" if spare >= 0 else f"  {name:<10}{fits}")
+    show(arguments, value, "\n".join(lines))
+
+
+def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
+    """The model of a named size or a recipe, and what the recipe says of rows, context, precision and optimiser."""
+    from chameleon.bundle import CONFIG_FILE, read_json
+    from chameleon.model.config import SIZES, ModelConfig, named_size
+    from chameleon.train.recipe import PretrainRecipe, find_recipe, read_recipe
+
+    if name in SIZES:
+        config = SIZES[name]
+        return config, {"rows": 1, "context": config.context, "precision": "bf16-mixed", "optimizer": "adamw"}
+    try:
+        find_recipe(name)
+    except BadInput as error:
+        raise BadInput("no such recipe or size", where=name, remedy=f"a size is one of {', '.join(SIZES)}") from error
+    recipe = read_recipe(PretrainRecipe, name)
+    if recipe.bundle is not None:
+        path = Path(recipe.bundle) / CONFIG_FILE
+        config = ModelConfig.from_json(read_json(path).get("model", {}), where=path)
+    else:
+        config = named_size(recipe.size, **recipe.model)
+        if recipe.tokenizers is not None and Path(recipe.tokenizers).is_dir():
+            from chameleon.train.language import load_tokenizers
+
+            config = replace(config, vocab_size=load_tokenizers(Path(recipe.tokenizers)).vocabulary.size)
+        else:
+            say(f"{name}: its tokenizers are not made yet; {config.vocab_size} ids are assumed")
+    return config, {
+        "rows": recipe.micro_rows or recipe.rows,
+        "context": recipe.context or config.context,
+        "precision": recipe.run.precision,
+        "optimizer": recipe.optimizer.kind,
+    }
+
+
 def describe_bundle(folder: Path) -> dict[str, Any]:
     from chameleon.bundle import Bundle
 
@@ -414,6 +476,19 @@ def build_parser() -> Parser:
     sub.add_argument("--concepts", type=int, help="a subset of this many concepts")
     sub.add_argument("--drawings", type=int, default=200, help="how many drawings (default: 200)")
     model_options(sub)
+
+    sub = verb("plan", plan, "Memory, speed and days for a model on a number of devices.")
+    sub.add_argument("what", metavar="SIZE|RECIPE", help="a named size (7b, 34b …), or a recipe")
+    sub.add_argument("--rows", type=int, help="rows of one pass on a device (default: the recipe's, else 1)")
+    sub.add_argument("--context", type=int, help="ids a row (default: the recipe's, else the model's)")
+    sub.add_argument("--precision", help="bf16-mixed, bf16-true, 16-mixed, 16-true, 32-true (default: the recipe's)")
+    sub.add_argument("--optimizer", help="adamw or muon (default: the recipe's)")
+    sub.add_argument("--sharding", default="none", help="none, ddp or fsdp (default: none)")
+    sub.add_argument("--checkpointing", default="none", help="none, or full: blocks computed again (default: none)")
+    sub.add_argument("--devices", type=int, default=1, help="how many (default: 1)")
+    sub.add_argument("--device", help="one kind of device (default: a table of them)")
+    sub.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
+    sub.add_argument("--tokens", type=float, help="tokens to train on, for the number of days")
 
     sub = verb("info", info, "Says what a bundle or a folder of token shards holds.")
     sub.add_argument("folder", nargs="?", help="left out, the shipped bundle")
