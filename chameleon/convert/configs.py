@@ -1,0 +1,226 @@
+"""Shapes as the two other formats write them: Meta's params.json and vqgan.yaml, Hugging Face's config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chameleon.errors import BadInput
+from chameleon.model.config import ModelConfig
+from chameleon.tokenizers.vqgan import VQGANConfig
+
+CONTEXT = 4096
+"""Ids a sequence of the released models may have (arXiv 2405.09818, 2.3); Meta's files do not say."""
+ROPE_THETA = 10000.0
+NORM_GROUPS = 32
+"""Groups of every GroupNorm in both other formats."""
+
+
+def wanted(values: dict[str, Any], key: str, where: object) -> Any:
+    if key not in values:
+        raise BadInput(f"no key {key}", where=where)
+    return values[key]
+
+
+# --- Meta ------------------------------------------------------------------------------------------------------------
+
+
+def meta_ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width inside SwiGLU as LLaMA's reference code has it: two thirds of 4 · width, scaled, rounded up."""
+    hidden = int(2 * 4 * width / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def from_meta_params(params: dict[str, Any], shards: int, *, vocab_size: int, where: object = "params.json") -> ModelConfig:
+    """The model of params.json, with consolidate_params.json laid over it, in `shards` files.
+
+    Keys may stand under `model` or at the top. `vocab_size` serves where the file has none, or -1.
+    """
+    inner = params.get("model", {})
+    values = {**params, **(inner if isinstance(inner, dict) else {})}
+    width, heads = wanted(values, "dim", where), wanted(values, "n_heads", where)
+    said = values.get("vocab_size", -1)
+    if said not in (-1, vocab_size):
+        raise BadInput(f"vocab_size {said}, the tokenizer has {vocab_size} ids", where=where)
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size,
+            layers=wanted(values, "n_layers", where),
+            width=width,
+            heads=heads,
+            kv_heads=heads if values.get("n_kv_heads") is None else values["n_kv_heads"],
+            ffn_width=meta_ffn_width(width, values.get("multiple_of", 256), values.get("ffn_dim_multiplier")),
+            context=CONTEXT,
+            norm_eps=values.get("norm_eps", 1e-5),
+            rope_theta=values.get("rope_theta", ROPE_THETA),
+            qk_norm=bool(values.get("qk_normalization", False)),
+            qk_norm_shards=shards if values.get("qk_normalization", False) else 1,
+            norm_order="swin" if values.get("swin_norm", False) else "pre",
+        )
+    except (TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"not a model's parameters ({error})", where=where) from None
+
+
+def to_meta_params(config: ModelConfig, shards: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """params.json and consolidate_params.json. Reading them again gives the same shape, context and dropout excepted."""
+    multiple, multiplier = 256, None
+    if meta_ffn_width(config.width, multiple, None) != config.ffn_width:
+        # Half a step above the quotient, so that rounding down gives the width itself.
+        multiple, multiplier = 1, (config.ffn_width + 0.5) / int(2 * 4 * config.width / 3)
+    model = {
+        "dim": config.width,
+        "n_layers": config.layers,
+        "n_heads": config.heads,
+        "n_kv_heads": config.kv_heads,
+        "multiple_of": multiple,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": config.vocab_size,
+        "qk_normalization": config.qk_norm,
+        "swin_norm": config.norm_order == "swin",
+    }
+    return {"model": model}, {"model_parallel_size": shards}
+
+
+def from_meta_vqgan(values: dict[str, Any], *, where: object = "vqgan.yaml") -> VQGANConfig:
+    """The image tokenizer of vqgan.yaml. Raises `BadInput` for a network this one cannot be."""
+    params = wanted(wanted(values, "model", where), "params", where)
+    network = wanted(params, "ddconfig", where)
+    for key, fixed in (("double_z", False), ("in_channels", 3), ("out_ch", 3)):
+        if network.get(key, fixed) != fixed:
+            raise BadInput(f"{key} is {network[key]}, only {fixed} is known", where=where)
+    return VQGANConfig(
+        resolution=wanted(network, "resolution", where),
+        channels=wanted(network, "ch", where),
+        multipliers=tuple(wanted(network, "ch_mult", where)),
+        res_blocks=wanted(network, "num_res_blocks", where),
+        attention_resolutions=tuple(network.get("attn_resolutions") or ()),
+        latent_channels=wanted(network, "z_channels", where),
+        codebook_size=wanted(params, "n_embed", where),
+        codebook_width=wanted(params, "embed_dim", where),
+        norm_groups=NORM_GROUPS,
+    )
+
+
+def check_groups(config: VQGANConfig) -> None:
+    if config.norm_groups != NORM_GROUPS:
+        raise BadInput(f"{config.norm_groups} norm groups, the format knows only {NORM_GROUPS}", where="image tokenizer")
+
+
+def to_meta_vqgan(config: VQGANConfig) -> dict[str, Any]:
+    """vqgan.yaml. Raises `BadInput` where the format cannot say it."""
+    check_groups(config)
+    network = {
+        "double_z": False,
+        "z_channels": config.latent_channels,
+        "resolution": config.resolution,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": config.channels,
+        "ch_mult": list(config.multipliers),
+        "num_res_blocks": config.res_blocks,
+        "attn_resolutions": list(config.attention_resolutions),
+        "dropout": config.dropout,
+    }
+    sizes = {"embed_dim": config.codebook_width, "n_embed": config.codebook_size}
+    return {"model": {"params": {**sizes, "ddconfig": network, "lossconfig": None, "ckpt_path": None}}}
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def from_hf_config(values: dict[str, Any], *, where: object = "config.json") -> ModelConfig:
+    """The model of a `ChameleonForConditionalGeneration`'s config.json, of this and earlier releases.
+
+    QK-norms there are always on. Raises `BadInput` for what this model has no counterpart of.
+    """
+    for key, fixed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("attention_dropout", 0)):
+        if (values.get(key) or fixed) != fixed:
+            raise BadInput(f"{key} is {values[key]!r}, only {fixed!r} is known", where=where)
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default" or values.get("rope_scaling"):
+        raise BadInput("scaled rotary positions are not known", where=where)
+    heads = wanted(values, "num_attention_heads", where)
+    kv_heads = values.get("num_key_value_heads")
+    try:
+        return ModelConfig(
+            vocab_size=wanted(values, "vocab_size", where),
+            layers=wanted(values, "num_hidden_layers", where),
+            width=wanted(values, "hidden_size", where),
+            heads=heads,
+            kv_heads=heads if kv_heads is None else kv_heads,
+            ffn_width=wanted(values, "intermediate_size", where),
+            context=values.get("max_position_embeddings", CONTEXT),
+            norm_eps=values.get("rms_norm_eps", 1e-5),
+            rope_theta=rope.get("rope_theta", values.get("rope_theta", ROPE_THETA)),
+            qk_norm_shards=values.get("model_parallel_size") or 1,
+            norm_order="swin" if values.get("swin_norm") else "pre",
+            tied_head=bool(values.get("tie_word_embeddings", False)),
+        )
+    except (TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"not a model's configuration ({error})", where=where) from None
+
+
+def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
+    """config.json, without what depends on the vocabulary. Raises `BadInput` for a model without QK-norm."""
+    if not config.qk_norm:
+        raise BadInput("a model without QK-norm has no counterpart in Hugging Face's format", where="model")
+    check_groups(image)
+    return {
+        "architectures": ["ChameleonForConditionalGeneration"],
+        "model_type": "chameleon",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "model_parallel_size": config.qk_norm_shards,
+        "swin_norm": config.norm_order == "swin",
+        "tie_word_embeddings": config.tied_head,
+        "vq_config": {
+            "model_type": "chameleon_vqgan",
+            "embed_dim": image.codebook_width,
+            "num_embeddings": image.codebook_size,
+            "double_latent": False,
+            "latent_channels": image.latent_channels,
+            "resolution": image.resolution,
+            "in_channels": 3,
+            "base_channels": image.channels,
+            "channel_multiplier": list(image.multipliers),
+            "num_res_blocks": image.res_blocks,
+            "attn_resolutions": list(image.attention_resolutions) or None,
+            "dropout": image.dropout,
+            "attn_type": "vanilla",
+        },
+    }
+
+
+def from_hf_vqgan(values: dict[str, Any], *, where: object = "config.json, vq_config") -> VQGANConfig:
+    """The image tokenizer of config.json's `vq_config`; what is left out has the released value."""
+    for key, fixed in (("double_latent", False), ("in_channels", 3), ("attn_type", "vanilla")):
+        if values.get(key, fixed) != fixed:
+            raise BadInput(f"{key} is {values[key]!r}, only {fixed!r} is known", where=where)
+    released = VQGANConfig()
+    return VQGANConfig(
+        resolution=values.get("resolution", released.resolution),
+        channels=values.get("base_channels", released.channels),
+        multipliers=tuple(values.get("channel_multiplier", released.multipliers)),
+        res_blocks=values.get("num_res_blocks", released.res_blocks),
+        attention_resolutions=tuple(values.get("attn_resolutions") or ()),
+        latent_channels=values.get("latent_channels", released.latent_channels),
+        codebook_size=values.get("num_embeddings", released.codebook_size),
+        codebook_width=values.get("embed_dim", released.codebook_width),
+        norm_groups=NORM_GROUPS,
+        dropout=values.get("dropout", 0.0),
+    )
