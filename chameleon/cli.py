@@ -209,7 +209,6 @@ def plan(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, key)
         given[key] = recipe[key] if value is None else value
     found = make_plan(config, Setup(**given))
-    value = {**found.to_json(), "tokens": arguments.tokens}
 
     def table(title: str, part: Any) -> list[str]:
         rows = [(name.replace("_", " "), size) for name, size in [*vars(part).items(), ("together", part.total)]]
@@ -223,7 +222,7 @@ def plan(arguments: argparse.Namespace) -> None:
         fits = f"fits, {spare / 1e9:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare / 1e9:.1f} GB too much"
         days = f", {found.days(name, arguments.tokens):,.2f} days" if arguments.tokens and spare >= 0 else ""
         lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}" if spare >= 0 else f"  {name:<10}{fits}")
-    show(arguments, value, "\n".join(lines))
+    show(arguments, found.to_json(arguments.tokens), "\n".join(lines))
 
 
 def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:

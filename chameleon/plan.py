@@ -82,7 +82,16 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class TrainingBytes:
+class Bytes:
+    """Memory of one device by what it is for."""
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class TrainingBytes(Bytes):
     """Memory of one device while training, in bytes."""
 
     parameters: int
@@ -94,13 +103,9 @@ class TrainingBytes:
     communication: int
     """DDP's buckets; what FSDP has gathered at one time."""
 
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
 
 @dataclass(frozen=True)
-class RunningBytes:
+class RunningBytes(Bytes):
     """Memory of one device while generating in 16 bits, in bytes."""
 
     parameters: int
@@ -108,10 +113,6 @@ class RunningBytes:
     logits: int
     image_tokenizer: int
     """Its parameters in float32; its activations are not counted."""
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,21 @@ class Plan:
         return self.setup.devices * self.setup.utilisation * named_device(device)[1] / self.flops_per_token
 
     def days(self, device: str, tokens: float) -> float:
+        """Days to train on that many tokens. Raises `BadInput` for an unknown device."""
         return tokens / self.tokens_per_second(device) / 86400
 
     def spare(self, device: str) -> float:
         """Bytes left on the device while training; negative: by how much it does not fit."""
         return named_device(device)[0] - RESERVED - self.training.total
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, tokens: float | None = None) -> dict[str, Any]:
+        """Everything as plain values; with `tokens` to train on, the days that takes on each kind of device."""
+        devices = {
+            name: {"spare_bytes": self.spare(name), "tokens_per_second": self.tokens_per_second(name)} for name in DEVICES
+        }
+        for name, found in devices.items():
+            if tokens is not None:
+                found["days"] = self.days(name, tokens)
         return {
             "model": self.config.to_json(),
             "setup": asdict(self.setup),
@@ -143,15 +152,12 @@ class Plan:
             "training_bytes": {**asdict(self.training), "total": self.training.total},
             "running_bytes": {**asdict(self.running), "total": self.running.total},
             "flops_per_token": self.flops_per_token,
-            "devices": {
-                name: {"spare_bytes": self.spare(name), "tokens_per_second": self.tokens_per_second(name)}
-                for name in DEVICES
-            },
+            "devices": devices,
         }
 
 
 def named_device(name: str) -> tuple[float, float]:
-    """(bytes, operations a second) of a device in the table."""
+    """(bytes, operations a second) of a device in the table. Raises `BadInput` for another one."""
     if name not in DEVICES:
         raise BadInput(f"no device {name!r}", where="plan", remedy=f"one of {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -119,9 +119,11 @@ def test_a_setup_that_cannot_be(changes: dict[str, object], words: str) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "34b", "--sharding", "fsdp", "--devices", "64", "--checkpointing", "full", "--json"])
+    main(["plan", "34b", "--sharding", "fsdp", "--devices", "64", "--checkpointing", "full", "--tokens", "1e12", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == named_size("34b").parameters and found["setup"]["devices"] == 64
+    h100 = found["devices"]["h100"]
+    assert h100["days"] * 86400 * h100["tokens_per_second"] == pytest.approx(1e12)
     main(["plan", "7b", "--tokens", "1e12", "--device", "h100"])
     text = capsys.readouterr().out
     assert "h100      does not fit" in text and "a100" not in text and "optimizer" in text

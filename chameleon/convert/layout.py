@@ -108,6 +108,11 @@ def parts_of(name: str) -> tuple[Part, ...]:
     )
 
 
+def lender(name: str, config: ModelConfig, has_head: bool) -> str:
+    """Whose parts tensor `name` is read from: itself, or the embedding where a tied head is not written."""
+    return "embed.weight" if name == "head.weight" and config.tied_head and not has_head else name
+
+
 def head_count(config: ModelConfig, part: Part) -> int:
     return config.heads if part.heads == "q" else config.kv_heads
 
@@ -155,10 +160,8 @@ def from_hf(source: Weights, config: ModelConfig, *, where: object = "checkpoint
     known: set[str] = set()
     for name, shape in shapes(config).items():
         values = []
-        for part in parts_of(name):
+        for part in parts_of(lender(name, config, ENDS["head.weight"][0].hf in source)):
             key = part.hf
-            if name == "head.weight" and key not in source and config.tied_head:
-                key = ENDS["embed.weight"][0].hf
             value = take(source, key, where)
             known.add(key)
             if part.split == "norm":
@@ -234,10 +237,10 @@ def from_meta(
         raise BadInput(f"{config.qk_norm_shards} QK-norm rows, {shards} shards", where=where)
     places = [f"{where}, shard {number:02d}" for number in range(shards)]
     known: list[set[str]] = [set(IGNORED) for _ in sources]
+    has_head = any(ENDS["head.weight"][0].meta in source for source in sources)
     for name, shape in shapes(config).items():
         values = []
-        for part in parts_of(name):
-            found = []
+        for part in parts_of(lender(name, config, has_head)):
             rows = rows_of(config, part, shape)
             wanted = {
                 "rows": (rows // shards, *shape[1:]),
@@ -245,30 +248,28 @@ def from_meta(
                 "none": tuple(shape),
                 "norm": (config.head_width,),
             }[part.split]
+            found = []
             for number, source in enumerate(sources):
-                meta = part.meta
-                if name == "head.weight" and config.tied_head and meta not in source:
-                    break
-                key, value = unfuse(source, meta, config, shards, places[number])
+                key, value = unfuse(source, part.meta, config, shards, places[number])
                 known[number].add(key)
-                found.append(fit(meta, value, wanted, places[number]))
-            if not found:  # a tied head that no shard has
-                found = [torch.cat([source[ENDS["embed.weight"][0].meta] for source in sources], dim=1)]
-                values.append(found[0])
-                continue
-            if part.split == "none":
-                for number, value in enumerate(found):
-                    if not torch.equal(value, found[0]):
-                        raise BadInput(f"tensor {part.meta} is not that of shard 00", where=places[number])
-                values.append(found[0])
-            elif part.split == "norm":
-                values.append(torch.stack([to_halves(value, 1) for value in found]))
-            else:
-                value = found[0] if shards == 1 else torch.cat(found, dim=0 if part.split == "rows" else 1)
-                values.append(to_halves(value, head_count(config, part)) if part.rotary else value)
+                found.append(fit(part.meta, value, wanted, places[number]))
+            values.append(join(part, found, config, places))
         yield name, values[0] if len(values) == 1 else torch.cat(values)
     for source, keys, place in zip(sources, known, places, strict=True):
         refuse_extra(source, keys, place)
+
+
+def join(part: Part, found: Sequence[Tensor], config: ModelConfig, places: Sequence[str]) -> Tensor:
+    """What the shards have of a part as one tensor, rotary pairs as ours are; `places` name the shards in errors."""
+    if part.split == "none":
+        for value, place in zip(found, places, strict=True):
+            if not torch.equal(value, found[0]):
+                raise BadInput(f"tensor {part.meta} is not that of shard 00", where=place)
+        return found[0]
+    if part.split == "norm":
+        return torch.stack([to_halves(value, 1) for value in found])
+    value = found[0] if len(found) == 1 else torch.cat(list(found), dim=0 if part.split == "rows" else 1)
+    return to_halves(value, head_count(config, part)) if part.rotary else value
 
 
 def to_meta(
