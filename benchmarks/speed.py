@@ -34,7 +34,7 @@ from chameleon.model.config import named_size
 from chameleon.model.loss import chunked_cross_entropy
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.plan import flops_per_token, matmul_peak
-from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.vocabulary import Vocabulary
@@ -206,7 +206,7 @@ def text(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     documents = [d.text for d in emoji.code("train", 1_500_000)] + [d.text for d in emoji.words("train")][:5000]
-    ours = TextTokenizer.fit(documents, 4096)
+    ours = SentencePieceTokenizer.fit(documents, 4096)
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = decoders.ByteLevel()

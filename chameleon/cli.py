@@ -227,7 +227,8 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
     """The model of a named size or a recipe, and what the recipe says of rows, context, precision and optimiser."""
-    from chameleon.bundle import CONFIG_FILE, read_json
+    from chameleon.bundle import CONFIG_FILE
+    from chameleon.files import read_json
     from chameleon.model.config import SIZES, ModelConfig, named_size
     from chameleon.train.recipe import PretrainRecipe, find_recipe, read_recipe
 
@@ -245,9 +246,9 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
     else:
         config = named_size(recipe.size, **recipe.model)
         if recipe.tokenizers is not None and Path(recipe.tokenizers).is_dir():
-            from chameleon.train.language import load_tokenizers
+            from chameleon.tokenizers.mixed import MixedTokenizer
 
-            config = replace(config, vocab_size=load_tokenizers(Path(recipe.tokenizers)).vocabulary.size)
+            config = replace(config, vocab_size=MixedTokenizer.load(Path(recipe.tokenizers)).vocabulary.size)
         else:
             say(f"{name}: its tokenizers are not made yet; {config.vocab_size} ids are assumed")
     return config, {
@@ -314,11 +315,11 @@ def say_skipped(report: Report) -> None:
 def fit_text(arguments: argparse.Namespace) -> None:
     from chameleon.data.sources import texts_of
     from chameleon.data.token_shards import Report
-    from chameleon.tokenizers.text import MODEL_FILE, TextTokenizer
+    from chameleon.tokenizers.text import SentencePieceTokenizer
 
     out = Path(arguments.out)
     report = Report()
-    tokenizer = TextTokenizer.fit(
+    tokenizer = SentencePieceTokenizer.fit(
         texts_of(arguments.source, report.skip),
         arguments.pieces,
         sample_bytes=arguments.sample_mb << 20,
@@ -326,9 +327,8 @@ def fit_text(arguments: argparse.Namespace) -> None:
     )
     tokenizer.save(out)
     say_skipped(report)
-    show(
-        arguments, {"out": str(out / MODEL_FILE), "pieces": len(tokenizer)}, f"{out / MODEL_FILE}: {len(tokenizer)} pieces"
-    )
+    path = out / tokenizer.FILE
+    show(arguments, {"out": str(path), "pieces": len(tokenizer)}, f"{path}: {len(tokenizer)} pieces")
 
 
 def fit_image(arguments: argparse.Namespace) -> None:
@@ -346,12 +346,12 @@ def fit_image(arguments: argparse.Namespace) -> None:
 def tokenize(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import Bundle
     from chameleon.data.token_shards import tokenize as run
-    from chameleon.train.language import load_tokenizers
+    from chameleon.tokenizers.mixed import MixedTokenizer
 
     if arguments.tokenizers and arguments.model:
         raise BadInput("give --model or --tokenizers, not both", where="tokenize")
     tokenizer = (
-        load_tokenizers(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
+        MixedTokenizer.load(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
     )
 
     def progress(done: int, total: int, report: Report) -> None:
@@ -407,7 +407,7 @@ def build_parser() -> Parser:
     def model_options(sub: Parser) -> None:
         sub.add_argument("--model", metavar="BUNDLE", help="a bundle's folder; left out, the shipped one")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-        sub.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, float16 (default: bfloat16)")
+        sub.add_argument("--dtype", default="auto", help="bfloat16, float32, float16 (default: bfloat16 where that is fast)")
         sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
     def sampling_options(sub: Parser, max_new: int) -> None:

@@ -15,7 +15,7 @@ from chameleon.data.token_shards import tokenize
 from chameleon.evaluation.emoji import evaluate
 from chameleon.generation.chameleon import Chameleon
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.train.image_tokenizer import fit_image
 from chameleon.train.language import train
 from chameleon.train.recipe import FinetuneRecipe, FitImageRecipe, PretrainRecipe, RoadRecipe, TrainRecipe, read_recipe
@@ -41,7 +41,7 @@ def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
 
     tokenizers, shards = out / "tokenizers", out / "shards"
     stage("fitting the text tokenizer")
-    text = TextTokenizer.fit(texts_of(road.text_sources), road.text_pieces)
+    text = SentencePieceTokenizer.fit(texts_of(road.text_sources), road.text_pieces)
     text.save(tokenizers)
 
     stage("training the image tokenizer")

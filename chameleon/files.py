@@ -64,6 +64,19 @@ def written_into(folder: Path) -> Iterator[Path]:
             path.replace(folder / path.name)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `BadInput` where it is missing or none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput("file is missing", where=path, remedy="is this folder a bundle, and whole?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"not JSON ({error})", where=path) from None
+    if not isinstance(value, dict):
+        raise BadInput("expected an object", where=path)
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ memory, and activations by running the very code that trains on fake tensors and
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -272,13 +273,32 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
 def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> float:
     """Measured operations a second of a large square product: the best of a few tries."""
     device = torch.device(device)
-    size = 2048 if device.type == "cpu" else 8192  # large enough that starting it counts for nothing
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    largest = 2048 if device.type == "cpu" else 8192  # large enough that starting it counts for nothing
+    size, seconds = 256, 0.0
+    while seconds < 0.01 and size < largest:  # where such products are slow, smaller ones do
+        size *= 2
+        seconds = product_seconds(size, device, dtype, tries=2)
+    return 2.0 * size**3 / product_seconds(size, device, dtype, tries=6)
+
+
+def product_seconds(size: int, device: torch.device, dtype: torch.dtype, tries: int) -> float:
+    """The least time of a square product in some tries."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(tries):
         started = time.perf_counter()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
+    return best
+
+
+@functools.cache
+def fast_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether products in bfloat16 are worth it here: processors without AVX-512 take a hundred times as long."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return True
+    half, single = (product_seconds(256, device, dtype, tries=3) for dtype in (torch.bfloat16, torch.float32))
+    return half < 4 * single

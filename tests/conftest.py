@@ -15,7 +15,7 @@ from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 TEXT = [
@@ -41,8 +41,8 @@ SMALL_VQGAN = VQGANConfig(
 
 
 @pytest.fixture(scope="session")
-def text_tokenizer() -> TextTokenizer:
-    return TextTokenizer.fit(TEXT * 20, 340)
+def text_tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.fit(TEXT * 20, 340)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def image_tokenizer() -> ImageTokenizer:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer) -> MixedTokenizer:
+def tokenizer(text_tokenizer: SentencePieceTokenizer, image_tokenizer: ImageTokenizer) -> MixedTokenizer:
     return MixedTokenizer(text_tokenizer, image_tokenizer)
 
 

@@ -20,6 +20,7 @@ from conftest import recipe_file
 from PIL import Image as PILImage
 
 from chameleon import bundle as bundle_module
+from chameleon import tensor_files
 from chameleon.bundle import SHIPPED, Bundle
 from chameleon.cli import main
 from chameleon.document import Document, Image, Text
@@ -51,7 +52,7 @@ def test_a_bundle_comes_back(bundle: Bundle, bundle_folder: Path) -> None:
 
 
 def test_big_models_are_saved_in_several_files(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(tensor_files, "MAX_FILE_BYTES", 20_000)
     bundle.save(tmp_path / "b")
     assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 1
     again = Bundle.load(tmp_path / "b")
@@ -84,7 +85,7 @@ def test_bundles_that_do_not_fit_together_are_refused(bundle_folder: Path) -> No
 
     load()
     rewrite("config.json", lambda value: value["vocabulary"].update(grid=[2, 8]))
-    with pytest.raises(BadInput, match=r"vocabulary says \(2, 8\) codes a picture, the files have \(4, 4\)"):
+    with pytest.raises(BadInput, match=r"vocabulary says \(2, 8\) codes a picture, the tokenizers have \(4, 4\)"):
         load()
     rewrite("config.json", lambda value: value.pop("vocabulary"))
     with pytest.raises(BadInput, match="no key vocabulary"):
@@ -106,7 +107,7 @@ def test_a_full_disk_leaves_what_was_there(bundle: Bundle, bundle_folder: Path, 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "save_file", full)
+    monkeypatch.setattr(bundle_module, "write_safetensors", full)
     with pytest.raises(BadInput, match="No space left"):
         bundle.save(bundle_folder)
     assert {path.name: path.read_bytes() for path in bundle_folder.iterdir()} == before

@@ -184,7 +184,7 @@ def reference(engine: Engine, request: Request) -> list[int]:
         row = combine(logits, request.guidance.weights) if guided and request.guidance else logits[0]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *made):
-            seen[0, token] = v.text_slice.start <= token < v.text_slice.stop
+            seen[0, token] = token in v.text_ids
         setting = request.image if kind == Next.CODE else request.text
         penalized = None if kind == Next.CODE else seen
         token = int(

@@ -128,11 +128,11 @@ def test_a_full_disk_leaves_the_tokenizer_that_was_there(
     image_tokenizer.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(place: Path, *args: object, **kwargs: object) -> None:
+        (place / "image_tokenizer.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_module, "save_file", full)
+    monkeypatch.setattr(image_module, "write_safetensors", full)
     with pytest.raises(BadInput, match="No space left"):
         image_tokenizer.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -11,10 +11,9 @@ import base64
 import binascii
 import hashlib
 import io
-import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +21,11 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL import ImageSequence, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chameleon.errors import BadInput
-from chameleon.files import write_json, written_into
+from chameleon.files import read_json, write_json, written_into
+from chameleon.tensor_files import Progress, SafetensorsFiles, nothing, write_safetensors
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Fit = Literal["crop", "pad"]
@@ -35,7 +33,8 @@ Picture = PILImage.Image | str | Path
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may run programs (EPS) or are rare
 MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
 KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
-CONFIG_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
+STEM = "image_tokenizer"
+CONFIG_FILE, WEIGHTS_FILE = f"{STEM}.json", f"{STEM}.safetensors"
 
 
 def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Image:
@@ -154,6 +153,13 @@ def to_pictures(values: Tensor) -> list[PILImage.Image]:
     return [PILImage.fromarray(entry) for entry in pixels]
 
 
+def write_files(place: Path, config: VQGANConfig, weights: Mapping[str, Tensor], progress: Progress = nothing) -> None:
+    """Writes `image_tokenizer.json` and `image_tokenizer.safetensors` into a folder, weights as they are."""
+    write_json(place / CONFIG_FILE, config.to_json())
+    tensors = ((name, weights[name]) for name in weights)
+    write_safetensors(place, tensors, weights, stem=STEM, progress=progress)
+
+
 class KnownCodes:
     """Codes of pictures met before, by the hash of their pixels: data sets repeat pictures. The oldest make room.
 
@@ -230,23 +236,18 @@ class ImageTokenizer:
 
         Raises `BadInput` where that fails, and changes nothing then.
         """
-        state = {name: value.to("cpu", dtype).contiguous() for name, value in self.network.released_state_dict().items()}
+        state = {name: value.to("cpu", dtype) for name, value in self.network.released_state_dict().items()}
         with written_into(folder) as place:
-            write_json(place / CONFIG_FILE, self.config.to_json())
-            save_file(state, place / WEIGHTS_FILE)
+            write_files(place, self.config, state)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTokenizer:
         """Reads what `save` wrote, in float32. Raises `BadInput` naming a file that is missing or does not fit."""
         try:
-            config = VQGANConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            state = load_file(folder / WEIGHTS_FILE)
-        except FileNotFoundError as error:
-            raise BadInput("file is missing", where=error.filename or folder / WEIGHTS_FILE) from None
-        except (json.JSONDecodeError, TypeError) as error:
+            config = VQGANConfig(**read_json(folder / CONFIG_FILE))
+        except TypeError as error:
             raise BadInput(f"not an image tokenizer's configuration ({error})", where=folder / CONFIG_FILE) from None
-        except SafetensorError as error:
-            raise BadInput(f"damaged ({error})", where=folder / WEIGHTS_FILE) from None
+        state = SafetensorsFiles.of_folder(folder, STEM)
         network = VQGAN(config)
         try:
             network.load_state_dict({name: value.float() for name, value in state.items()})

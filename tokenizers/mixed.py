@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from chameleon.document import Conversation, Document, Image, Part, Text
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import Fit, ImageTokenizer
-from chameleon.tokenizers.text import TextTokenizer
+from chameleon.tokenizers.json_text import JsonTextTokenizer
+from chameleon.tokenizers.text import SentencePieceTokenizer, TextTokenizer
 from chameleon.vocabulary import Vocabulary
 
 Content = Document | Conversation
@@ -72,14 +74,41 @@ def merged(parts: Sequence[Part]) -> Iterator[Part]:
         yield Text(text)
 
 
+def load_text_tokenizer(folder: Path) -> TextTokenizer:
+    """The text tokenizer of a bundle's folder, whichever kind it is. Raises `BadInput` where there is none."""
+    kinds: tuple[type[TextTokenizer], ...] = (SentencePieceTokenizer, JsonTextTokenizer)
+    for kind in kinds:
+        if (folder / kind.FILE).is_file():
+            return kind.load(folder)
+    raise BadInput(f"no {' or '.join(kind.FILE for kind in kinds)}", where=folder)
+
+
 class MixedTokenizer:
     """Both tokenizers behind one vocabulary."""
 
-    def __init__(self, text: TextTokenizer, image: ImageTokenizer, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self,
+        text: TextTokenizer,
+        image: ImageTokenizer,
+        vocabulary: Vocabulary | None = None,
+        *,
+        where: object = "tokenizers",
+    ) -> None:
+        """Raises `BadInput` where the three do not fit together. `vocabulary`: left out, the text tokenizer's layout."""
         self.text, self.image = text, image
-        self.vocabulary = vocabulary or Vocabulary.own(
-            image_codes=image.config.codebook_size, text_pieces=len(text), grid=image.config.grid
-        )
+        self.vocabulary = vocabulary or text.vocabulary(image.config.codebook_size, image.config.grid)
+        for name, wanted, found in (
+            ("text pieces", self.vocabulary.text_count, len(text)),
+            ("image codes", self.vocabulary.image_count, image.config.codebook_size),
+            ("codes a picture", self.vocabulary.grid, image.config.grid),
+        ):
+            if wanted != found:
+                raise BadInput(f"vocabulary says {wanted} {name}, the tokenizers have {found}", where=where)
+
+    @classmethod
+    def load(cls, folder: Path, vocabulary: Vocabulary | None = None, device: str | torch.device = "cpu") -> MixedTokenizer:
+        """Reads both tokenizers of a bundle or of a folder of tokenizers."""
+        return cls(load_text_tokenizer(folder), ImageTokenizer.load(folder, device), vocabulary, where=folder)
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +166,7 @@ class MixedTokenizer:
         ids: list[int] = []
         for part in merged(parts):
             if isinstance(part, Text):
-                ids += [piece + self.vocabulary.text_start for piece in self.text.encode(part.text)]
+                ids += self.text_to_ids(part.text)
             else:
                 ids += next(blocks)
         return ids
@@ -164,11 +193,11 @@ class MixedTokenizer:
         position = 0
         while position < len(values):
             start = position
-            if values[position] == v.boi or self.in_slice(values[position], v.image_slice):
+            if values[position] == v.boi or values[position] in v.image_ids:
                 opened = values[position] == v.boi
                 position += opened
                 first = position
-                while position < len(values) and self.in_slice(values[position], v.image_slice):
+                while position < len(values) and values[position] in v.image_ids:
                     position += 1
                 codes = values[first:position]
                 closed = position < len(values) and values[position] == v.eoi
@@ -179,14 +208,20 @@ class MixedTokenizer:
                 else:
                     parts.append(Text(f"[picture cut short: {len(codes)} of {v.image_length} codes]"))
                     complete = False
-            elif self.in_slice(values[position], v.text_slice):
-                while position < len(values) and self.in_slice(values[position], v.text_slice):
+            elif values[position] in v.text_ids:
+                while position < len(values) and values[position] in v.text_ids:
                     position += 1
-                parts.append(Text(self.text.decode(value - v.text_start for value in values[start:position])))
+                parts.append(Text(self.text_bytes(values[start:position]).decode("utf-8", errors="replace")))
             else:
                 position += 1
         return Document(tuple(merged(parts)), complete=complete)
 
-    @staticmethod
-    def in_slice(value: int, ids: slice) -> bool:
-        return bool(ids.start <= value < ids.stop)
+    # --- text ---
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """Ids of a text alone. Raises `BadInput` where the tokenizer does."""
+        return list(map(self.vocabulary.text_ids.order.__getitem__, self.text.encode(text)))
+
+    def text_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of text ids; a character may be cut at either end."""
+        return self.text.decode_bytes(self.vocabulary.text_ids.number[number] for number in ids)

@@ -1,8 +1,7 @@
-"""Text ↔ pieces: sentencepiece BPE that gives every string back exactly.
+"""Text ↔ pieces numbered from 0: what every text tokenizer can do, and our own, sentencepiece BPE.
 
-No normalisation, no dummy prefix, all white space kept, bytes for whatever the vocabulary lacks. sentencepiece writes a
-space as `▁` (U+2581), so a real `▁` in the text goes in as its bytes; decoding joins the bytes of all pieces. Specials
-and image ids live outside this model, so no text can spell them.
+Ours gives every string back exactly: no normalisation, no dummy prefix, all white space kept, bytes for whatever the
+vocabulary lacks. Specials and image ids live outside a text tokenizer, so no text can spell them.
 """
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ import hashlib
 import io
 import random
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar, Self
 
 import sentencepiece
 
 from chameleon.errors import BadInput
 from chameleon.files import written_into
+from chameleon.vocabulary import Vocabulary
 
-MODEL_FILE = "text_tokenizer.model"
 SPACE = "\u2581"
 BYTE_PIECES = 256
+CUT_OUT = ("\t",)
+"""Pieces that are cut out of a text before anything is merged: the trainer's own sign for a boundary."""
 CHUNK_BYTES = 2048  # sentencepiece drops sentences over 4192 bytes
 # What the trainer would drop a whole sentence for: its boundary sign (tab), its unknown sign, NUL, and its space sign.
 RESERVED = re.compile("[\t\x00\u2585\u2581]+")
@@ -66,37 +69,36 @@ def without_rare(sample: Sequence[str], characters: int) -> list[str]:
     return [run for part in sample for run in re.split(f"[{rare}]+", part) if run]
 
 
-class TextTokenizer:
+class TextTokenizer(ABC):
     """Strings ↔ pieces numbered from 0."""
 
-    def __init__(self, model: bytes) -> None:
-        """`model`: a sentencepiece model as `fit` makes it. Raises `BadInput` for anything else."""
-        self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise BadInput(f"no sentencepiece model ({error})", where=MODEL_FILE) from None
-        count = self.processor.GetPieceSize()
-        self.bytes_of = [self.piece_bytes(number) for number in range(count)]
-        escaped = [self.processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        if not all(self.processor.IsByte(number) for number in escaped):
-            raise BadInput("the model has no byte pieces", where=MODEL_FILE, remedy="fit it with `chameleon fit-text`")
-        self.escaped_space = escaped
+    FILE: ClassVar[str]
+    """The file it lies in within a bundle."""
+    data: bytes
+    """What that file holds."""
+    bytes_of: list[bytes]
+    """The UTF-8 bytes of each piece."""
+    escaped_space: list[int]
+    """Pieces of the bytes of `SPACE`, where that character stands for a space inside the tokenizer; else none."""
 
-    def piece_bytes(self, number: int) -> bytes:
-        if self.processor.IsControl(number) or self.processor.IsUnknown(number):
-            return b""
-        piece = self.processor.IdToPiece(number)
-        return bytes([int(piece[3:5], 16)]) if self.processor.IsByte(number) else piece.replace(SPACE, " ").encode()
+    @abstractmethod
+    def __init__(self, data: bytes) -> None: ...
 
     def __len__(self) -> int:
         return len(self.bytes_of)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the model."""
-        return hashlib.sha256(self.model).hexdigest()
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @abstractmethod
+    def vocabulary(self, image_codes: int, grid: tuple[int, int], size: int | None = None) -> Vocabulary:
+        """The layout that goes with this tokenizer, for pictures of `grid` codes and a model with `size` rows or more."""
+
+    @abstractmethod
+    def encode_run(self, run: str) -> list[int]:
+        """Pieces of a text, which holds no `SPACE` where that has to be escaped."""
 
     def encode(self, text: str) -> list[int]:
         """Pieces of the text. Raises `BadInput` for lone surrogates, which no UTF-8 text holds."""
@@ -104,12 +106,14 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadInput(f"lone surrogate at character {error.start}", where="text") from None
+        if not self.escaped_space:
+            return self.encode_run(text)
         result: list[int] = []
         for number, run in enumerate(text.split(SPACE)):
             if number:
                 result += self.escaped_space
             if run:
-                result += self.processor.EncodeAsIds(run)
+                result += self.encode_run(run)
         return result
 
     def decode_bytes(self, pieces: Iterable[int]) -> bytes:
@@ -121,22 +125,59 @@ class TextTokenizer:
         return self.decode_bytes(pieces).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        """Writes `text_tokenizer.model` into the folder. Raises `BadInput` where that fails, and changes nothing then."""
+        """Writes `FILE` into the folder. Raises `BadInput` where that fails, and changes nothing then."""
         with written_into(folder) as place:
-            (place / MODEL_FILE).write_bytes(self.model)
+            (place / self.FILE).write_bytes(self.data)
 
     @classmethod
-    def load(cls, folder: Path) -> TextTokenizer:
+    def load(cls, folder: Path) -> Self:
         """Reads what `save` wrote. Raises `BadInput` where the file is missing or damaged."""
         try:
-            return cls((folder / MODEL_FILE).read_bytes())
+            return cls((folder / cls.FILE).read_bytes())
         except FileNotFoundError:
-            raise BadInput("file is missing", where=folder / MODEL_FILE) from None
+            raise BadInput("file is missing", where=folder / cls.FILE) from None
         except BadInput as error:
-            raise BadInput(str(error), where=folder) from None
+            raise BadInput(error.reason, where=folder / cls.FILE) from None
+
+
+class SentencePieceTokenizer(TextTokenizer):
+    """Our own: a sentencepiece model.
+
+    It writes a space as `▁` (U+2581), so a real `▁` in the text goes in as its bytes.
+    """
+
+    FILE = "text_tokenizer.model"
+
+    def __init__(self, data: bytes) -> None:
+        """`data`: a sentencepiece model as `fit` makes it. Raises `BadInput` for anything else."""
+        self.data = data
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(data)
+        except RuntimeError as error:
+            raise BadInput(f"no sentencepiece model ({error})", where=self.FILE) from None
+        count = self.processor.GetPieceSize()
+        self.bytes_of = [self.piece_bytes(number) for number in range(count)]
+        self.escaped_space = [self.processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if not all(self.processor.IsByte(number) for number in self.escaped_space):
+            raise BadInput("the model has no byte pieces", where=self.FILE, remedy="fit it with `chameleon fit-text`")
+
+    def piece_bytes(self, number: int) -> bytes:
+        if self.processor.IsControl(number) or self.processor.IsUnknown(number):
+            return b""
+        piece = self.processor.IdToPiece(number)
+        return bytes([int(piece[3:5], 16)]) if self.processor.IsByte(number) else piece.replace(SPACE, " ").encode()
+
+    def vocabulary(self, image_codes: int, grid: tuple[int, int], size: int | None = None) -> Vocabulary:
+        return Vocabulary.own(image_codes=image_codes, text_pieces=len(self), grid=grid)
+
+    def encode_run(self, run: str) -> list[int]:
+        return list(self.processor.EncodeAsIds(run))
 
     @classmethod
-    def fit(cls, texts: Iterable[str], pieces: int, *, sample_bytes: int = 64 << 20, seed: int = 0) -> TextTokenizer:
+    def fit(
+        cls, texts: Iterable[str], pieces: int, *, sample_bytes: int = 64 << 20, seed: int = 0
+    ) -> SentencePieceTokenizer:
         """Learns `pieces` pieces, bytes and the unused piece 0 included, from a reservoir sample of the texts.
 
         Memory stays within a small multiple of `sample_bytes`, however many texts there are. Raises `BadInput` where
@@ -165,7 +206,7 @@ class TextTokenizer:
                 split_digits=True,
                 byte_fallback=True,
                 character_coverage=1.0,  # `without_rare` has chosen already,
-                user_defined_symbols=["\t"],
+                user_defined_symbols=list(CUT_OUT),
                 unk_id=0,
                 bos_id=-1,
                 eos_id=-1,

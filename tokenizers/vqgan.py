@@ -41,6 +41,8 @@ class VQGANConfig:
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     dropout: float = 0.0
+    decoder: bool = True
+    """Whether there is a decoder; Hugging Face's format keeps none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -244,7 +246,7 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_width, 1)
         self.quantize = quantize or VectorQuantizer(config.codebook_size, config.codebook_width)
         self.post_quant_conv = nn.Conv2d(config.codebook_width, config.latent_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if config.decoder else None
 
     def latent(self, pictures: Tensor) -> Tensor:
         """[B, 3, R, R] to latents before quantisation [B, codebook_width, h, w]."""
@@ -253,7 +255,18 @@ class VQGAN(nn.Module):
     def forward(self, pictures: Tensor) -> tuple[Tensor, Quantized]:
         """[B, 3, R, R] to its reconstruction and what quantising gave."""
         quantized = self.quantize(self.latent(pictures))
-        return self.decoder(self.post_quant_conv(quantized.latent)), quantized
+        return self.drawn(quantized.latent), quantized
+
+    def drawn(self, latent: Tensor) -> Tensor:
+        """Quantised latents to pictures. Raises `BadInput` where there is no decoder."""
+        if self.decoder is None:
+            raise BadInput(
+                "the image tokenizer has no decoder, so nothing can be drawn",
+                where="bundle",
+                remedy="convert the weights again with --tokenizer, the folder of Meta's vqgan.ckpt",
+            )
+        pictures: Tensor = self.decoder(self.post_quant_conv(latent))
+        return pictures
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -264,7 +277,7 @@ class VQGAN(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] to pictures [B, 3, R, R] float32 in [-1, 1]."""
         latent = self.quantize.look_up(codes).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(latent)).float().clamp(-1, 1)
+        return self.drawn(latent).float().clamp(-1, 1)
 
     def released_state_dict(self) -> dict[str, Tensor]:
         """The weights in the released format, whichever way the codebook was learned."""

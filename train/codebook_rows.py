@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,20 +18,20 @@ class CodebookRows(nn.Module):
     move together from the first step. It starts at zero and is folded away by `fold_codebook_rows`.
     """
 
-    def __init__(self, codebook: Tensor, first: int, width: int) -> None:
-        """codebook [K, E], put to mean 0 and rows of length about 1; row `first` of the weight is that of code 0."""
+    def __init__(self, codebook: Tensor, ids: Tensor, width: int) -> None:
+        """codebook [K, E], put to mean 0 and rows of length about 1; ids [K]: the weight's row of each code."""
         super().__init__()
         centred = codebook.float() - codebook.float().mean(dim=0)
         self.register_buffer("codebook", centred / (centred.std() * codebook.shape[1] ** 0.5), persistent=False)
-        self.first = first
+        self.register_buffer("ids", ids, persistent=False)
         self.projection = nn.Parameter(torch.zeros(codebook.shape[1], width))
 
     codebook: Tensor
+    ids: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        shared = self.codebook @ self.projection
-        return weight + F.pad(shared, (0, 0, self.first, len(weight) - self.first - len(shared)))
+        return weight.index_add(0, self.ids, (self.codebook @ self.projection).to(weight.dtype))
 
 
 def add_codebook_rows(model: Transformer, codebook: Tensor, vocabulary: Vocabulary) -> None:
@@ -40,7 +39,7 @@ def add_codebook_rows(model: Transformer, codebook: Tensor, vocabulary: Vocabula
     if model.config.tied_head:
         raise BadInput("codebook_rows needs an untied head", where="recipe", remedy="set tied_head to false")
     for table in (model.embed, model.head):
-        rows = CodebookRows(codebook, vocabulary.image_start, model.config.width)
+        rows = CodebookRows(codebook, vocabulary.image_ids.ids, model.config.width)
         parametrize.register_parametrization(table, "weight", rows)
 
 

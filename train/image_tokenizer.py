@@ -134,7 +134,7 @@ class ImageTokenizerModule(L.LightningModule):
         loss = reconstruction + weights.codebook * quantized.codebook_loss + weights.commitment * quantized.commitment_loss
         fights = self.discriminator is not None and step >= weights.adversarial_start
         if fights:
-            assert self.discriminator is not None
+            assert self.discriminator is not None and self.network.decoder is not None
             self.discriminator.requires_grad_(False)
             adversarial = -self.discriminator(drawn).mean()
             self.discriminator.requires_grad_(True)

@@ -24,9 +24,7 @@ from chameleon.model.config import named_size
 from chameleon.model.loss import TokenLoss, chunked_cross_entropy
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.plan import flops_per_token, matmul_peak
-from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.text import TextTokenizer
 from chameleon.train.codebook_rows import add_codebook_rows, fold_codebook_rows
 from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
@@ -152,11 +150,6 @@ class LanguageModule(L.LightningModule):
                 self.log(name, result.nll[chosen].mean(), prog_bar=True, batch_size=int(chosen.sum()))
 
 
-def load_tokenizers(folder: Path) -> MixedTokenizer:
-    """Both tokenizers from a folder that holds their files."""
-    return MixedTokenizer(TextTokenizer.load(folder), ImageTokenizer.load(folder))
-
-
 def start(recipe: TrainRecipe) -> Bundle:
     """The bundle that training starts from: a new model with given tokenizers, or a bundle's own in float32."""
     if (recipe.bundle is None) == (recipe.tokenizers is None):
@@ -173,7 +166,7 @@ def start(recipe: TrainRecipe) -> Bundle:
     if "vocab_size" in recipe.model:
         raise BadInput("the tokenizers give the number of ids; leave vocab_size out", where="recipe.model")
     config = named_size(recipe.size, **recipe.model)
-    tokenizer = load_tokenizers(Path(recipe.tokenizers))
+    tokenizer = MixedTokenizer.load(Path(recipe.tokenizers))
     model = Transformer(replace(config, vocab_size=tokenizer.vocabulary.size))
     model.init_weights()
     return Bundle(model, tokenizer)

@@ -10,12 +10,22 @@ import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from chameleon.plan import fast_bfloat16
 from chameleon.train.recipe import RunConfig
 
 
 def validation_interval(run: RunConfig) -> int | None:
     """Steps between two validations; None where there is one at the end only."""
     return min(run.validate_every, run.steps) or None
+
+
+def usable_precision(run: RunConfig) -> str:
+    """The recipe's precision; single precision where the processor that trains has no fast bfloat16."""
+    on_cpu = run.accelerator == "cpu" or (run.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and run.precision.startswith("bf16") and not fast_bfloat16():
+        warnings.warn(f"this processor is slow in bfloat16: 32-true instead of {run.precision}", stacklevel=2)
+        return "32-true"
+    return run.precision
 
 
 def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) -> L.Trainer:
@@ -34,7 +44,7 @@ def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) ->
     return L.Trainer(
         accelerator=run.accelerator,
         devices=devices,
-        precision=run.precision,  # type: ignore[arg-type]
+        precision=usable_precision(run),  # type: ignore[arg-type]
         max_epochs=1,
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
         log_every_n_steps=run.log_every,

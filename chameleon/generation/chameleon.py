@@ -16,6 +16,7 @@ from chameleon.generation.engine import IMAGE_SAMPLING, TEXT_SAMPLING, Engine, R
 from chameleon.generation.guidance import two_way
 from chameleon.generation.modality import Rules
 from chameleon.generation.sampling import GREEDY, Sampling
+from chameleon.plan import fast_bfloat16
 from chameleon.tokenizers.image import Picture
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
@@ -31,14 +32,19 @@ class Chameleon:
         self.engine = Engine(bundle.model, bundle.vocabulary)
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, device: str = "cpu", dtype: str = "bfloat16") -> Chameleon:
-        """Loads a bundle (None: the shipped one). Raises `BadInput` for files that are missing, altered or unfitting."""
-        if dtype not in DTYPES:
-            raise BadInput(f"{dtype!r} is none of {', '.join(DTYPES)}", where="dtype")
+    def load(cls, path: str | Path | None = None, *, device: str = "cpu", dtype: str = "auto") -> Chameleon:
+        """Loads a bundle (None: the shipped one), in `dtype`; auto is bfloat16 where that is fast, else float32.
+
+        Raises `BadInput` for files that are missing, altered or unfitting.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise BadInput(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", where="dtype")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise BadInput(f"cannot be used ({str(error).splitlines()[0]})", where=f"device {device}") from None
+        if dtype == "auto":
+            dtype = "bfloat16" if fast_bfloat16(device) else "float32"
         return cls(Bundle.load(path, device=device, dtype=DTYPES[dtype]))
 
     @property
@@ -196,7 +202,7 @@ class Chameleon:
                     yield from self.decode(block).parts
                     block = []
                 continue
-            waiting += self.tokenizer.text.decode_bytes([token - v.text_start])
+            waiting += self.tokenizer.text_bytes([token])
             whole = whole_characters(waiting)
             if whole:
                 yield Text(waiting[:whole].decode("utf-8", errors="replace"))

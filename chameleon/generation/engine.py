@@ -74,7 +74,6 @@ class Engine:
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.masks = masks(vocabulary).to(self.device)
-        self.text_ids = range(vocabulary.text_slice.start, vocabulary.text_slice.stop)
         self.nothing_seen = torch.zeros(vocabulary.size, dtype=torch.bool, device=self.device)
 
     def check(self, request: Request) -> None:
@@ -129,7 +128,7 @@ class Engine:
                 yield entry.number, token
                 entry.made.append(token)
                 entry.state.push(token)
-                if entry.seen is not None and token in self.text_ids:
+                if entry.seen is not None and token in self.vocabulary.text_ids:
                     entry.seen[token] = True
                 entry.last = token
                 if not entry.state.done:
@@ -189,7 +188,7 @@ class Engine:
         open_ = [place for place, token in enumerate(tokens) if token < 0]
         if not open_:
             return tokens
-        # Where only codes may come, the head is cut to them.
+        # Where only codes may come, the head is cut to their range.
         only_codes = all(kinds[place] == Next.CODE for place in open_)
         ids = self.vocabulary.image_slice if only_codes else slice(0, self.vocabulary.size)
         logits = self.model.logits(hidden, ids).float()
