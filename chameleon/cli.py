@@ -259,6 +259,40 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from chameleon.convert.convert import convert as run
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    task = bar.add_task("")
+
+    def begin(total: int) -> None:
+        bar.update(task, total=total)
+        bar.start()
+
+    try:
+        found = run(
+            arguments.source,
+            arguments.target,
+            arguments.to,
+            model_dir=arguments.model_dir,
+            tokenizer=arguments.tokenizer,
+            shards=arguments.shards,
+            prompting=arguments.prompting,
+            progress=lambda count: bar.advance(task, count),
+            begin=begin,
+        )
+    finally:
+        bar.stop()
+    if not found["decoder"]:
+        say("without a decoder" + ("" if arguments.to == "hf" else ", so it cannot draw; --tokenizer adds one"))
+    text = f"{found['out']}: {found['parameters'] / 1e9:.3f} billion parameters, {found['vocabulary']} ids"
+    show(arguments, found, text)
+
+
 def describe_bundle(folder: Path) -> dict[str, Any]:
     from chameleon.bundle import Bundle
 
@@ -407,7 +441,9 @@ def build_parser() -> Parser:
     def model_options(sub: Parser) -> None:
         sub.add_argument("--model", metavar="BUNDLE", help="a bundle's folder; left out, the shipped one")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-        sub.add_argument("--dtype", default="auto", help="bfloat16, float32, float16 (default: bfloat16 where that is fast)")
+        sub.add_argument(
+            "--dtype", default="auto", help="bfloat16, float32, float16 (default: bfloat16 where that is fast)"
+        )
         sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
     def sampling_options(sub: Parser, max_new: int) -> None:
@@ -466,7 +502,7 @@ def build_parser() -> Parser:
     sub = verb("generate", generate, "Continues a document or conversation in JSON.")
     sub.add_argument("document", metavar="DOCUMENT.json")
     sub.add_argument("--out", metavar="DIR", help="folder for the pictures")
-    sub.add_argument("--max-images", type=int, default=1, help="pictures at most (default: 1)")
+    sub.add_argument("--max-images", type=int, help="pictures at most (default: 1, or 0 for a bundle without decoder)")
     model_options(sub)
     sampling_options(sub, 256)
 
@@ -488,6 +524,15 @@ def build_parser() -> Parser:
     sub.add_argument("--device", help="one kind of device (default: a table of them)")
     sub.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
     sub.add_argument("--tokens", type=float, help="tokens to train on, for the number of days")
+
+    sub = verb("convert", convert, "Weights from one format to another: a bundle, Meta's, Hugging Face's.")
+    sub.add_argument("source", metavar="SRC", help="folder in any of the three formats, told apart by its files")
+    sub.add_argument("target", metavar="DST", help="a new folder")
+    sub.add_argument("--to", required=True, choices=("bundle", "hf", "meta"), help="the format to write")
+    sub.add_argument("--model-dir", metavar="NAME", help="which of several models in Meta's format below SRC")
+    sub.add_argument("--tokenizer", metavar="DIR", help="Meta's tokenizer folder, for what SRC lacks: its decoder, say")
+    sub.add_argument("--shards", type=int, help="files of Meta's weights (default: as many as they came in)")
+    sub.add_argument("--prompting", choices=("conversation", "document"), help="default: conversation, or the bundle's own")
 
     sub = verb("info", info, "Says what a bundle or a folder of token shards holds.")
     sub.add_argument("folder", nargs="?", help="left out, the shipped bundle")

@@ -24,6 +24,8 @@ from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
 
 MAX_FILE_BYTES = 4 * 10**9
+MAPPED_BYTES = 1 << 28
+"""What is read of one of torch's files before its memory is given back."""
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Progress = Callable[[int], None]
 """Is told of each tensor's bytes once they are written."""
@@ -33,7 +35,36 @@ def nothing(_: int) -> None:
     """Progress that nobody watches."""
 
 
-class SafetensorsFiles(Mapping[str, Tensor]):
+class Weights(Mapping[str, Tensor]):
+    """Names and tensors, each tensor made when it is asked for."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, without reading it where that can be had."""
+        return self[name].dtype
+
+
+class Chosen(Weights):
+    """Tensors of other mappings under names of their own."""
+
+    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        """`places`: for each name a mapping, and the name there."""
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, theirs = self.places[name]
+        return source[theirs]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class SafetensorsFiles(Weights):
     """Tensors of one or several `.safetensors` files."""
 
     def __init__(self, places: Mapping[str, Path]) -> None:
@@ -69,6 +100,9 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             raise BadInput(f"damaged ({error})", where=path) from None
         return value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
@@ -92,25 +126,25 @@ def names_in(path: Path) -> set[str]:
         raise BadInput(f"damaged ({error})", where=path) from None
 
 
-class TorchFile(Mapping[str, Tensor]):
+class TorchFile(Weights):
     """Tensors of a file that `torch.save` wrote, at the top or under `inside`."""
 
     def __init__(self, path: Path, inside: str | None = None) -> None:
         """Raises `BadInput` for a file that is missing or damaged, or holds more than tensors and plain values."""
         self.path, self.inside = path, inside
-        self.held: dict[str, Tensor] | None = None
-        self.names = list(self.load())
+        self.mapped: dict[str, Tensor] | None = None
+        self.handed_out, self.may_close = 0, True
+        self.dtypes = {name: value.dtype for name, value in self.load().items()}
 
     def load(self) -> dict[str, Tensor]:
-        if self.held is not None:
-            return self.held
         try:
             with set_default_mmap_options(mmap.MAP_PRIVATE):
                 value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             raise BadInput("file is missing", where=self.path) from None
-        except RuntimeError:  # the form before torch 1.6 cannot be mapped
+        except RuntimeError:  # the form before torch 1.6 cannot be mapped, and is kept whole
             value = self.load_whole()
+            self.may_close = False
         except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
             raise self.refusal(error) from None
         if self.inside is not None:
@@ -123,12 +157,9 @@ class TorchFile(Mapping[str, Tensor]):
 
     def load_whole(self) -> Any:
         try:
-            value = torch.load(self.path, map_location="cpu", weights_only=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise self.refusal(error) from None
-        if isinstance(value, dict):
-            self.held = value.get(self.inside) if self.inside is not None else value
-        return value
 
     def refusal(self, error: Exception) -> BadInput:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
@@ -140,14 +171,26 @@ class TorchFile(Mapping[str, Tensor]):
         return BadInput(f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})", where=self.path)
 
     def __getitem__(self, name: str) -> Tensor:
-        # Read anew each time: what the reader maps is given back with the tensor, so only one tensor is ever in memory.
-        return self.load()[name]
+        # What the reader maps is given back with the last tensor of it, so the file is opened anew now and then.
+        if self.handed_out > MAPPED_BYTES and self.may_close:
+            self.mapped = None
+        if self.mapped is None:
+            self.mapped, self.handed_out = self.load(), 0
+        value = self.mapped[name]
+        self.handed_out += value.nbytes
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.dtypes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.dtypes)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.dtypes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.dtypes[name]
 
     @property
     def nbytes(self) -> int:
@@ -225,8 +268,9 @@ def write_torch(
 
     The file is first written with room for the tensors, and their bytes are put where a reader says it looks for them.
     """
+    sizes = {name: (value.shape, value.dtype) for name, value in shapes.items()}
     with FakeTensorMode():
-        empty = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in shapes.items()}
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
     with skip_data(materialize_fake_tensors=True):
         torch.save(empty if inside is None else {inside: empty}, path)
     with FakeTensorMode():

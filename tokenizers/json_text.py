@@ -142,6 +142,14 @@ def added_token(name: str, number: int, *, special: bool) -> dict[str, Any]:
     return {"id": number, "content": name, **flags, "special": special}
 
 
+def to_json_text(text: TextTokenizer, vocabulary: Vocabulary) -> JsonTextTokenizer:
+    """A text tokenizer as a `tokenizer.json`, whichever kind it is, with the same ids."""
+    if isinstance(text, JsonTextTokenizer):
+        return text
+    assert isinstance(text, SentencePieceTokenizer)
+    return from_sentencepiece(text, vocabulary)
+
+
 def from_sentencepiece(text: SentencePieceTokenizer, vocabulary: Vocabulary) -> JsonTextTokenizer:
     """Our own tokenizer and layout in the originals' form: ids as they are, specials and image codes by their names.
 

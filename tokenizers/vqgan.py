@@ -259,14 +259,18 @@ class VQGAN(nn.Module):
 
     def drawn(self, latent: Tensor) -> Tensor:
         """Quantised latents to pictures. Raises `BadInput` where there is no decoder."""
+        self.check_decoder()
+        pictures: Tensor = self.decoder(self.post_quant_conv(latent))  # type: ignore[misc]
+        return pictures
+
+    def check_decoder(self) -> None:
+        """Raises `BadInput` where there is no decoder."""
         if self.decoder is None:
             raise BadInput(
-                "the image tokenizer has no decoder, so nothing can be drawn",
+                "the image tokenizer has no decoder, so it reads pictures but cannot draw any",
                 where="bundle",
-                remedy="convert the weights again with --tokenizer, the folder of Meta's vqgan.ckpt",
+                remedy="chameleon convert adds one: --tokenizer, the folder with Meta's vqgan.ckpt",
             )
-        pictures: Tensor = self.decoder(self.post_quant_conv(latent))
-        return pictures
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

@@ -106,7 +106,11 @@ def from_meta_vqgan(values: dict[str, Any], *, where: object = "vqgan.yaml") -> 
 
 def check_groups(config: VQGANConfig) -> None:
     if config.norm_groups != NORM_GROUPS:
-        raise BadInput(f"{config.norm_groups} norm groups, the format knows only {NORM_GROUPS}", where="image tokenizer")
+        raise BadInput(
+            f"{config.norm_groups} norm groups, the format knows only {NORM_GROUPS}",
+            where="image tokenizer",
+            remedy=f"train one with norm_groups: {NORM_GROUPS}",
+        )
 
 
 def to_meta_vqgan(config: VQGANConfig) -> dict[str, Any]:

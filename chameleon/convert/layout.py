@@ -13,7 +13,7 @@ Sources are any mappings from names to tensors, so they may be lazy: one tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +23,7 @@ from torch import Tensor
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
-
-Weights = Mapping[str, Tensor]
+from chameleon.tensor_files import Weights
 
 
 @dataclass(frozen=True)
@@ -135,57 +134,123 @@ def fit(name: str, value: Tensor, shape: Sequence[int], where: object) -> Tensor
     return value
 
 
-def take(source: Weights, name: str, where: object) -> Tensor:
-    if name not in source:
-        raise BadInput(f"tensor {name} is missing", where=where)
-    return source[name]
+def check_names(found: Iterable[str], wanted: set[str], where: object) -> None:
+    """Raises `BadInput` that names a tensor which is missing or too many."""
+    there = set(found)
+    for some, what in ((wanted - there, "missing"), (there - wanted, "not of this model")):
+        if some:
+            more = f" and {len(some) - 1} more are" if len(some) > 1 else " is"
+            raise BadInput(f"tensor {min(some)}{more} {what}", where=where)
 
 
-def refuse_extra(source: Weights, known: set[str], where: object) -> None:
-    extra = sorted(set(source) - known)
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise BadInput(f"tensor {extra[0]}{more} is not of this model", where=where)
+class Reading(Weights):
+    """Our tensors, each made from another format's when it is asked for, in the order they are written."""
+
+    def __init__(self, config: ModelConfig, has_head: bool) -> None:
+        self.config, self.has_head = config, has_head
+        self.shapes = shapes(config)
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        return parts_of(lender(name, self.config, self.has_head))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def check_head(self, where: object) -> None:
+        """Raises `BadInput` where a tied head is written and is not the embedding."""
+        if self.config.tied_head and self.has_head and not torch.equal(self["head.weight"], self["embed.weight"]):
+            name = ENDS["head.weight"][0].hf
+            raise BadInput(
+                f"{name} is not the embedding, though the configuration says so",
+                where=where,
+                remedy="set tie_word_embeddings to what was trained",
+            )
+
+
+def joined(name: str, values: Sequence[Tensor], where: object) -> Tensor:
+    """The parts of our tensor `name`, one below the other."""
+    if len({value.dtype for value in values}) > 1:
+        raise BadInput(f"the parts of {name} are of different dtypes", where=where)
+    return values[0] if len(values) == 1 else torch.cat(list(values))
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
-def from_hf(source: Weights, config: ModelConfig, *, where: object = "checkpoint") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor of ours, in order. `source`: names and tensors of the language model alone.
+class HuggingFaceReading(Reading):
+    """See `from_hf`."""
 
-    A head that is missing is taken for tied. Raises `BadInput` that names the first tensor that is missing, unknown, of
-    the wrong shape or dtype, or whose norms differ within a shard of `config.qk_norm_shards`.
-    """
-    known: set[str] = set()
-    for name, shape in shapes(config).items():
+    def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
+        super().__init__(config, ENDS["head.weight"][0].hf in source)
+        self.source, self.where = source, where
+        check_names(source, {part.hf for name in self.shapes for part in self.parts(name)}, where)
+        self.check_head(where)
+
+    def __getitem__(self, name: str) -> Tensor:
+        config, shape = self.config, self.shapes[name]
         values = []
-        for part in parts_of(lender(name, config, ENDS["head.weight"][0].hf in source)):
-            key = part.hf
-            value = take(source, key, where)
-            known.add(key)
+        for part in self.parts(name):
+            value = self.source[part.hf]
             if part.split == "norm":
-                heads = head_count(config, part)
-                value = fit(key, value, (heads, config.head_width), where).unflatten(0, (config.qk_norm_shards, -1))
+                value = fit(part.hf, value, (head_count(config, part), config.head_width), self.where)
+                value = value.unflatten(0, (config.qk_norm_shards, -1))
                 if not torch.equal(value, value[:, :1].expand_as(value)):
-                    raise BadInput(
-                        f"tensor {key} differs within its {config.qk_norm_shards} shards",
-                        where=where,
-                        remedy="use more shards",
-                    )
+                    raise BadInput(f"tensor {part.hf} differs within its {config.qk_norm_shards} shards", where=self.where)
                 values.append(value[:, 0])
             else:
-                values.append(fit(key, value, (rows_of(config, part, shape), *shape[1:]), where))
-        yield name, values[0] if len(values) == 1 else torch.cat(values)
-    refuse_extra(source, known, where)
+                values.append(fit(part.hf, value, (rows_of(config, part, shape), *shape[1:]), self.where))
+        return joined(name, values, self.where)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source[self.parts(name)[0].hf].dtype
 
 
-def to_hf(ours: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of Hugging Face's language model. `ours` gives our tensor of a name. A tied head is left out."""
+def from_hf(source: Mapping[str, Tensor], config: ModelConfig, *, where: object = "checkpoint") -> Reading:
+    """Our tensors by name, made from Hugging Face's. `source`: names and tensors of the language model alone.
+
+    Raises `BadInput` that names a tensor which is missing, unknown, or a tied head other than the embedding; and, when
+    a tensor is asked for, one of the wrong shape or dtype, or norms that differ within a shard of `config.qk_norm_shards`.
+    """
+    return HuggingFaceReading(source, config, where)
+
+
+def hf_norm_shards(source: Mapping[str, Tensor], config: ModelConfig) -> int:
+    """The least number of QK-norm rows that say all that Hugging Face's rows, one a head, say.
+
+    A model that was trained in that format has as many as it has heads.
+    """
+    counts = [n for n in range(1, config.kv_heads + 1) if config.kv_heads % n == 0 and config.heads % n == 0]
+    counts.sort(key=lambda n: (n != config.qk_norm_shards, n))
+    parts = [
+        part
+        for number in range(config.layers)
+        for name in BLOCK
+        for part in parts_of(f"blocks.{number}.{name}")
+        if part.split == "norm" and part.hf in source
+    ]
+
+    def agree(part: Part, count: int) -> bool:
+        rows = source[part.hf]
+        if rows.dim() != 2 or len(rows) % count:
+            return True  # a wrong shape is named when it is read
+        rows = rows.unflatten(0, (count, -1))
+        return torch.equal(rows, rows[:, :1].expand_as(rows))
+
+    return next((count for count in counts if all(agree(part, count) for part in parts)), config.qk_norm_shards)
+
+
+def to_hf(ours: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of Hugging Face's language model. A tied head is left out."""
     for name, shape in shapes(config).items():
         if name == "head.weight" and config.tied_head:
             continue
-        value, start = ours(name), 0
+        value, start = ours[name], 0
         for part in parts_of(name):
             if part.split == "norm":
                 yield part.hf, value.repeat_interleave(head_count(config, part) // config.qk_norm_shards, dim=0)
@@ -198,23 +263,32 @@ def to_hf(ours: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[
 # --- Meta ------------------------------------------------------------------------------------------------------------
 
 
-def is_fused(source: Weights) -> bool:
+def is_fused(source: Mapping[str, Tensor]) -> bool:
     """Whether a shard keeps q, k, v (and gate, up) as one matrix."""
     return any(name.endswith(tuple(FUSED)) for name in source)
 
 
-def unfuse(source: Weights, name: str, config: ModelConfig, shards: int, where: object) -> tuple[str, Tensor]:
-    """The tensor `name` of one shard and the key it was found under: itself, or rows of a fused one."""
-    for fused, inner in FUSED.items():
-        for place, part in enumerate(inner):
-            key = name.removesuffix(part) + fused
-            if not name.endswith("." + part) or key not in source or name in source:
-                continue
-            heads = (config.heads, config.kv_heads, config.kv_heads)
-            sizes = [count * config.head_width for count in heads] if len(inner) == 3 else [config.ffn_width] * 2
-            sizes = [size // shards for size in sizes]
-            return key, fit(key, source[key], (sum(sizes), config.width), where).split(sizes)[place]
-    return name, take(source, name, where)
+def found_under(source: Mapping[str, Tensor], name: str) -> tuple[str, int]:
+    """The key of a shard that holds tensor `name`, and the place in it: itself, or the fused one that it is part of."""
+    if name not in source:
+        for fused, inner in FUSED.items():
+            for place, part in enumerate(inner):
+                key = name.removesuffix(part) + fused
+                if name.endswith("." + part) and key in source:
+                    return key, place
+    return name, -1
+
+
+def unfuse(source: Mapping[str, Tensor], name: str, config: ModelConfig, shards: int, where: object) -> Tensor:
+    """The tensor `name` of one shard, be it rows of a fused one."""
+    key, place = found_under(source, name)
+    if place < 0:
+        return source[key]
+    if key.endswith(next(iter(FUSED))):
+        sizes = [heads * config.head_width // shards for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    else:
+        sizes = [config.ffn_width // shards] * 2
+    return fit(key, source[key], (sum(sizes), config.width), where).split(sizes)[place]
 
 
 def check_shards(config: ModelConfig, shards: int, where: object) -> None:
@@ -223,24 +297,27 @@ def check_shards(config: ModelConfig, shards: int, where: object) -> None:
             raise BadInput(f"{name} {getattr(config, name)} does not divide by {shards} shards", where=where)
 
 
-def from_meta(
-    sources: Sequence[Weights], config: ModelConfig, *, where: object = "checkpoint"
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor of ours, in order, joined from the shards.
+class MetaReading(Reading):
+    """See `from_meta`."""
 
-    QK-norm rows are the shards' own, so `config.qk_norm_shards` must be their number. Raises `BadInput` that names shard
-    and tensor for what is missing, unknown, of the wrong shape or dtype, and for norms that shards should share but do not.
-    """
-    shards = len(sources)
-    check_shards(config, shards, where)
-    if config.qk_norm and config.qk_norm_shards != shards:
-        raise BadInput(f"{config.qk_norm_shards} QK-norm rows, {shards} shards", where=where)
-    places = [f"{where}, shard {number:02d}" for number in range(shards)]
-    known: list[set[str]] = [set(IGNORED) for _ in sources]
-    has_head = any(ENDS["head.weight"][0].meta in source for source in sources)
-    for name, shape in shapes(config).items():
+    def __init__(self, sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, where: object) -> None:
+        super().__init__(config, any(ENDS["head.weight"][0].meta in source for source in sources))
+        check_shards(config, len(sources), where)
+        if config.qk_norm and config.qk_norm_shards != len(sources):
+            raise BadInput(f"{config.qk_norm_shards} QK-norm rows, {len(sources)} shards", where=where)
+        self.sources = sources
+        self.where = where
+        self.places = [f"{where}, shard {number:02d}" for number in range(len(sources))]
+        names = {part.meta for name in self.shapes for part in self.parts(name)}
+        for source, place in zip(sources, self.places, strict=True):
+            wanted = {found_under(source, name)[0] for name in names}
+            check_names(set(source) - set(IGNORED), wanted, place)
+        self.check_head(where)
+
+    def __getitem__(self, name: str) -> Tensor:
+        config, shape, shards = self.config, self.shapes[name], len(self.sources)
         values = []
-        for part in parts_of(lender(name, config, has_head)):
+        for part in self.parts(name):
             rows = rows_of(config, part, shape)
             wanted = {
                 "rows": (rows // shards, *shape[1:]),
@@ -248,15 +325,26 @@ def from_meta(
                 "none": tuple(shape),
                 "norm": (config.head_width,),
             }[part.split]
-            found = []
-            for number, source in enumerate(sources):
-                key, value = unfuse(source, part.meta, config, shards, places[number])
-                known[number].add(key)
-                found.append(fit(part.meta, value, wanted, places[number]))
-            values.append(join(part, found, config, places))
-        yield name, values[0] if len(values) == 1 else torch.cat(values)
-    for source, keys, place in zip(sources, known, places, strict=True):
-        refuse_extra(source, keys, place)
+            found = [
+                fit(part.meta, unfuse(source, part.meta, config, shards, place), wanted, place)
+                for source, place in zip(self.sources, self.places, strict=True)
+            ]
+            values.append(join(part, found, config, self.places))
+        return joined(name, values, self.where)
+
+    def dtype(self, name: str) -> torch.dtype:
+        first = self.sources[0]
+        return first[found_under(first, self.parts(name)[0].meta)[0]].dtype
+
+
+def from_meta(sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, *, where: object = "checkpoint") -> Reading:
+    """Our tensors by name, joined from Meta's shards.
+
+    QK-norm rows are the shards' own, so `config.qk_norm_shards` must be their number. Raises `BadInput` that names shard
+    and tensor for what is missing or unknown; and, when a tensor is asked for, for a wrong shape or dtype, and for norms
+    that shards should share but do not.
+    """
+    return MetaReading(sources, config, where)
 
 
 def join(part: Part, found: Sequence[Tensor], config: ModelConfig, places: Sequence[str]) -> Tensor:
@@ -273,9 +361,9 @@ def join(part: Part, found: Sequence[Tensor], config: ModelConfig, places: Seque
 
 
 def to_meta(
-    ours: Callable[[str], Tensor], config: ModelConfig, shards: int, shard: int, *, fused: bool = False
+    ours: Mapping[str, Tensor], config: ModelConfig, shards: int, shard: int, *, fused: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of Meta's shard number `shard` of `shards`, without `rope.freqs`.
+    """(name, tensor) of Meta's shard number `shard` of `shards`, without `rope.freqs`; a tied head is written out.
 
     Raises `BadInput` where sizes do not divide, or heads of one shard have different QK-norm rows.
     """
@@ -283,9 +371,7 @@ def to_meta(
     if config.qk_norm and shards % config.qk_norm_shards and config.qk_norm_shards > 1:
         raise BadInput(f"{config.qk_norm_shards} QK-norm rows do not go into {shards} shards", where="model")
     for name, shape in shapes(config).items():
-        if name == "head.weight" and config.tied_head:
-            continue
-        value, start, made = ours(name), 0, []
+        value, start, made = ours["embed.weight" if name == "head.weight" and config.tied_head else name], 0, []
         for part in parts_of(name):
             rows = rows_of(config, part, shape)
             piece = value[start : start + rows]

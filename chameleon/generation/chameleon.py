@@ -131,6 +131,7 @@ class Chameleon:
         sampling: Sampling = IMAGE_SAMPLING,
     ) -> list[PILImage.Image]:
         """A picture for each prompt, in one batch; seeds are 0, 1, 2 … unless given."""
+        self.tokenizer.image.network.check_decoder()
         seeds = range(len(prompts)) if seeds is None else seeds
         nothing = two_way(self.prompt(Document()), guidance) if guidance != 1 else None
         rules = Rules(self.vocabulary.block_length, max_images=1, text=False)
@@ -155,12 +156,15 @@ class Chameleon:
         contents: Sequence[Document | Conversation],
         *,
         max_new: int = 256,
-        max_images: int = 1,
+        max_images: int | None = None,
         text: Sampling = TEXT_SAMPLING,
         image: Sampling = IMAGE_SAMPLING,
         seeds: Sequence[int] | None = None,
     ) -> list[Document]:
-        """What follows each; rows may be in different modalities at each step. Seeds are 0 for all unless given."""
+        """What follows each; rows may be in different modalities at each step. Seeds are 0 for all unless given.
+
+        `max_images`: left out, 1, or 0 where the bundle cannot draw.
+        """
         requests = self.requests(contents, max_new, max_images, text, image, seeds)
         return [self.decode(ids) for ids in self.engine.generate(requests)]
 
@@ -168,12 +172,16 @@ class Chameleon:
         self,
         contents: Sequence[Document | Conversation],
         max_new: int,
-        max_images: int,
+        max_images: int | None,
         text: Sampling,
         image: Sampling,
         seeds: Sequence[int] | None,
     ) -> list[Request]:
         chosen = seeds if seeds is not None else [0] * len(contents)
+        if max_images is None:
+            max_images = int(self.tokenizer.image.config.decoder)
+        if max_images:
+            self.tokenizer.image.network.check_decoder()
         rules = Rules(max_new, max_images)
         return [
             Request(self.prompt(content), rules, text, image, seed=seed)
@@ -185,7 +193,7 @@ class Chameleon:
         content: Document | Conversation,
         *,
         max_new: int = 256,
-        max_images: int = 1,
+        max_images: int | None = None,
         text: Sampling = TEXT_SAMPLING,
         image: Sampling = IMAGE_SAMPLING,
         seed: int = 0,

@@ -1,0 +1,101 @@
+"""From any of the three formats to any other: bundle, Meta's, Hugging Face's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from chameleon.bundle import CONFIG_FILE, PROVENANCE_FILE, Prompting
+from chameleon.convert.checkpoint import Checkpoint, read_bundle, with_decoder, write_as_bundle
+from chameleon.convert.hugging_face import read_hugging_face, write_hugging_face
+from chameleon.convert.meta import IMAGE, PARAMS, read_image, read_meta, write_meta
+from chameleon.errors import BadInput
+from chameleon.files import written_whole
+from chameleon.tensor_files import Progress, nothing
+
+Format = Literal["bundle", "hf", "meta"]
+
+
+def format_of(folder: Path) -> Format:
+    """Which format a folder is in. Raises `BadInput` where it is none."""
+    if not folder.is_dir():
+        raise BadInput("no such folder", where=folder)
+    if (folder / PROVENANCE_FILE).is_file():
+        return "bundle"
+    if (folder / CONFIG_FILE).is_file():
+        return "hf"
+    if any(True for _ in folder.rglob(PARAMS)):
+        return "meta"
+    raise BadInput(
+        f"no checkpoint: neither {CONFIG_FILE} here nor {PARAMS} here or below",
+        where=folder,
+        remedy="give a bundle, a Hugging Face folder, or a folder above Meta's files",
+    )
+
+
+def read(
+    source: Path, *, model_dir: str | None = None, tokenizer: Path | None = None, prompting: Prompting | None = None
+) -> Checkpoint:
+    """A checkpoint of any format, nothing of its weights read yet.
+
+    `model_dir`: which of several Meta models. `tokenizer`: a folder of Meta's tokenizer, for what the source lacks (its
+    decoder, say). `prompting`: how the model is prompted, which the other formats do not say; left out, as conversations.
+    """
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise BadInput("no such folder", where=f"--tokenizer {tokenizer}")
+    kind = format_of(source)
+    if model_dir is not None and kind != "meta":
+        raise BadInput("only for Meta's format", where="--model-dir")
+    if kind == "meta":
+        checkpoint = read_meta(source, model_dir=model_dir, tokenizer=tokenizer)
+    else:
+        checkpoint = read_hugging_face(source, tokenizer=tokenizer) if kind == "hf" else read_bundle(source)
+        if tokenizer is not None and not checkpoint.image.decoder:
+            checkpoint = with_decoder(checkpoint, *read_image(tokenizer), tokenizer / IMAGE)
+    return checkpoint if prompting is None else replace(checkpoint, prompting=prompting)
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    to: Format,
+    *,
+    model_dir: str | None = None,
+    tokenizer: Path | str | None = None,
+    shards: int | None = None,
+    prompting: Prompting | None = None,
+    progress: Progress = nothing,
+    begin: Progress = nothing,
+) -> dict[str, Any]:
+    """Reads a checkpoint of any format and writes it in another, one tensor at a time; returns what was converted.
+
+    `target`: a folder that is not there yet, or empty; it appears once it is whole. `shards`: files of Meta's weights.
+    `begin` is told of the bytes there are, `progress` of those written. Raises `BadInput` naming file and tensor.
+    """
+    source, target = Path(source), Path(target)
+    if to not in get_args(Format):
+        raise BadInput(f"{to!r} is none of {', '.join(get_args(Format))}", where="--to")
+    if shards is not None and (to != "meta" or shards < 1):
+        raise BadInput("shards are Meta's, 1 or more", where="--shards")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput("is there already", where=target, remedy="name a new folder")
+    where = None if tokenizer is None else Path(tokenizer)
+    checkpoint = read(source, model_dir=model_dir, tokenizer=where, prompting=prompting)
+    begin(checkpoint.nbytes)
+    with written_whole(target) as place:
+        if to == "bundle":
+            write_as_bundle(checkpoint, place, progress)
+        elif to == "hf":
+            write_hugging_face(checkpoint, place, progress=progress)
+        else:
+            write_meta(checkpoint, place, shards=shards, name=target.resolve().name, progress=progress)
+    return {
+        "from": format_of(source),
+        "to": to,
+        "out": str(target),
+        "parameters": checkpoint.config.parameters,
+        "vocabulary": checkpoint.vocabulary.size,
+        "qk_norm_shards": checkpoint.config.qk_norm_shards,
+        "decoder": checkpoint.image.decoder and to != "hf",
+    }

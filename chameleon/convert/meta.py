@@ -1,0 +1,225 @@
+"""Meta's format on disk.
+
+models/NAME/params.json, consolidate_params.json    shape of the model
+models/NAME/consolidated.pth                        weights, or consolidated.NN.pth for each model-parallel shard
+tokenizer/text_tokenizer.json                       text tokenizer, and the names of all ids
+tokenizer/vqgan.yaml, vqgan.ckpt                    image tokenizer
+
+Read wherever these lie below a folder, written as above.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from chameleon.convert import layout
+from chameleon.convert.checkpoint import Checkpoint, image_weights, vocabulary_of
+from chameleon.convert.configs import from_meta_params, from_meta_vqgan, to_meta_params, to_meta_vqgan
+from chameleon.errors import BadInput
+from chameleon.files import read_json, write_json
+from chameleon.model.config import ModelConfig
+from chameleon.tensor_files import Progress, TorchFile, Weights, nothing, write_torch
+from chameleon.tokenizers.json_text import PLACEHOLDER, RESERVED, JsonTextTokenizer, renamed, to_json_text
+from chameleon.tokenizers.vqgan import VQGANConfig
+
+PARAMS, MORE_PARAMS, TEXT, IMAGE_CONFIG, IMAGE = (
+    "params.json",
+    "consolidate_params.json",
+    "text_tokenizer.json",
+    "vqgan.yaml",
+    "vqgan.ckpt",
+)
+SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
+STATE = "state_dict"
+TRAINING = "loss."
+"""Prefix of tensors in vqgan.ckpt that only its training needs."""
+FREQUENCIES = "rope.freqs"
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def model_folder(folder: Path, chosen: str | None) -> Path:
+    """The folder with a model's files, at or below `folder`; `chosen`, of several. Raises `BadInput` that names them."""
+    found = sorted(path.parent for path in folder.rglob(PARAMS))
+    if chosen is not None:
+        matching = [path for path in found if chosen in (str(path), path.name, str(path.relative_to(folder)))]
+        if len(matching) != 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in found)
+            raise BadInput(f"no such model below {folder}", where=f"--model-dir {chosen}", remedy=f"there are: {names}")
+        return matching[0]
+    if not found:
+        raise BadInput(f"no {PARAMS} here or below", where=folder)
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise BadInput(f"several models: {names}", where=folder, remedy="choose with --model-dir")
+    return found[0]
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The one folder with the tokenizers' files, at or below `folder`."""
+    found = sorted(path.parent for path in folder.rglob(TEXT))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise BadInput(f"no {TEXT} here or below", where=folder, remedy="give its folder with --tokenizer")
+    raise BadInput(f"several tokenizers: {', '.join(map(str, found))}", where=folder, remedy="choose with --tokenizer")
+
+
+def shard_files(folder: Path, said: int | None) -> list[Path]:
+    """The weights' files in order. Raises `BadInput` naming one that is absent. `said`: how many there should be."""
+    whole = folder / "consolidated.pth"
+    if whole.is_file():
+        count, files = 1, [whole]
+    else:
+        numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := SHARD.fullmatch(path.name)))
+        if not numbers:
+            raise BadInput("no consolidated.pth or consolidated.00.pth", where=folder)
+        count = max(said or 0, numbers[-1] + 1)
+        files = [folder / f"consolidated.{number:02d}.pth" for number in range(count)]
+        for path in files:
+            if not path.is_file():
+                raise BadInput(f"shard is absent, of {count}", where=path)
+    if said not in (None, count):
+        raise BadInput(f"model_parallel_size {said}, but {count} files of weights", where=folder)
+    return files
+
+
+def read_text(path: Path) -> JsonTextTokenizer:
+    try:
+        return JsonTextTokenizer(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise BadInput("file is missing", where=path) from None
+
+
+def read_image(folder: Path) -> tuple[VQGANConfig, Weights]:
+    """The image tokenizer in a tokenizer folder."""
+    path = folder / IMAGE_CONFIG
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput("file is missing", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"not YAML ({error})", where=path) from None
+    if not isinstance(values, dict):
+        raise BadInput("expected a mapping", where=path)
+    config = from_meta_vqgan(values, where=path)
+    weights = folder / IMAGE
+    return image_weights(TorchFile(weights, STATE), config, passed_over=TRAINING, where=weights)
+
+
+def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rotary frequencies that Meta's files keep beside the weights [head_width / 2]."""
+    steps = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    return (1.0 / config.rope_theta**steps).to(dtype)
+
+
+def note_frequencies(found: Tensor, config: ModelConfig, where: object) -> dict[str, Any]:
+    """What a bundle keeps of `rope.freqs`, to give back the same bytes. Raises `BadInput` where they are others."""
+    wanted = frequencies(config)
+    if found.shape != wanted.shape or not torch.allclose(found.float(), wanted, rtol=2e-2):
+        raise BadInput(f"{FREQUENCIES} are not those of rope_theta {config.rope_theta}", where=where)
+    return {"dtype": str(found.dtype).removeprefix("torch."), "values": found.double().tolist()}
+
+
+def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | None = None) -> Checkpoint:
+    """A model in Meta's format at or below `folder`; its tokenizers there, or in the folder `tokenizer`.
+
+    Raises `BadInput` naming the file and what is wrong with it.
+    """
+    place = model_folder(folder, model_dir)
+    tokens = tokenizer_folder(folder if tokenizer is None else tokenizer)
+    params = read_json(place / PARAMS)
+    if (place / MORE_PARAMS).is_file():
+        params |= {key: value for key, value in read_json(place / MORE_PARAMS).items() if key != "model"}
+    files = shard_files(place, params.get("model_parallel_size"))
+    shards = [TorchFile(path) for path in files]
+    embedding, head = (layout.ENDS[name][0].meta for name in ("embed.weight", "head.weight"))
+    if embedding not in shards[0]:
+        raise BadInput(f"tensor {embedding} is missing", where=files[0])
+    config = from_meta_params(params, len(files), vocab_size=len(shards[0][embedding]), where=place / PARAMS)
+    config = replace(config, tied_head=not any(head in shard for shard in shards))
+    source: dict[str, Any] = {"format": "meta", "name": place.name, "shards": len(files)}
+    source["fused"] = layout.is_fused(shards[0])
+    if FREQUENCIES in shards[0]:
+        source["frequencies"] = note_frequencies(shards[0][FREQUENCIES], config, files[0])
+    text = read_text(tokens / TEXT)
+    image, pictures = read_image(tokens)
+    return Checkpoint(
+        config,
+        vocabulary_of(text, image, config.vocab_size, tokens / TEXT),
+        layout.from_meta(shards, config, where=place),
+        text,
+        image,
+        pictures,
+        sum(shard.nbytes for shard in shards) + (tokens / IMAGE).stat().st_size,
+        provenance={"source": source},
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Unread(Mapping[str, Tensor]):
+    """The shapes and dtypes of weights as tensors without memory."""
+
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+        self.weights, self.shapes = weights, layout.shapes(config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], dtype=self.weights.dtype(name), device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def write_meta(
+    checkpoint: Checkpoint, place: Path, *, shards: int | None = None, name: str = "model", progress: Progress = nothing
+) -> None:
+    """Writes Meta's files into an empty folder, weights in `shards` files (left out: as many as they came in).
+
+    Raises `BadInput` where sizes do not divide, or there is no decoder, without which Meta's code would draw noise.
+    """
+    config, source = checkpoint.config, checkpoint.source
+    if not checkpoint.image.decoder:
+        raise BadInput(
+            "the image tokenizer has no decoder, which Meta's format needs",
+            where="convert",
+            remedy="give the folder of Meta's vqgan.ckpt with --tokenizer",
+        )
+    count = shards or source.get("shards") or (config.qk_norm_shards if config.qk_norm else 1)
+    kept = source.get("frequencies")
+    if kept is None:
+        turning = frequencies(config)
+    else:
+        turning = torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"]))
+    model, tokens = place / "models" / source.get("name", name), place / "tokenizer"
+    model.mkdir(parents=True)
+    tokens.mkdir()
+    for path, value in zip((PARAMS, MORE_PARAMS), to_meta_params(config, count), strict=True):
+        write_json(model / path, value)
+    for number in range(count):
+        file = model / ("consolidated.pth" if count == 1 else f"consolidated.{number:02d}.pth")
+
+        def parts(weights: Mapping[str, Tensor], number: int = number) -> Iterator[tuple[str, Tensor]]:
+            yield from layout.to_meta(weights, config, count, number, fused=source.get("fused", False))
+            yield FREQUENCIES, turning
+
+        write_torch(file, dict(parts(Unread(checkpoint.weights, config))), parts(checkpoint.weights), progress=progress)
+    text = renamed(to_json_text(checkpoint.text, checkpoint.vocabulary), PLACEHOLDER, RESERVED)
+    (tokens / TEXT).write_bytes(text.data)
+    values = to_meta_vqgan(checkpoint.image)
+    (tokens / IMAGE_CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    pictures = checkpoint.image_weights
+    write_torch(tokens / IMAGE, pictures, pictures.items(), inside=STATE, progress=progress)
