@@ -72,7 +72,7 @@ def test_released_parameters() -> None:
     assert from_meta_params(seven, 1, vocab_size=65536) == replace(named_size("7b"), dropout=0.0)
     large = {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 256}
     large |= {"qk_normalization": True, "swin_norm": True}
-    assert from_meta_params({"model": large}, 8, vocab_size=65536) == replace(named_size("34b"), ffn_width=22016)
+    assert from_meta_params({"model": large}, 4, vocab_size=65536) == replace(named_size("34b"), ffn_width=22016)
     assert from_meta_vqgan(to_meta_vqgan(VQGANConfig())) == VQGANConfig()
     assert from_meta_vqgan(to_meta_vqgan(IMAGE)) == IMAGE
 

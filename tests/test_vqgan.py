@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
@@ -55,6 +59,94 @@ def test_codes_equal_those_of_hugging_faces_encoder() -> None:
     torch.testing.assert_close(latent, theirs.quant_conv(wanted.last_hidden_state), atol=1e-5, rtol=1e-5)
     assert torch.equal(ours.encode(pictures).flatten(), wanted.image_tokens.flatten())
     assert len(ours.encode(pictures).unique()) > 5
+
+
+def plain_vqgan(
+    state: dict[str, Tensor], config: VQGANConfig
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Encoder (pictures to codes) and decoder (codes to pictures) read off the released weights, operation by operation."""
+
+    def conv(x: Tensor, name: str, **how: int) -> Tensor:
+        return F.conv2d(x, state[name + ".weight"], state[name + ".bias"], **how)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        groups = x.reshape(len(x), config.norm_groups, -1)
+        groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return groups.reshape(x.shape) * state[name + ".weight"][:, None, None] + state[name + ".bias"][:, None, None]
+
+    def swish(x: Tensor) -> Tensor:
+        return x / (1 + (-x).exp())
+
+    def block(x: Tensor, name: str) -> Tensor:
+        h = conv(swish(norm(x, name + ".norm1")), name + ".conv1", padding=1)
+        h = conv(swish(norm(h, name + ".norm2")), name + ".conv2", padding=1)
+        return h + (conv(x, name + ".nin_shortcut") if name + ".nin_shortcut.weight" in state else x)
+
+    def attention(x: Tensor, name: str) -> Tensor:
+        h = norm(x, name + ".norm")
+        q, k, v = (conv(h, f"{name}.{part}").flatten(2) for part in "qkv")
+        weights = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
+        return x + conv((v @ weights.transpose(1, 2)).reshape(x.shape), name + ".proj_out")
+
+    def middle(x: Tensor, name: str) -> Tensor:
+        return block(attention(block(x, name + ".block_1"), name + ".attn_1"), name + ".block_2")
+
+    def level(x: Tensor, name: str) -> Tensor:
+        number = 0
+        while f"{name}.block.{number}.conv1.weight" in state:
+            x = block(x, f"{name}.block.{number}")
+            if f"{name}.attn.{number}.q.weight" in state:
+                x = attention(x, f"{name}.attn.{number}")
+            number += 1
+        return x
+
+    def encode(x: Tensor) -> Tensor:
+        x = conv(x, "encoder.conv_in", padding=1)
+        for number in range(len(config.multipliers)):
+            x = level(x, f"encoder.down.{number}")
+            if number < len(config.multipliers) - 1:
+                x = conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{number}.downsample.conv", stride=2)
+        x = conv(swish(norm(middle(x, "encoder.mid"), "encoder.norm_out")), "encoder.conv_out", padding=1)
+        latent = conv(x, "quant_conv").permute(0, 2, 3, 1)
+        return (latent[..., None, :] - state["quantize.embedding.weight"]).pow(2).sum(-1).argmin(-1)
+
+    def decode(codes: Tensor) -> Tensor:
+        x = conv(state["quantize.embedding.weight"][codes].permute(0, 3, 1, 2), "post_quant_conv")
+        x = middle(conv(x, "decoder.conv_in", padding=1), "decoder.mid")
+        for number in reversed(range(len(config.multipliers))):
+            x = level(x, f"decoder.up.{number}")
+            if number:
+                x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), f"decoder.up.{number}.upsample.conv", padding=1)
+        return conv(swish(norm(x, "decoder.norm_out")), "decoder.conv_out", padding=1).clamp(-1, 1)
+
+    return encode, decode
+
+
+@pytest.mark.parametrize("attends", [(), (16,)])
+def test_codes_and_pixels_equal_those_of_a_plain_reading(attends: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    config = VQGANConfig(
+        resolution=32,
+        channels=32,
+        multipliers=(1, 2, 2),
+        res_blocks=2,
+        attention_resolutions=attends,
+        latent_channels=16,
+        codebook_size=64,
+        codebook_width=8,
+    )
+    network = VQGAN(config).eval()
+    torch.nn.init.normal_(network.quantize.embedding.weight, std=0.5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn_like(parameter) * 0.05
+    encode, decode = plain_vqgan({name: value.detach() for name, value in network.released_state_dict().items()}, config)
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    codes = network.encode(pictures)
+    assert torch.equal(codes, encode(pictures)) and len(codes.unique()) > 5
+    drawn = network.decode(codes)
+    torch.testing.assert_close(drawn, decode(codes), atol=1e-4, rtol=0)
+    assert drawn.std() > 0.1
 
 
 def test_released_configuration_has_the_released_shapes() -> None:

@@ -201,7 +201,8 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     fold_codebook_rows(bundle.model)
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
     stage = {"recipe": to_plain(recipe), "figures": figures, "data": data_fingerprint(mixture)}
-    bundle.provenance = {"training": [*bundle.provenance.get("training", []), stage]}
+    kept = {key: value for key, value in bundle.provenance.items() if key not in ("version", "sha256")}
+    bundle.provenance = {**kept, "training": [*kept.get("training", []), stage]}
     if trainer.is_global_zero:
         bundle.save(Path(recipe.run.out) / "bundle")
     trainer.strategy.barrier()

@@ -87,7 +87,8 @@ SIZES = {
     "1b": small(layers=24, width=2048, heads=16, ffn_width=5504, context=4096),
     # The paper's two, table 1 of the LLaMA-2 report for what 2.3 takes over from it.
     "7b": ModelConfig(dropout=0.1),
-    "34b": ModelConfig(layers=48, width=8192, heads=64, kv_heads=8, ffn_width=22016, norm_order="swin", qk_norm_shards=8),
+    # The released weights of the larger one lie in 4 model-parallel shards.
+    "34b": ModelConfig(layers=48, width=8192, heads=64, kv_heads=8, ffn_width=22016, norm_order="swin", qk_norm_shards=4),
 }
 
 
