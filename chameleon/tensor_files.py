@@ -24,7 +24,7 @@ from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
 
 MAX_FILE_BYTES = 4 * 10**9
-MAPPED_BYTES = 1 << 28
+MAPPED_BYTES = 1 << 24
 """What is read of one of torch's files before its memory is given back."""
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Progress = Callable[[int], None]
@@ -178,6 +178,8 @@ class TorchFile(Weights):
             self.mapped, self.handed_out = self.load(), 0
         value = self.mapped[name]
         self.handed_out += value.nbytes
+        if value.nbytes > MAPPED_BYTES and self.may_close:
+            self.mapped = None
         return value
 
     def __contains__(self, name: object) -> bool:

@@ -325,10 +325,10 @@ class MetaReading(Reading):
                 "none": tuple(shape),
                 "norm": (config.head_width,),
             }[part.split]
-            found = [
+            found = (
                 fit(part.meta, unfuse(source, part.meta, config, shards, place), wanted, place)
                 for source, place in zip(self.sources, self.places, strict=True)
-            ]
+            )
             values.append(join(part, found, config, self.places))
         return joined(name, values, self.where)
 
@@ -347,16 +347,31 @@ def from_meta(sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, *, w
     return MetaReading(sources, config, where)
 
 
-def join(part: Part, found: Sequence[Tensor], config: ModelConfig, places: Sequence[str]) -> Tensor:
-    """What the shards have of a part as one tensor, rotary pairs as ours are; `places` name the shards in errors."""
+def join(part: Part, found: Iterable[Tensor], config: ModelConfig, places: Sequence[str]) -> Tensor:
+    """What the shards have of a part as one tensor, rotary pairs as ours are; `places` name the shards in errors.
+
+    The shards' tensors are taken one at a time, so that the largest is never held twice.
+    """
+    stream = zip(found, places, strict=True)
+    value, _ = next(stream)
     if part.split == "none":
-        for value, place in zip(found, places, strict=True):
-            if not torch.equal(value, found[0]):
+        for other, place in stream:
+            if not torch.equal(other, value):
                 raise BadInput(f"tensor {part.meta} is not that of shard 00", where=place)
-        return found[0]
+        return value
     if part.split == "norm":
-        return torch.stack([to_halves(value, 1) for value in found])
-    value = found[0] if len(found) == 1 else torch.cat(list(found), dim=0 if part.split == "rows" else 1)
+        return torch.stack([to_halves(entry, 1) for entry in (value, *(entry for entry, _ in stream))])
+    if len(places) > 1:
+        dim = 0 if part.split == "rows" else 1
+        size, step = list(value.shape), value.shape[dim]
+        size[dim] *= len(places)
+        whole = value.new_empty(size)
+        whole.narrow(dim, 0, step).copy_(value)
+        value = whole
+        for number, (entry, place) in enumerate(stream, 1):
+            if entry.dtype != whole.dtype:
+                raise BadInput(f"tensor {part.meta} is {entry.dtype}, in shard 00 {whole.dtype}", where=place)
+            whole.narrow(dim, number * step, step).copy_(entry)
     return to_halves(value, head_count(config, part)) if part.rotary else value
 
 
