@@ -8,7 +8,6 @@ same two forms, tensors taken from an iterator.
 from __future__ import annotations
 
 import json
-import mmap
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import set_default_mmap_options, skip_data
+from torch.serialization import skip_data
 
 from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
@@ -138,8 +137,7 @@ class TorchFile(Weights):
 
     def load(self) -> dict[str, Tensor]:
         try:
-            with set_default_mmap_options(mmap.MAP_PRIVATE):
-                value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             raise BadInput("file is missing", where=self.path) from None
         except RuntimeError:  # the form before torch 1.6 cannot be mapped, and is kept whole

@@ -673,6 +673,28 @@ def test_files_that_are_absent_are_named(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere", tmp_path)
 
 
+def test_consolidated_parameters_come_last(published: Path, tmp_path: Path) -> None:
+    """Meta's loader lays `model` over params.json and consolidate_params.json over both."""
+    source = copy_of(published, tmp_path)
+    path = source / "models" / "small" / "consolidate_params.json"
+    path.write_text(json.dumps({"norm_eps": 0.5, "model": {"norm_eps": 0.25}}))
+    convert(source, tmp_path / "bundle", "bundle")
+    assert read_json(tmp_path / "bundle" / "config.json")["model"]["norm_eps"] == 0.5
+
+
+def test_a_strangers_provenance_writes_nowhere_else(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "bundle", "bundle")
+    path = tmp_path / "bundle" / "provenance.json"
+    value = read_json(path)
+    value["source"]["name"] = "../../../elsewhere"
+    path.write_text(json.dumps(value))
+    convert(tmp_path / "bundle", tmp_path / "meta", "meta")
+    assert [folder.name for folder in (tmp_path / "meta" / "models").iterdir()] == ["elsewhere"]
+    value["source"]["frequencies"]["values"] = "none"
+    path.write_text(json.dumps(value))
+    assert "provenance.json: source.frequencies cannot be read" in refused(tmp_path / "bundle", tmp_path, "meta")
+
+
 def test_several_models_are_named_and_one_chosen(published: Path, tmp_path: Path) -> None:
     source = copy_of(published, tmp_path)
     shutil.copytree(source / "models" / "small", source / "models" / "other")

@@ -47,7 +47,7 @@ def test_there_and_back(layers: int, head: int, kv_heads: int, groups: int, ffn_
         qk_norm_shards=kv_heads,
     )
     params, more = to_meta_params(config, kv_heads)
-    assert from_meta_params({**params, **more}, kv_heads, vocab_size=config.vocab_size) == config
+    assert from_meta_params({**params["model"], **more}, kv_heads, vocab_size=config.vocab_size) == config
     assert from_hf_config(to_hf_config(config, IMAGE)) == config
 
 
@@ -66,13 +66,13 @@ def test_hugging_faces_own_reading(name: str) -> None:
 
 
 def test_released_parameters() -> None:
-    """What the released files say (LLaMA's keys), flat and under `model`, gives the table's sizes."""
+    """What the released files say (LLaMA's keys) gives the table's sizes."""
     seven: dict[str, Any] = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5}
     seven |= {"qk_normalization": True, "swin_norm": False, "vocab_size": -1}
     assert from_meta_params(seven, 1, vocab_size=65536) == replace(named_size("7b"), dropout=0.0)
     large = {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 256}
     large |= {"qk_normalization": True, "swin_norm": True}
-    assert from_meta_params({"model": large}, 4, vocab_size=65536) == replace(named_size("34b"), ffn_width=22016)
+    assert from_meta_params(large, 4, vocab_size=65536) == replace(named_size("34b"), ffn_width=22016)
     assert from_meta_vqgan(to_meta_vqgan(VQGANConfig())) == VQGANConfig()
     assert from_meta_vqgan(to_meta_vqgan(IMAGE)) == IMAGE
 

@@ -70,7 +70,9 @@ class JsonTextTokenizer(TextTokenizer):
         self.piece_of = {number: piece for piece, number in enumerate(self.ids)}
         self.bytes_of = [self.piece_bytes(names[number], names[number] in literal) for number in self.ids]
         escaped = [self.names.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self.escaped_space = [self.piece_of[number] for number in escaped if number is not None] if self.spaces else []
+        self.escaped_space = []
+        if self.spaces and all(number in self.piece_of for number in escaped):
+            self.escaped_space = [self.piece_of[number] for number in escaped if number is not None]
 
     def structure(self, model: dict[str, Any], added: list[dict[str, Any]], merged: list[str]) -> set[str]:
         """Names that are no text: specials, image codes, and what looks like one and no merge can make."""
@@ -125,8 +127,8 @@ class JsonTextTokenizer(TextTokenizer):
 
 
 def renamed(tokenizer: JsonTextTokenizer, old: str, new: str) -> JsonTextTokenizer:
-    """The same tokenizer with one piece under another name; itself, where it has no piece `old`."""
-    if old not in tokenizer.names:
+    """The same tokenizer with one piece under another name; itself, where it has no piece `old`, or one named `new`."""
+    if old not in tokenizer.names or new in tokenizer.names:
         return tokenizer
     value = json.loads(tokenizer.data)
     vocab = value["model"]["vocab"]

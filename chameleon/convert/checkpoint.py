@@ -94,9 +94,11 @@ def with_decoder(checkpoint: Checkpoint, config: VQGANConfig, weights: Weights, 
     """
     if checkpoint.image.decoder:
         return checkpoint
+    if replace(checkpoint.image, decoder=True, dropout=config.dropout) != config:
+        raise BadInput("an image tokenizer of another shape than the model's", where=where)
     ours, theirs = (entry[CODEBOOK].float() for entry in (checkpoint.image_weights, weights))
     coarse = min((checkpoint.image_weights.dtype(CODEBOOK), weights.dtype(CODEBOOK)), key=lambda dtype: dtype.itemsize)
-    if ours.shape != theirs.shape or not torch.equal(ours.to(coarse), theirs.to(coarse)):
+    if not torch.equal(ours.to(coarse), theirs.to(coarse)):
         raise BadInput("its codebook is not the model's, so its decoder would draw something else", where=where)
     names = [name for name in image_shapes(config) if name.startswith(DECODER)]
     places = {name: (checkpoint.image_weights, name) for name in checkpoint.image_weights}

@@ -33,12 +33,11 @@ def meta_ffn_width(width: int, multiple_of: int, multiplier: float | None) -> in
 
 
 def from_meta_params(params: dict[str, Any], shards: int, *, vocab_size: int, where: object = "params.json") -> ModelConfig:
-    """The model of params.json, with consolidate_params.json laid over it, in `shards` files.
+    """The model of params.json, all keys at the top, in `shards` files.
 
-    Keys may stand under `model` or at the top. `vocab_size` serves where the file has none, or -1.
+    `vocab_size` serves where the file has none, or -1.
     """
-    inner = params.get("model", {})
-    values = {**params, **(inner if isinstance(inner, dict) else {})}
+    values = params
     width, heads = wanted(values, "dim", where), wanted(values, "n_heads", where)
     said = values.get("vocab_size", -1)
     if said not in (-1, vocab_size):

@@ -23,10 +23,13 @@ def format_of(folder: Path) -> Format:
         raise BadInput("no such folder", where=folder)
     if (folder / PROVENANCE_FILE).is_file():
         return "bundle"
-    if (folder / CONFIG_FILE).is_file():
+    here = (folder / CONFIG_FILE).is_file()
+    if here and any(folder.glob("*.safetensors")):
         return "hf"
-    if any(True for _ in folder.rglob(PARAMS)):
+    if any(folder.rglob(PARAMS)):
         return "meta"
+    if here:
+        raise BadInput(f"{CONFIG_FILE}, but no .safetensors", where=folder, remedy="other files of weights are not read")
     raise BadInput(
         f"no checkpoint: neither {CONFIG_FILE} here nor {PARAMS} here or below",
         where=folder,

@@ -74,6 +74,16 @@ def tokenizer_folder(folder: Path) -> Path:
     raise BadInput(f"several tokenizers: {', '.join(map(str, found))}", where=folder, remedy="choose with --tokenizer")
 
 
+def read_params(folder: Path) -> dict[str, Any]:
+    """params.json, its `model` laid over it and consolidate_params.json over both, as Meta's loader has them."""
+    params = read_json(folder / PARAMS)
+    inner = params.pop("model", {})
+    more = read_json(folder / MORE_PARAMS) if (folder / MORE_PARAMS).is_file() else {}
+    if not isinstance(inner, dict):
+        raise BadInput("model is no object", where=folder / PARAMS)
+    return {**params, **inner, **{key: value for key, value in more.items() if key != "model"}}
+
+
 def shard_files(folder: Path, said: int | None) -> list[Path]:
     """The weights' files in order. Raises `BadInput` naming one that is absent. `said`: how many there should be."""
     whole = folder / "consolidated.pth"
@@ -130,6 +140,19 @@ def note_frequencies(found: Tensor, config: ModelConfig, where: object) -> dict[
     return {"dtype": str(found.dtype).removeprefix("torch."), "values": found.double().tolist()}
 
 
+def kept_frequencies(source: dict[str, Any], config: ModelConfig) -> Tensor:
+    """`rope.freqs` as they came, where a bundle kept them; else computed anew."""
+    kept = source.get("frequencies")
+    if kept is None:
+        return frequencies(config)
+    try:
+        found = torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadInput(f"source.frequencies cannot be read ({error})", where="provenance.json") from None
+    note_frequencies(found, config, "provenance.json")
+    return found
+
+
 def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | None = None) -> Checkpoint:
     """A model in Meta's format at or below `folder`; its tokenizers there, or in the folder `tokenizer`.
 
@@ -137,9 +160,7 @@ def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | N
     """
     place = model_folder(folder, model_dir)
     tokens = tokenizer_folder(folder if tokenizer is None else tokenizer)
-    params = read_json(place / PARAMS)
-    if (place / MORE_PARAMS).is_file():
-        params |= {key: value for key, value in read_json(place / MORE_PARAMS).items() if key != "model"}
+    params = read_params(place)
     files = shard_files(place, params.get("model_parallel_size"))
     shards = [TorchFile(path) for path in files]
     embedding, head = (layout.ENDS[name][0].meta for name in ("embed.weight", "head.weight"))
@@ -199,12 +220,8 @@ def write_meta(
             remedy="give the folder of Meta's vqgan.ckpt with --tokenizer",
         )
     count = shards or source.get("shards") or (config.qk_norm_shards if config.qk_norm else 1)
-    kept = source.get("frequencies")
-    if kept is None:
-        turning = frequencies(config)
-    else:
-        turning = torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"]))
-    model, tokens = place / "models" / source.get("name", name), place / "tokenizer"
+    turning = kept_frequencies(source, config)
+    model, tokens = place / "models" / (Path(str(source.get("name", name))).name or "model"), place / "tokenizer"
     model.mkdir(parents=True)
     tokens.mkdir()
     for path, value in zip((PARAMS, MORE_PARAMS), to_meta_params(config, count), strict=True):
