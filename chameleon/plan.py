@@ -6,7 +6,6 @@ memory, and activations by running the very code that trains on fake tensors and
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -294,11 +293,10 @@ def product_seconds(size: int, device: torch.device, dtype: torch.dtype, tries: 
     return best
 
 
-@functools.cache
 def fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether products in bfloat16 are worth it here: processors without AVX-512 take a hundred times as long."""
-    device = torch.device(device)
-    if device.type != "cpu":
+    """Whether products in bfloat16 are worth it: processors that oneDNN has no such kernels for (x86 without AVX-512)
+    take a hundred times as long.
+    """
+    if torch.device(device).type != "cpu":
         return True
-    half, single = (product_seconds(256, device, dtype, tries=3) for dtype in (torch.bfloat16, torch.float32))
-    return half < 4 * single
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
