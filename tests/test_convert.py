@@ -273,11 +273,11 @@ def test_hugging_face_to_bundle_to_hugging_face_gives_the_same_bytes(exported: P
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_trained_in_hugging_faces_format_comes_back(exported: Path, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_heads", "shards", "tied"), [(8, 1, False), (8, 1, True), (2, 2, False)])
+def test_a_model_trained_in_hugging_faces_format_comes_back(kv_heads: int, shards: int, tied: bool, tmp_path: Path) -> None:
     """Each head's norms are its own there, and a head may be tied: nothing may be averaged or lost."""
     folder = tmp_path / "hf"
-    shutil.copytree(exported / "hf", folder)
+    convert(meta_folder(tmp_path / "in", small(8, kv_heads, shards)), folder, "hf")
     values = read_json(folder / "config.json")
     values["tie_word_embeddings"] = tied
     (folder / "config.json").write_text(json.dumps(values))

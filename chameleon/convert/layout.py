@@ -14,7 +14,7 @@ Sources are any mappings from names to tensors, so they may be lazy: one tensor 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -116,6 +116,10 @@ def head_count(config: ModelConfig, part: Part) -> int:
     return config.heads if part.heads == "q" else config.kv_heads
 
 
+def norm_rows(config: ModelConfig, part: Part) -> int:
+    return config.qk_norm_shards if part.heads == "q" else config.k_norm_shards
+
+
 def rows_of(config: ModelConfig, part: Part, shape: torch.Size) -> int:
     """How many of our tensor's rows are the part's."""
     if part.heads and part.split == "rows":
@@ -199,9 +203,10 @@ class HuggingFaceReading(Reading):
             value = self.source[part.hf]
             if part.split == "norm":
                 value = fit(part.hf, value, (head_count(config, part), config.head_width), self.where)
-                value = value.unflatten(0, (config.qk_norm_shards, -1))
+                rows = norm_rows(config, part)
+                value = value.unflatten(0, (rows, -1))
                 if not torch.equal(value, value[:, :1].expand_as(value)):
-                    raise BadInput(f"tensor {part.hf} differs within its {config.qk_norm_shards} shards", where=self.where)
+                    raise BadInput(f"tensor {part.hf} differs within its {rows} shards", where=self.where)
                 values.append(value[:, 0])
             else:
                 values.append(fit(part.hf, value, (rows_of(config, part, shape), *shape[1:]), self.where))
@@ -225,7 +230,9 @@ def hf_norm_shards(source: Mapping[str, Tensor], config: ModelConfig) -> int:
 
     A model that was trained in that format has as many as it has heads.
     """
-    counts = [n for n in range(1, config.kv_heads + 1) if config.kv_heads % n == 0 and config.heads % n == 0]
+    counts = [
+        n for n in range(1, config.heads + 1) if config.heads % n == 0 and config.kv_heads % min(n, config.kv_heads) == 0
+    ]
     counts.sort(key=lambda n: (n != config.qk_norm_shards, n))
     parts = [
         part
@@ -236,11 +243,12 @@ def hf_norm_shards(source: Mapping[str, Tensor], config: ModelConfig) -> int:
     ]
 
     def agree(part: Part, count: int) -> bool:
-        rows = source[part.hf]
-        if rows.dim() != 2 or len(rows) % count:
+        value = source[part.hf]
+        rows = norm_rows(replace(config, qk_norm_shards=count), part)
+        if value.dim() != 2 or len(value) % rows:
             return True  # a wrong shape is named when it is read
-        rows = rows.unflatten(0, (count, -1))
-        return torch.equal(rows, rows[:, :1].expand_as(rows))
+        value = value.unflatten(0, (rows, -1))
+        return torch.equal(value, value[:, :1].expand_as(value))
 
     return next((count for count in counts if all(agree(part, count) for part in parts)), config.qk_norm_shards)
 
@@ -253,7 +261,7 @@ def to_hf(ours: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str
         value, start = ours[name], 0
         for part in parts_of(name):
             if part.split == "norm":
-                yield part.hf, value.repeat_interleave(head_count(config, part) // config.qk_norm_shards, dim=0)
+                yield part.hf, value.repeat_interleave(head_count(config, part) // norm_rows(config, part), dim=0)
             else:
                 count = rows_of(config, part, shape)
                 yield part.hf, value[start : start + count]

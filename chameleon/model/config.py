@@ -29,7 +29,10 @@ class ModelConfig:
     qk_norm: bool = True
     """LayerNorm with weight and bias on each head's queries and keys, before RoPE (2.3)."""
     qk_norm_shards: int = 1
-    """Rows of QK-norm weights; each serves an equal share of the heads (34b: one a model-parallel shard)."""
+    """Rows of QK-norm weights; each serves an equal share of the heads (34b: one a model-parallel shard).
+
+    Keys have no more rows than heads: with a row for each of 64 query heads, 8 key heads have 8.
+    """
     norm_order: Literal["pre", "swin"] = "pre"
     """`pre`: h = x + f(norm(x)); `swin`: h = x + norm(f(x)) (2.3)."""
     dropout: float = 0.0
@@ -42,7 +45,7 @@ class ModelConfig:
             ("width", self.width, self.heads),
             ("heads", self.heads, self.kv_heads),
             ("heads", self.heads, self.qk_norm_shards),
-            ("kv_heads", self.kv_heads, self.qk_norm_shards),
+            ("kv_heads", self.kv_heads, self.k_norm_shards),
             ("width / heads", self.width // self.heads, 2),
         ):
             if whole % part:
@@ -55,11 +58,17 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def k_norm_shards(self) -> int:
+        """Rows of the weights of the keys' norm."""
+        return min(self.qk_norm_shards, self.kv_heads)
+
+    @property
     def parameters(self) -> int:
         """How many parameters the model has."""
         kv = self.kv_heads * self.head_width
         attention = self.width * (self.width + 2 * kv) + self.width * self.width
-        norms = 2 * self.width + (4 * self.qk_norm_shards * self.head_width if self.qk_norm else 0)
+        rows = 2 * (self.qk_norm_shards + self.k_norm_shards) if self.qk_norm else 0
+        norms = 2 * self.width + rows * self.head_width
         block = attention + 3 * self.width * self.ffn_width + norms
         return self.vocab_size * self.width * (1 if self.tied_head else 2) + self.layers * block + self.width
 

@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         if config.qk_norm:
             self.q_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
-            self.k_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
+            self.k_norm = HeadNorm(config.k_norm_shards, config.head_width, config.norm_eps)
 
     def forward(
         self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None, seen: int
