@@ -13,7 +13,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -116,6 +116,8 @@ def read_header(place: Path, verify: bool = True) -> Header:
     model = ModelConfig.from_json(config["model"], where=path)
     if vocabulary.size != model.vocab_size:
         raise BadInput(f"vocabulary says {vocabulary.size} ids, the model has {model.vocab_size}", where=path)
+    if config["prompting"] not in get_args(Prompting):
+        raise BadInput(f"prompting is none of {', '.join(get_args(Prompting))}", where=path)
     return Header(model, vocabulary, config["prompting"], provenance)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -273,6 +274,8 @@ def convert(arguments: argparse.Namespace) -> None:
         bar.update(task, total=total)
         bar.start()
 
+    # So that what was half written is removed then too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         found = run(
             arguments.source,
@@ -287,6 +290,8 @@ def convert(arguments: argparse.Namespace) -> None:
         )
     finally:
         bar.stop()
+    for note in found["notes"]:
+        say(note)
     if not found["decoder"]:
         say("without a decoder" + ("" if arguments.to == "hf" else ", so it cannot draw; --tokenizer adds one"))
     text = f"{found['out']}: {found['parameters'] / 1e9:.3f} billion parameters, {found['vocabulary']} ids"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 
 class BadInput(ValueError):
     """Input that cannot be used. The message is one line that names the file, key or sample and the remedy.
@@ -13,3 +17,24 @@ class BadInput(ValueError):
         self.reason = " ".join((f"{what}; {remedy}" if remedy else what).split())
         """The message without the place."""
         super().__init__(" ".join(f"{where}: {self.reason}".split()) if where is not None else self.reason)
+
+
+def check_fields(value: Any, where: object) -> None:
+    """Raises `BadInput` naming a field of a dataclass that is not of its kind.
+
+    `int`: an integer of 1 or more; `float`: finite, 0 or more; `bool`; `tuple[int, ...]`: integers of 1 or more.
+    """
+    for field in dataclasses.fields(value):
+        found = getattr(value, field.name)
+        entries = found if field.type == "tuple[int, ...]" and isinstance(found, tuple) else (found,)
+        for entry in entries:
+            number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
+            wanted = {
+                "int": (number and isinstance(entry, int) and 1 <= entry < 2**53, "an integer of 1 or more"),
+                "tuple[int, ...]": (number and isinstance(entry, int) and entry >= 1, "integers of 1 or more"),
+                "float": (number and 0 <= entry < math.inf, "a number of 0 or more"),
+                "bool": (isinstance(entry, bool), "true or false"),
+            }
+            right, what = wanted.get(str(field.type), (True, ""))
+            if not right:
+                raise BadInput(f"{field.name} is {found!r}, expected {what}", where=where)

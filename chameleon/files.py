@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -35,7 +36,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Raises `BadInput` where the disk is full or the place cannot be written; what was at `folder` before is then kept.
     """
+    folder = folder.resolve()  # so that a link stays one, and "." has a name
     old = folder.with_name(f".{folder.name}.old")
+    remove_left_over(folder)
     with partial_folder(folder.with_name(f".{folder.name}.partial-{os.getpid()}"), folder) as partial:
         yield partial
         if old.exists():  # a process was killed between the lines below
@@ -49,6 +52,24 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote `folder` have left."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and not is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 @contextmanager
@@ -70,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput("file is missing", where=path, remedy="is this folder a bundle, and whole?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})", where=path) from None
     if not isinstance(value, dict):
         raise BadInput("expected an object", where=path)

@@ -8,10 +8,12 @@ same two forms, tensors taken from an iterator.
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,18 @@ def nothing(_: int) -> None:
 class Weights(Mapping[str, Tensor]):
     """Names and tensors, each tensor made when it is asked for."""
 
+    names: Mapping[str, Any]
+    """The names, in order, and what the tensors are made from."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor, without reading it where that can be had."""
         return self[name].dtype
@@ -45,40 +59,30 @@ class Weights(Mapping[str, Tensor]):
 class Chosen(Weights):
     """Tensors of other mappings under names of their own."""
 
-    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
-        """`places`: for each name a mapping, and the name there."""
-        self.places = dict(places)
+    def __init__(self, names: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        """`names`: for each name a mapping, and the name there."""
+        self.names = dict(names)
 
     def __getitem__(self, name: str) -> Tensor:
-        source, theirs = self.places[name]
+        source, theirs = self.names[name]
         return source[theirs]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 class SafetensorsFiles(Weights):
     """Tensors of one or several `.safetensors` files."""
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        """`places`: the file of each tensor, read only when the tensor is asked for."""
-        self.places = dict(places)
+    def __init__(self, names: Mapping[str, Path]) -> None:
+        """`names`: the file of each tensor, read only when the tensor is asked for."""
+        self.names = dict(names)
 
     @classmethod
     def of_folder(cls, folder: Path, stem: str = "model") -> SafetensorsFiles:
-        """`STEM.safetensors`, or the files that `STEM.safetensors.index.json` names.
+        """`STEM.safetensors`, or where there is none the files that `STEM.safetensors.index.json` names.
 
         Raises `BadInput` naming a file that is missing, damaged, or does not hold what the index says.
         """
-        index = folder / f"{stem}.safetensors.index.json"
-        if not index.is_file():
-            path = folder / f"{stem}.safetensors"
+        path, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if path.is_file() or not index.is_file():
             return cls(dict.fromkeys(names_in(path), path))
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table or any(Path(str(file)).name != file for file in table.values()):
@@ -91,7 +95,7 @@ class SafetensorsFiles(Weights):
         return cls({name: folder / file for name, file in table.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self.places[name]
+        path = self.names[name]
         try:
             with safe_open(path, framework="pt") as file:
                 value: Tensor = file.get_tensor(name)
@@ -99,28 +103,19 @@ class SafetensorsFiles(Weights):
             raise BadInput(f"damaged ({error})", where=path) from None
         return value
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
     @property
     def nbytes(self) -> int:
         """Bytes of all the files."""
-        return sum(path.stat().st_size for path in set(self.places.values()))
+        return sum(path.stat().st_size for path in set(self.names.values()))
 
 
-def names_in(path: Path) -> set[str]:
+def names_in(path: Path) -> list[str]:
     """Names of a `.safetensors` file's tensors."""
     if not path.is_file():
         raise BadInput("file is missing", where=path, remedy="copy the whole folder again")
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise BadInput(f"damaged ({error})", where=path) from None
 
@@ -128,45 +123,57 @@ def names_in(path: Path) -> set[str]:
 class TorchFile(Weights):
     """Tensors of a file that `torch.save` wrote, at the top or under `inside`."""
 
-    def __init__(self, path: Path, inside: str | None = None) -> None:
-        """Raises `BadInput` for a file that is missing or damaged, or holds more than tensors and plain values."""
-        self.path, self.inside = path, inside
+    def __init__(self, path: Path, inside: str | None = None, unless: Collection[str] = ()) -> None:
+        """`unless`: names that need not hold tensors, and are passed over where they do not.
+
+        Raises `BadInput` for a file that is missing or damaged, or holds more than tensors and plain values.
+        """
+        self.path, self.inside, self.unless = path, inside, unless
         self.mapped: dict[str, Tensor] | None = None
         self.handed_out, self.may_close = 0, True
-        self.dtypes = {name: value.dtype for name, value in self.load().items()}
+        self.names: dict[str, torch.dtype] = {name: value.dtype for name, value in self.load().items()}
 
     def load(self) -> dict[str, Tensor]:
         try:
             value = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             raise BadInput("file is missing", where=self.path) from None
-        except RuntimeError:  # the form before torch 1.6 cannot be mapped, and is kept whole
-            value = self.load_whole()
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            if "mmap" not in str(error):
+                raise self.refusal(error) from None
+            value = self.load_whole()  # the form before torch 1.6 cannot be mapped, and is kept
             self.may_close = False
-        except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise self.refusal(error) from None
         if self.inside is not None:
             if not isinstance(value, dict) or not isinstance(value.get(self.inside), dict):
                 raise BadInput(f"holds no {self.inside}", where=self.path)
             value = value[self.inside]
-        if not isinstance(value, dict) or not all(isinstance(entry, Tensor) for entry in value.values()):
+        if not isinstance(value, dict):
             raise BadInput("is no table of tensors", where=self.path)
-        return value
+        for name, entry in value.items():
+            dense = isinstance(entry, Tensor) and entry.layout == torch.strided and entry.device.type == "cpu"
+            if not isinstance(name, str) or not (dense or name in self.unless):
+                raise BadInput(f"{name!r} is no dense tensor", where=self.path)
+        return {name: entry for name, entry in value.items() if isinstance(entry, Tensor)}
 
     def load_whole(self) -> Any:
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file makes the reader raise
+        except Exception as error:
             raise self.refusal(error) from None
 
     def refusal(self, error: Exception) -> BadInput:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        text = str(error)
+        if "GLOBAL" in text:
             return BadInput(
                 "the pickle wants to run code or holds more than tensors, so it is refused",
                 where=self.path,
                 remedy="save the tensors alone",
             )
-        return BadInput(f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})", where=self.path)
+        # torch's text is a page of advice with the reason behind its last colon.
+        reason = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+        return BadInput(
+            f"damaged, or no file of tensors ({reason[0] if reason else type(error).__name__})", where=self.path
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         # What the reader maps is given back with the last tensor of it, so the file is opened anew now and then.
@@ -180,17 +187,8 @@ class TorchFile(Weights):
             self.mapped = None
         return value
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.dtypes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.dtypes)
-
-    def __len__(self) -> int:
-        return len(self.dtypes)
-
     def dtype(self, name: str) -> torch.dtype:
-        return self.dtypes[name]
+        return self.names[name]
 
     @property
     def nbytes(self) -> int:
@@ -256,29 +254,61 @@ def write_safetensors(
     )
 
 
-def write_torch(
-    path: Path,
-    shapes: Mapping[str, Tensor],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    inside: str | None = None,
-    progress: Progress = nothing,
-) -> None:
-    """Writes what `torch.save` would, one tensor at a time. `shapes`: a tensor of the same shape and dtype for each name.
+class TorchWriter:
+    """Writes what `torch.save` would, one tensor at a time.
 
-    The file is first written with room for the tensors, and their bytes are put where a reader says it looks for them.
+    The file is first written with room for the tensors; their bytes are put where a reader says it looks for them, and
+    at the end the archive's checksums are set right.
     """
-    sizes = {name: (value.shape, value.dtype) for name, value in shapes.items()}
-    with FakeTensorMode():
-        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(empty if inside is None else {inside: empty}, path)
-    with FakeTensorMode():
-        placed = torch.load(path, weights_only=True)
-    if inside is not None:
-        placed = placed[inside]
-    with open(path, "r+b") as file:
-        for name, value in tensors:
-            file.seek(placed[name].untyped_storage()._checkpoint_offset)
-            file.write(raw(value))
-            progress(value.nbytes)
+
+    def __init__(self, path: Path, shapes: Mapping[str, Tensor], inside: str | None = None) -> None:
+        """`shapes`: a tensor of the same shape and dtype for each name, without memory perhaps."""
+        sizes = {name: (value.shape, value.dtype) for name, value in shapes.items()}
+        with FakeTensorMode():
+            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
+        with skip_data(materialize_fake_tensors=True):
+            torch.save(empty if inside is None else {inside: empty}, path)
+        with FakeTensorMode():
+            placed = torch.load(path, weights_only=True)
+        placed = placed if inside is None else placed[inside]
+        self.path = path
+        self.places = {name: value.untyped_storage()._checkpoint_offset for name, value in placed.items()}
+        self.checksums: dict[int, int] = {}
+        self.file = open(path, "r+b")  # noqa: SIM115
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Writes a tensor's bytes."""
+        place, data = self.places[name], raw(value)
+        self.file.seek(place)
+        self.file.write(data)
+        self.checksums[place] = zlib.crc32(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.file.close()
+
+    def close(self) -> None:
+        """Writes the checksums of the archive's members, behind each and in the directory at the end."""
+        with zipfile.ZipFile(self.path) as archive:
+            directory, members = archive.start_dir, archive.infolist()
+        for member in members:
+            start = member.header_offset + 30 + sum(self.numbers("<HH", member.header_offset + 26))
+            entry = 46 + sum(self.numbers("<HHH", directory + 28))
+            if start in self.checksums:
+                places = [directory + 16]
+                if self.numbers("<I", start + member.file_size) == (0x08074B50,):  # the sign of a member's trailer
+                    places.append(start + member.file_size + 4)
+                for place in places:
+                    self.file.seek(place)
+                    self.file.write(struct.pack("<I", self.checksums[start]))
+            directory += entry
+        self.file.close()
+
+    def numbers(self, form: str, place: int) -> tuple[int, ...]:
+        self.file.seek(place)
+        return struct.unpack(form, self.file.read(struct.calcsize(form)))

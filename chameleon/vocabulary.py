@@ -272,6 +272,9 @@ class Vocabulary:
         try:
             runs = {kind: tuple((int(first), int(count)) for first, count in value[kind]) for kind in ("image", "text")}
             vocabulary = cls(**{**value, **runs, "grid": tuple(value["grid"])})
+            numbers = [*vocabulary.specials.values(), vocabulary.size, *vocabulary.grid]
+            if len(vocabulary.grid) != 2 or not all(type(number) is int for number in numbers) or min(vocabulary.grid) < 1:
+                raise BadInput("ids, size and the two sides of the grid must be whole numbers", where=where)
             for kind in ("image", "text"):
                 if not 0 < sum(count for _, count in runs[kind]) <= vocabulary.size:
                     raise BadInput(f"{kind} ids do not fit into {vocabulary.size}", where=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -77,12 +79,29 @@ def test_released_parameters() -> None:
     assert from_meta_vqgan(to_meta_vqgan(IMAGE)) == IMAGE
 
 
+def junk() -> list[tuple[str, Any]]:
+    """Every key of any of the formats with every kind of wrong value."""
+    meta = ["dim", "n_heads", "n_layers", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta"]
+    meta += ["vocab_size", "swin_norm", "qk_normalization"]
+    config = to_hf_config(named_size("tiny"), IMAGE)
+    values: list[Any] = [None, "x", "1", [], {}, 0, -1, 2.5, 1e300, True, float("nan"), float("inf"), [1, "2"]]
+    return [(name, value) for name in [*meta, *config, *config["vq_config"]] for value in values]
+
+
+def survives(read: Callable[[], object]) -> None:
+    """It reads, or says what is wrong with the file."""
+    with contextlib.suppress(BadInput):
+        read()
+
+
 def test_what_cannot_be_is_named() -> None:
     config = to_hf_config(named_size("tiny"), IMAGE)
     for changes, words in (
         ({"attention_bias": True}, "attention_bias"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rotary"),
-        ({"hidden_size": None}, "not a model's configuration"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"rms_norm_eps": "0"}, r"config\.json: norm_eps is '0', expected a number of 0 or more"),
+        ({"swin_norm": "no"}, "swin_norm"),
+        ({"hidden_size": None}, "hidden|width|not a model"),
         ({"num_key_value_heads": 2}, "does not divide"),
     ):
         with pytest.raises(BadInput, match=words):
@@ -96,8 +115,14 @@ def test_what_cannot_be_is_named() -> None:
         to_meta_vqgan(replace(IMAGE, norm_groups=16))
     with pytest.raises(BadInput, match=r"params\.json: no key dim"):
         from_meta_params({"n_heads": 2}, 1, vocab_size=10)
-    with pytest.raises(BadInput, match="the tokenizer has 10 ids"):
+    with pytest.raises(BadInput, match="the embedding has 10 rows"):
         from_meta_params({"dim": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 9}, 1, vocab_size=10)
+    for name, value in junk():
+        params = {"dim": 8, "n_heads": 2, "n_layers": 1, "multiple_of": 4, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5}
+        params |= {"n_kv_heads": 2, "rope_theta": 1e4, "vocab_size": 10, "swin_norm": True, "qk_normalization": True}
+        survives(lambda: from_meta_params({**params, name: value}, 1, vocab_size=10))  # noqa: B023
+        survives(lambda: from_hf_config({**config, name: value, "vocab_size": 10}))  # noqa: B023
+        survives(lambda: from_hf_vqgan({name: value}))  # noqa: B023
     values = to_meta_vqgan(IMAGE)
     values["model"]["params"]["ddconfig"]["double_z"] = True
     with pytest.raises(BadInput, match="double_z"):

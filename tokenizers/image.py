@@ -153,6 +153,17 @@ def to_pictures(values: Tensor) -> list[PILImage.Image]:
     return [PILImage.fromarray(entry) for entry in pixels]
 
 
+def read_config(folder: Path) -> VQGANConfig:
+    """Reads `image_tokenizer.json`. Raises `BadInput` naming it where it does not fit."""
+    path = folder / CONFIG_FILE
+    try:
+        return VQGANConfig(**read_json(path))
+    except BadInput as error:
+        raise BadInput(error.reason, where=path) from None
+    except TypeError as error:
+        raise BadInput(f"not an image tokenizer's configuration ({error})", where=path) from None
+
+
 def write_files(place: Path, config: VQGANConfig, weights: Mapping[str, Tensor], progress: Progress = nothing) -> None:
     """Writes `image_tokenizer.json` and `image_tokenizer.safetensors` into a folder, weights as they are."""
     write_json(place / CONFIG_FILE, config.to_json())
@@ -243,10 +254,7 @@ class ImageTokenizer:
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTokenizer:
         """Reads what `save` wrote, in float32. Raises `BadInput` naming a file that is missing or does not fit."""
-        try:
-            config = VQGANConfig(**read_json(folder / CONFIG_FILE))
-        except TypeError as error:
-            raise BadInput(f"not an image tokenizer's configuration ({error})", where=folder / CONFIG_FILE) from None
+        config = read_config(folder)
         state = SafetensorsFiles.of_folder(folder, STEM)
         network = VQGAN(config)
         try:

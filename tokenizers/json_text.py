@@ -59,7 +59,10 @@ class JsonTextTokenizer(TextTokenizer):
             merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             structure = self.structure(model, added, ["".join(pair) for pair in merges])
             kept = [token for token in added if token["content"] not in structure]
-            self.library = tokenizers.Tokenizer.from_str(json.dumps({**self.value, "added_tokens": kept}))
+            # The library numbers added tokens anew unless the model's own vocabulary has them.
+            vocab = {**model["vocab"], **{token["content"]: token["id"] for token in kept}}
+            plain = {"added_tokens": kept, "truncation": None, "padding": None, "model": {**model, "vocab": vocab}}
+            self.library = tokenizers.Tokenizer.from_str(json.dumps({**self.value, **plain}))
         except BadInput:
             raise
         except Exception as error:  # the library raises bare Exceptions
@@ -139,6 +142,50 @@ def renamed(tokenizer: JsonTextTokenizer, old: str, new: str) -> JsonTextTokeniz
     return JsonTextTokenizer(json.dumps(value, ensure_ascii=False).encode(), tokenizer.where)
 
 
+def adds_bos(tokenizer: JsonTextTokenizer, bos: int) -> bool:
+    """Whether the library puts `<s>` before a text."""
+    return tokenizers.Tokenizer.from_str(tokenizer.data.decode()).encode("").ids[:1] == [bos]
+
+
+def template(bos: int) -> dict[str, Any]:
+    """The post-processor that puts `<s>` before a text."""
+    name = NAMES["bos"]
+    first, second = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, first],
+        "pair": [{"SpecialToken": {"id": name, "type_id": 0}}, first, second],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+
+
+def with_bos(tokenizer: JsonTextTokenizer, bos: int) -> JsonTextTokenizer:
+    """The same tokenizer as Hugging Face's users expect it: `<s>` comes before a text by itself."""
+    if adds_bos(tokenizer, bos):
+        return tokenizer
+    value = json.loads(tokenizer.data)
+    steps = post_processors(value.get("post_processor"))
+    value["post_processor"] = template(bos) if not steps else {"type": "Sequence", "processors": [*steps, template(bos)]}
+    return JsonTextTokenizer(json.dumps(value, ensure_ascii=False).encode(), tokenizer.where)
+
+
+def without_bos(tokenizer: JsonTextTokenizer) -> JsonTextTokenizer:
+    """The same tokenizer as Meta's code expects it, which puts `<s>` at the start of a document itself."""
+    value = json.loads(tokenizer.data)
+    steps = post_processors(value.get("post_processor"))
+    kept = [step for step in steps if step["type"] != "TemplateProcessing"]
+    if len(kept) == len(steps):
+        return tokenizer
+    value["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+    return JsonTextTokenizer(json.dumps(value, ensure_ascii=False).encode(), tokenizer.where)
+
+
+def post_processors(value: Any) -> list[dict[str, Any]]:
+    if not value:
+        return []
+    return list(value["processors"]) if value["type"] == "Sequence" else [value]
+
+
 def added_token(name: str, number: int, *, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": name, **flags, "special": special}
@@ -184,14 +231,7 @@ def from_sentencepiece(text: SentencePieceTokenizer, vocabulary: Vocabulary) -> 
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": NAMES["bos"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                NAMES["bos"]: {"id": NAMES["bos"], "ids": [vocabulary.bos], "tokens": [NAMES["bos"]]},
-            },
-        },
+        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [

@@ -19,6 +19,7 @@ from chameleon.errors import BadInput
 from chameleon.tokenizers.image import Fit, ImageTokenizer
 from chameleon.tokenizers.json_text import JsonTextTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer, TextTokenizer
+from chameleon.tokenizers.vqgan import VQGANConfig
 from chameleon.vocabulary import Vocabulary
 
 Content = Document | Conversation
@@ -83,6 +84,17 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer:
     raise BadInput(f"no {' or '.join(kind.FILE for kind in kinds)}", where=folder)
 
 
+def check_fit(vocabulary: Vocabulary, text: TextTokenizer, image: VQGANConfig, where: object) -> None:
+    """Raises `BadInput` where the three do not fit together."""
+    for name, wanted, found in (
+        ("text pieces", vocabulary.text_count, len(text)),
+        ("image codes", vocabulary.image_count, image.codebook_size),
+        ("codes a picture", vocabulary.grid, image.grid),
+    ):
+        if wanted != found:
+            raise BadInput(f"vocabulary says {wanted} {name}, the tokenizers have {found}", where=where)
+
+
 class MixedTokenizer:
     """Both tokenizers behind one vocabulary."""
 
@@ -97,13 +109,7 @@ class MixedTokenizer:
         """Raises `BadInput` where the three do not fit together. `vocabulary`: left out, the text tokenizer's layout."""
         self.text, self.image = text, image
         self.vocabulary = vocabulary or text.vocabulary(image.config.codebook_size, image.config.grid)
-        for name, wanted, found in (
-            ("text pieces", self.vocabulary.text_count, len(text)),
-            ("image codes", self.vocabulary.image_count, image.config.codebook_size),
-            ("codes a picture", self.vocabulary.grid, image.config.grid),
-        ):
-            if wanted != found:
-                raise BadInput(f"vocabulary says {wanted} {name}, the tokenizers have {found}", where=where)
+        check_fit(self.vocabulary, text, image.config, where)
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary | None = None, device: str | torch.device = "cpu") -> MixedTokenizer:

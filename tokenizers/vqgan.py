@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, check_fields
 from chameleon.tokenizers.quantizer import Quantized, VectorQuantizer
 
 
@@ -45,8 +45,10 @@ class VQGANConfig:
     """Whether there is a decoder; Hugging Face's format keeps none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        for name in ("multipliers", "attention_resolutions"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self, "image tokenizer")
         if self.resolution % self.reduction:
             raise BadInput(
                 f"resolution {self.resolution} is no multiple of {self.reduction}, the reduction of "

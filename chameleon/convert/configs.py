@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from chameleon.errors import BadInput
-from chameleon.model.config import ModelConfig
+from chameleon.model.config import ModelConfig, NormOrder
 from chameleon.tokenizers.vqgan import VQGANConfig
 
 CONTEXT = 4096
@@ -15,10 +17,34 @@ NORM_GROUPS = 32
 """Groups of every GroupNorm in both other formats."""
 
 
-def wanted(values: dict[str, Any], key: str, where: object) -> Any:
+@contextmanager
+def reading(what: str, where: object) -> Iterator[None]:
+    """Turns whatever values of wrong kinds lead to into `BadInput` that names the file."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(error.reason, where=where) from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+        raise BadInput(f"not {what} ({error})", where=where) from None
+
+
+def wanted(values: dict[str, Any], key: str) -> Any:
     if key not in values:
-        raise BadInput(f"no key {key}", where=where)
+        raise BadInput(f"no key {key}")
     return values[key]
+
+
+def fixed(values: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raises `BadInput` naming a key that is there with another value than the one there is a counterpart of."""
+    for key, only in known.items():
+        if values.get(key) not in (None, only):
+            raise BadInput(f"{key} is {values[key]!r}, only {only!r} is known")
+
+
+def order(swin: Any) -> NormOrder:
+    if not isinstance(swin, bool):
+        raise BadInput(f"swin_norm is {swin!r}, expected true or false")
+    return "swin" if swin else "pre"
 
 
 # --- Meta ------------------------------------------------------------------------------------------------------------
@@ -37,28 +63,27 @@ def from_meta_params(params: dict[str, Any], shards: int, *, vocab_size: int, wh
 
     `vocab_size` serves where the file has none, or -1.
     """
-    values = params
-    width, heads = wanted(values, "dim", where), wanted(values, "n_heads", where)
-    said = values.get("vocab_size", -1)
-    if said not in (-1, vocab_size):
-        raise BadInput(f"vocab_size {said}, the tokenizer has {vocab_size} ids", where=where)
-    try:
-        return ModelConfig(
+    with reading("a model's parameters", where):
+        said = params.get("vocab_size")
+        if said not in (None, -1, vocab_size):
+            raise BadInput(f"vocab_size {said}, the embedding has {vocab_size} rows")
+        width, heads = wanted(params, "dim"), wanted(params, "n_heads")
+        norms = params.get("qk_normalization", False)
+        config = ModelConfig(
             vocab_size=vocab_size,
-            layers=wanted(values, "n_layers", where),
+            layers=wanted(params, "n_layers"),
             width=width,
             heads=heads,
-            kv_heads=heads if values.get("n_kv_heads") is None else values["n_kv_heads"],
-            ffn_width=meta_ffn_width(width, values.get("multiple_of", 256), values.get("ffn_dim_multiplier")),
+            kv_heads=heads if params.get("n_kv_heads") is None else params["n_kv_heads"],
+            ffn_width=meta_ffn_width(width, params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
             context=CONTEXT,
-            norm_eps=values.get("norm_eps", 1e-5),
-            rope_theta=values.get("rope_theta", ROPE_THETA),
-            qk_norm=bool(values.get("qk_normalization", False)),
-            qk_norm_shards=shards if values.get("qk_normalization", False) else 1,
-            norm_order="swin" if values.get("swin_norm", False) else "pre",
+            norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", ROPE_THETA),
+            qk_norm=norms,
+            qk_norm_shards=shards if norms else 1,
+            norm_order=order(params.get("swin_norm", False)),
         )
-    except (TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"not a model's parameters ({error})", where=where) from None
+    return config
 
 
 def to_meta_params(config: ModelConfig, shards: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,22 +110,22 @@ def to_meta_params(config: ModelConfig, shards: int) -> tuple[dict[str, Any], di
 
 def from_meta_vqgan(values: dict[str, Any], *, where: object = "vqgan.yaml") -> VQGANConfig:
     """The image tokenizer of vqgan.yaml. Raises `BadInput` for a network this one cannot be."""
-    params = wanted(wanted(values, "model", where), "params", where)
-    network = wanted(params, "ddconfig", where)
-    for key, fixed in (("double_z", False), ("in_channels", 3), ("out_ch", 3)):
-        if network.get(key, fixed) != fixed:
-            raise BadInput(f"{key} is {network[key]}, only {fixed} is known", where=where)
-    return VQGANConfig(
-        resolution=wanted(network, "resolution", where),
-        channels=wanted(network, "ch", where),
-        multipliers=tuple(wanted(network, "ch_mult", where)),
-        res_blocks=wanted(network, "num_res_blocks", where),
-        attention_resolutions=tuple(network.get("attn_resolutions") or ()),
-        latent_channels=wanted(network, "z_channels", where),
-        codebook_size=wanted(params, "n_embed", where),
-        codebook_width=wanted(params, "embed_dim", where),
-        norm_groups=NORM_GROUPS,
-    )
+    with reading("an image tokenizer's configuration", where):
+        params = wanted(wanted(values, "model"), "params")
+        network = wanted(params, "ddconfig")
+        fixed(network, {"double_z": False, "in_channels": 3, "out_ch": 3})
+        config = VQGANConfig(
+            resolution=wanted(network, "resolution"),
+            channels=wanted(network, "ch"),
+            multipliers=tuple(wanted(network, "ch_mult")),
+            res_blocks=wanted(network, "num_res_blocks"),
+            attention_resolutions=tuple(network.get("attn_resolutions") or ()),
+            latent_channels=wanted(network, "z_channels"),
+            codebook_size=wanted(params, "n_embed"),
+            codebook_width=wanted(params, "embed_dim"),
+            norm_groups=NORM_GROUPS,
+        )
+    return config
 
 
 def check_groups(config: VQGANConfig) -> None:
@@ -139,31 +164,27 @@ def from_hf_config(values: dict[str, Any], *, where: object = "config.json") -> 
 
     QK-norms there are always on. Raises `BadInput` for what this model has no counterpart of.
     """
-    for key, fixed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("attention_dropout", 0)):
-        if (values.get(key) or fixed) != fixed:
-            raise BadInput(f"{key} is {values[key]!r}, only {fixed!r} is known", where=where)
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or values.get("rope_scaling"):
-        raise BadInput("scaled rotary positions are not known", where=where)
-    heads = wanted(values, "num_attention_heads", where)
-    kv_heads = values.get("num_key_value_heads")
-    try:
-        return ModelConfig(
-            vocab_size=wanted(values, "vocab_size", where),
-            layers=wanted(values, "num_hidden_layers", where),
-            width=wanted(values, "hidden_size", where),
+    with reading("a model's configuration", where):
+        fixed(values, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_scaling": None})
+        rope = values.get("rope_parameters") or {}
+        fixed(rope, {"rope_type": "default"})
+        heads = wanted(values, "num_attention_heads")
+        kv_heads = values.get("num_key_value_heads")
+        config = ModelConfig(
+            vocab_size=wanted(values, "vocab_size"),
+            layers=wanted(values, "num_hidden_layers"),
+            width=wanted(values, "hidden_size"),
             heads=heads,
             kv_heads=heads if kv_heads is None else kv_heads,
-            ffn_width=wanted(values, "intermediate_size", where),
+            ffn_width=wanted(values, "intermediate_size"),
             context=values.get("max_position_embeddings", CONTEXT),
             norm_eps=values.get("rms_norm_eps", 1e-5),
             rope_theta=rope.get("rope_theta", values.get("rope_theta", ROPE_THETA)),
             qk_norm_shards=values.get("model_parallel_size") or 1,
-            norm_order="swin" if values.get("swin_norm") else "pre",
-            tied_head=bool(values.get("tie_word_embeddings", False)),
+            norm_order=order(values.get("swin_norm") or False),
+            tied_head=values.get("tie_word_embeddings", False),
         )
-    except (TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"not a model's configuration ({error})", where=where) from None
+    return config
 
 
 def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
@@ -211,19 +232,19 @@ def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
 
 def from_hf_vqgan(values: dict[str, Any], *, where: object = "config.json, vq_config") -> VQGANConfig:
     """The image tokenizer of config.json's `vq_config`; what is left out has the released value."""
-    for key, fixed in (("double_latent", False), ("in_channels", 3), ("attn_type", "vanilla")):
-        if values.get(key, fixed) != fixed:
-            raise BadInput(f"{key} is {values[key]!r}, only {fixed!r} is known", where=where)
-    released = VQGANConfig()
-    return VQGANConfig(
-        resolution=values.get("resolution", released.resolution),
-        channels=values.get("base_channels", released.channels),
-        multipliers=tuple(values.get("channel_multiplier", released.multipliers)),
-        res_blocks=values.get("num_res_blocks", released.res_blocks),
-        attention_resolutions=tuple(values.get("attn_resolutions") or ()),
-        latent_channels=values.get("latent_channels", released.latent_channels),
-        codebook_size=values.get("num_embeddings", released.codebook_size),
-        codebook_width=values.get("embed_dim", released.codebook_width),
-        norm_groups=NORM_GROUPS,
-        dropout=values.get("dropout", 0.0),
-    )
+    with reading("an image tokenizer's configuration", where):
+        fixed(values, {"double_latent": False, "in_channels": 3, "attn_type": "vanilla"})
+        released = VQGANConfig()
+        config = VQGANConfig(
+            resolution=values.get("resolution", released.resolution),
+            channels=values.get("base_channels", released.channels),
+            multipliers=tuple(values.get("channel_multiplier", released.multipliers)),
+            res_blocks=values.get("num_res_blocks", released.res_blocks),
+            attention_resolutions=tuple(values.get("attn_resolutions") or ()),
+            latent_channels=values.get("latent_channels", released.latent_channels),
+            codebook_size=values.get("num_embeddings", released.codebook_size),
+            codebook_width=values.get("embed_dim", released.codebook_width),
+            norm_groups=NORM_GROUPS,
+            dropout=values.get("dropout", 0.0),
+        )
+    return config

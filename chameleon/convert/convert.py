@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from chameleon.bundle import CONFIG_FILE, PROVENANCE_FILE, Prompting
-from chameleon.convert.checkpoint import Checkpoint, read_bundle, with_decoder, write_as_bundle
+from chameleon.convert.checkpoint import Checkpoint, Format, read_bundle, with_decoder, write_as_bundle
 from chameleon.convert.hugging_face import read_hugging_face, write_hugging_face
-from chameleon.convert.meta import IMAGE, PARAMS, read_image, read_meta, write_meta
+from chameleon.convert.meta import IMAGE, PARAMS, read_image, read_meta, tokenizer_folder, write_meta
 from chameleon.errors import BadInput
 from chameleon.files import written_whole
 from chameleon.tensor_files import Progress, nothing
-
-Format = Literal["bundle", "hf", "meta"]
 
 
 def format_of(folder: Path) -> Format:
     """Which format a folder is in. Raises `BadInput` where it is none."""
     if not folder.is_dir():
-        raise BadInput("no such folder", where=folder)
+        raise BadInput("is a file" if folder.exists() else "no such folder", where=folder, remedy="give the folder")
     if (folder / PROVENANCE_FILE).is_file():
         return "bundle"
     here = (folder / CONFIG_FILE).is_file()
@@ -42,8 +40,9 @@ def read(
 ) -> Checkpoint:
     """A checkpoint of any format, nothing of its weights read yet.
 
-    `model_dir`: which of several Meta models. `tokenizer`: a folder of Meta's tokenizer, for what the source lacks (its
-    decoder, say). `prompting`: how the model is prompted, which the other formats do not say; left out, as conversations.
+    `model_dir`: which of several Meta models. `tokenizer`: a folder with Meta's tokenizer at or below it, for what the
+    source lacks (its decoder, say). `prompting`: how the model is prompted, which the other formats do not say; left out,
+    as conversations.
     """
     if tokenizer is not None and not tokenizer.is_dir():
         raise BadInput("no such folder", where=f"--tokenizer {tokenizer}")
@@ -55,7 +54,8 @@ def read(
     else:
         checkpoint = read_hugging_face(source, tokenizer=tokenizer) if kind == "hf" else read_bundle(source)
         if tokenizer is not None and not checkpoint.image.decoder:
-            checkpoint = with_decoder(checkpoint, *read_image(tokenizer), tokenizer / IMAGE)
+            place = tokenizer_folder(tokenizer)
+            checkpoint = with_decoder(checkpoint, *read_image(place, checkpoint.notes), place / IMAGE)
     return checkpoint if prompting is None else replace(checkpoint, prompting=prompting)
 
 
@@ -81,6 +81,8 @@ def convert(
         raise BadInput(f"{to!r} is none of {', '.join(get_args(Format))}", where="--to")
     if shards is not None and (to != "meta" or shards < 1):
         raise BadInput("shards are Meta's, 1 or more", where="--shards")
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise BadInput("lies in the source", where=target, remedy="name a folder elsewhere")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("is there already", where=target, remedy="name a new folder")
     where = None if tokenizer is None else Path(tokenizer)
@@ -101,4 +103,5 @@ def convert(
         "vocabulary": checkpoint.vocabulary.size,
         "qk_norm_shards": checkpoint.config.qk_norm_shards,
         "decoder": checkpoint.image.decoder and to != "hf",
+        "notes": list(dict.fromkeys(checkpoint.notes)),
     }

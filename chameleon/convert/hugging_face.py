@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from chameleon.convert import layout
-from chameleon.convert.checkpoint import DECODER, Checkpoint, image_weights, vocabulary_of
+from chameleon.convert.checkpoint import DECODER, Checkpoint, Source, image_weights, vocabulary_of
 from chameleon.convert.configs import from_hf_config, from_hf_vqgan, to_hf_config
-from chameleon.convert.meta import TEXT, read_image, read_text
+from chameleon.convert.meta import TEXT, read_image, read_text, tokenizer_folder
 from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
 from chameleon.tensor_files import Chosen, Progress, SafetensorsFiles, nothing, write_safetensors
-from chameleon.tokenizers.json_text import PLACEHOLDER, RESERVED, JsonTextTokenizer, renamed, to_json_text
+from chameleon.tokenizers.json_text import PLACEHOLDER, RESERVED, JsonTextTokenizer, renamed, to_json_text, with_bos
 from chameleon.tokenizers.vqgan import VQGANConfig
 from chameleon.vocabulary import IMAGE_NAME, NAMES
 
@@ -66,6 +66,8 @@ def current_names(files: SafetensorsFiles, where: object) -> Chosen:
 def check_map(config: dict[str, Any], text: JsonTextTokenizer, where: object) -> None:
     """Raises `BadInput` where the ids of config.json's `vocabulary_map` and of the tokenizer are not the same."""
     found = config.get("vocabulary_map") or {}
+    if not isinstance(found, dict):
+        raise BadInput("vocabulary_map is no object", where=where)
     for name, number in found.items():
         matters = name in NAMES.values() or IMAGE_NAME.fullmatch(name)
         if matters and text.names.get(name) != number:
@@ -83,18 +85,20 @@ def read_hugging_face(folder: Path, *, tokenizer: Path | None = None) -> Checkpo
         raise BadInput("the weights are quantised", where=path, remedy="convert those in 16 or 32 bits")
     files = SafetensorsFiles.of_folder(folder)
     named = current_names(files, folder)
-    language = Chosen({name: named.places[name] for name in named if not name.startswith(PICTURES)})
+    language = Chosen({name: named.names[name] for name in named if not name.startswith(PICTURES)})
     config = from_hf_config(values, where=path)
     config = replace(config, qk_norm_shards=layout.hf_norm_shards(language, config))
-    if layout.ENDS["head.weight"][0].hf not in language:
-        config = replace(config, tied_head=True)
+    head = layout.ENDS["head.weight"][0].hf
+    if head not in language and not config.tied_head:
+        raise BadInput(f"tensor {head} is missing", where=folder, remedy="is tie_word_embeddings to be true?")
+    notes: list[str] = []
     text = hugging_face_text(folder, tokenizer)
     check_map(values, text, path)
     if any(name.startswith(PICTURES) for name in named):
-        image = from_hf_vqgan(values.get("vq_config") or {}, where=f"{path}, vq_config")
+        image = from_hf_vqgan(values.get("vq_config") or {}, where=f"{path}: vq_config")
         image, pictures = image_weights(named, image, prefix=PICTURES, where=folder)
     elif tokenizer is not None:
-        image, pictures = read_image(tokenizer)
+        image, pictures = read_image(tokenizer_folder(tokenizer), notes)
     else:
         raise BadInput(
             "no image tokenizer in these weights", where=folder, remedy="give the folder of Meta's with --tokenizer"
@@ -107,14 +111,15 @@ def read_hugging_face(folder: Path, *, tokenizer: Path | None = None) -> Checkpo
         image,
         pictures,
         files.nbytes,
-        provenance={"source": {"format": "hf", "name": folder.resolve().name}},
+        source=Source(format="hf", name=folder.resolve().name),
+        notes=notes,
     )
 
 
 def hugging_face_text(folder: Path, tokenizer: Path | None) -> JsonTextTokenizer:
     if (folder / TOKENIZER).is_file() or tokenizer is None:
         return read_text(folder / TOKENIZER)
-    return renamed(read_text(tokenizer / TEXT), RESERVED, PLACEHOLDER)
+    return renamed(read_text(tokenizer_folder(tokenizer) / TEXT), RESERVED, PLACEHOLDER)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def write_hugging_face(checkpoint: Checkpoint, place: Path, *, progress: Progres
         },
     )
     write_json(place / "generation_config.json", special)
-    write_tokenizer(text, place, config.context)
+    write_tokenizer(with_bos(text, vocabulary.bos), place, config.context)
     write_processor(checkpoint.image, place)
 
     pictures = {PICTURES + name: name for name in checkpoint.image_weights if not name.startswith(DECODER)}

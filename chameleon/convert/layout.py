@@ -152,19 +152,26 @@ class Reading(Weights):
 
     def __init__(self, config: ModelConfig, has_head: bool) -> None:
         self.config, self.has_head = config, has_head
-        self.shapes = shapes(config)
+        self.names: dict[str, torch.Size] = shapes(config)
+        """The shape of each."""
 
     def parts(self, name: str) -> tuple[Part, ...]:
         return parts_of(lender(name, self.config, self.has_head))
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+    def one_below_the_other(self, name: str, parts: Iterable[Tensor], where: object) -> Tensor:
+        """Our tensor `name` from its parts, taken one at a time, so that it is not held twice."""
+        whole, start = None, 0
+        for value in parts:
+            if len(value) == self.names[name][0]:
+                return value
+            if whole is None:
+                whole = value.new_empty(self.names[name])
+            if value.dtype != whole.dtype:
+                raise BadInput(f"the parts of {name} are of different dtypes", where=where)
+            whole[start : start + len(value)] = value
+            start += len(value)
+        assert whole is not None and start == len(whole)
+        return whole
 
     def check_head(self, where: object) -> None:
         """Raises `BadInput` where a tied head is written and is not the embedding."""
@@ -177,11 +184,16 @@ class Reading(Weights):
             )
 
 
-def joined(name: str, values: Sequence[Tensor], where: object) -> Tensor:
-    """The parts of our tensor `name`, one below the other."""
-    if len({value.dtype for value in values}) > 1:
-        raise BadInput(f"the parts of {name} are of different dtypes", where=where)
-    return values[0] if len(values) == 1 else torch.cat(list(values))
+class BundleReading(Reading):
+    """A bundle's tensors, which are ours already; shapes and dtypes are checked as they are asked for."""
+
+    def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
+        super().__init__(config, has_head=not config.tied_head)
+        self.source, self.where = source, where
+        check_names(source, {lender(name, config, self.has_head) for name in self.names}, where)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return fit(name, self.source[lender(name, self.config, self.has_head)], self.names[name], self.where)
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -193,24 +205,21 @@ class HuggingFaceReading(Reading):
     def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
         super().__init__(config, ENDS["head.weight"][0].hf in source)
         self.source, self.where = source, where
-        check_names(source, {part.hf for name in self.shapes for part in self.parts(name)}, where)
+        check_names(source, {part.hf for name in self.names for part in self.parts(name)}, where)
         self.check_head(where)
 
     def __getitem__(self, name: str) -> Tensor:
-        config, shape = self.config, self.shapes[name]
-        values = []
-        for part in self.parts(name):
-            value = self.source[part.hf]
-            if part.split == "norm":
-                value = fit(part.hf, value, (head_count(config, part), config.head_width), self.where)
-                rows = norm_rows(config, part)
-                value = value.unflatten(0, (rows, -1))
-                if not torch.equal(value, value[:, :1].expand_as(value)):
-                    raise BadInput(f"tensor {part.hf} differs within its {rows} shards", where=self.where)
-                values.append(value[:, 0])
-            else:
-                values.append(fit(part.hf, value, (rows_of(config, part, shape), *shape[1:]), self.where))
-        return joined(name, values, self.where)
+        return self.one_below_the_other(name, (self.part(part, self.names[name]) for part in self.parts(name)), self.where)
+
+    def part(self, part: Part, shape: torch.Size) -> Tensor:
+        config, value = self.config, self.source[part.hf]
+        if part.split != "norm":
+            return fit(part.hf, value, (rows_of(config, part, shape), *shape[1:]), self.where)
+        rows = norm_rows(config, part)
+        value = fit(part.hf, value, (head_count(config, part), config.head_width), self.where).unflatten(0, (rows, -1))
+        if not torch.equal(value, value[:, :1].expand_as(value)):
+            raise BadInput(f"tensor {part.hf} differs within its {rows} shards", where=self.where)
+        return value[:, 0]
 
     def dtype(self, name: str) -> torch.dtype:
         return self.source[self.parts(name)[0].hf].dtype
@@ -308,106 +317,122 @@ def check_shards(config: ModelConfig, shards: int, where: object) -> None:
 class MetaReading(Reading):
     """See `from_meta`."""
 
-    def __init__(self, sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, where: object) -> None:
+    def __init__(
+        self, sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, where: object, notes: list[str] | None
+    ) -> None:
         super().__init__(config, any(ENDS["head.weight"][0].meta in source for source in sources))
         check_shards(config, len(sources), where)
         if config.qk_norm and config.qk_norm_shards != len(sources):
             raise BadInput(f"{config.qk_norm_shards} QK-norm rows, {len(sources)} shards", where=where)
-        self.sources = sources
-        self.where = where
+        self.sources, self.where = sources, where
+        self.notes = [] if notes is None else notes
         self.places = [f"{where}, shard {number:02d}" for number in range(len(sources))]
-        names = {part.meta for name in self.shapes for part in self.parts(name)}
+        names = {part.meta for name in self.names for part in self.parts(name)}
         for source, place in zip(sources, self.places, strict=True):
             wanted = {found_under(source, name)[0] for name in names}
             check_names(set(source) - set(IGNORED), wanted, place)
         self.check_head(where)
 
     def __getitem__(self, name: str) -> Tensor:
-        config, shape, shards = self.config, self.shapes[name], len(self.sources)
-        values = []
-        for part in self.parts(name):
-            rows = rows_of(config, part, shape)
-            wanted = {
-                "rows": (rows // shards, *shape[1:]),
-                "columns": (rows, shape[-1] // shards),
-                "none": tuple(shape),
-                "norm": (config.head_width,),
-            }[part.split]
-            found = (
-                fit(part.meta, unfuse(source, part.meta, config, shards, place), wanted, place)
-                for source, place in zip(self.sources, self.places, strict=True)
-            )
-            values.append(join(part, found, config, self.places))
-        return joined(name, values, self.where)
+        return self.one_below_the_other(name, (self.part(part, self.names[name]) for part in self.parts(name)), self.where)
+
+    def part(self, part: Part, shape: torch.Size) -> Tensor:
+        config, shards, rows = self.config, len(self.sources), rows_of(self.config, part, shape)
+        wanted = {
+            "rows": (rows // shards, *shape[1:]),
+            "columns": (rows, shape[-1] // shards),
+            "none": tuple(shape),
+            "norm": (config.head_width,),
+        }[part.split]
+        found = (
+            fit(part.meta, unfuse(source, part.meta, config, shards, place), wanted, place)
+            for source, place in zip(self.sources, self.places, strict=True)
+        )
+        return self.join(part, found)
+
+    def join(self, part: Part, found: Iterable[Tensor]) -> Tensor:
+        """What the shards have of a part as one tensor, rotary pairs as ours are.
+
+        The shards' tensors are taken one at a time, so that the largest is never held twice.
+        """
+        stream = zip(found, self.places, strict=True)
+        value, _ = next(stream)
+        if part.split == "none":
+            return self.shared(part, [value, *(entry for entry, _ in stream)])
+        if part.split == "norm":
+            return torch.stack([to_halves(entry, 1) for entry in (value, *(entry for entry, _ in stream))])
+        if len(self.places) > 1:
+            dim = 0 if part.split == "rows" else 1
+            size, step = list(value.shape), value.shape[dim]
+            size[dim] *= len(self.places)
+            whole = value.new_empty(size)
+            whole.narrow(dim, 0, step).copy_(value)
+            value = whole
+            for number, (entry, place) in enumerate(stream, 1):
+                if entry.dtype != whole.dtype:
+                    raise BadInput(f"tensor {part.meta} is {entry.dtype}, in shard 00 {whole.dtype}", where=place)
+                whole.narrow(dim, number * step, step).copy_(entry)
+        return to_halves(value, head_count(self.config, part)) if part.rotary else value
+
+    def shared(self, part: Part, found: Sequence[Tensor]) -> Tensor:
+        """The one vector that all shards should have; their mean, with a note, where they do not."""
+        if all(torch.equal(value, found[0]) for value in found):
+            return found[0]
+        self.notes.append(f"{part.meta} differs between shards: averaged, as Hugging Face's own converter does")
+        return torch.stack(list(found)).mean(dim=0)
 
     def dtype(self, name: str) -> torch.dtype:
         first = self.sources[0]
         return first[found_under(first, self.parts(name)[0].meta)[0]].dtype
 
 
-def from_meta(sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, *, where: object = "checkpoint") -> Reading:
-    """Our tensors by name, joined from Meta's shards.
+def from_meta(
+    sources: Sequence[Mapping[str, Tensor]],
+    config: ModelConfig,
+    *,
+    where: object = "checkpoint",
+    notes: list[str] | None = None,
+) -> Reading:
+    """Our tensors by name, joined from Meta's shards. `notes` takes what the user should know.
 
     QK-norm rows are the shards' own, so `config.qk_norm_shards` must be their number. Raises `BadInput` that names shard
-    and tensor for what is missing or unknown; and, when a tensor is asked for, for a wrong shape or dtype, and for norms
-    that shards should share but do not.
+    and tensor for what is missing or unknown; and, when a tensor is asked for, for a wrong shape or dtype. Norms that
+    shards should share but do not are averaged.
     """
-    return MetaReading(sources, config, where)
-
-
-def join(part: Part, found: Iterable[Tensor], config: ModelConfig, places: Sequence[str]) -> Tensor:
-    """What the shards have of a part as one tensor, rotary pairs as ours are; `places` name the shards in errors.
-
-    The shards' tensors are taken one at a time, so that the largest is never held twice.
-    """
-    stream = zip(found, places, strict=True)
-    value, _ = next(stream)
-    if part.split == "none":
-        for other, place in stream:
-            if not torch.equal(other, value):
-                raise BadInput(f"tensor {part.meta} is not that of shard 00", where=place)
-        return value
-    if part.split == "norm":
-        return torch.stack([to_halves(entry, 1) for entry in (value, *(entry for entry, _ in stream))])
-    if len(places) > 1:
-        dim = 0 if part.split == "rows" else 1
-        size, step = list(value.shape), value.shape[dim]
-        size[dim] *= len(places)
-        whole = value.new_empty(size)
-        whole.narrow(dim, 0, step).copy_(value)
-        value = whole
-        for number, (entry, place) in enumerate(stream, 1):
-            if entry.dtype != whole.dtype:
-                raise BadInput(f"tensor {part.meta} is {entry.dtype}, in shard 00 {whole.dtype}", where=place)
-            whole.narrow(dim, number * step, step).copy_(entry)
-    return to_halves(value, head_count(config, part)) if part.rotary else value
+    return MetaReading(sources, config, where, notes)
 
 
 def to_meta(
-    ours: Mapping[str, Tensor], config: ModelConfig, shards: int, shard: int, *, fused: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of Meta's shard number `shard` of `shards`, without `rope.freqs`; a tied head is written out.
+    ours: Mapping[str, Tensor], config: ModelConfig, shards: int, *, fused: bool = False
+) -> Iterator[tuple[int, str, Tensor]]:
+    """(shard, name, tensor) of Meta's shards, without `rope.freqs`; a tied head is written out.
 
-    Raises `BadInput` where sizes do not divide, or heads of one shard have different QK-norm rows.
+    Each of our tensors is asked for once and cut for all shards. Raises `BadInput` where sizes do not divide, or heads
+    of one shard have different QK-norm rows.
     """
     check_shards(config, shards, "model")
     if config.qk_norm and shards % config.qk_norm_shards and config.qk_norm_shards > 1:
         raise BadInput(f"{config.qk_norm_shards} QK-norm rows do not go into {shards} shards", where="model")
     for name, shape in shapes(config).items():
-        value, start, made = ours["embed.weight" if name == "head.weight" and config.tied_head else name], 0, []
-        for part in parts_of(name):
-            rows = rows_of(config, part, shape)
-            piece = value[start : start + rows]
-            start += rows
-            if part.split == "norm":
-                piece = to_pairs(value[shard * config.qk_norm_shards // shards], 1)
-            elif part.rotary:
-                piece = to_pairs(piece, head_count(config, part))
-            if part.split in ("rows", "columns"):
-                piece = piece.chunk(shards, dim=0 if part.split == "rows" else 1)[shard]
-            made.append((part.meta, piece.contiguous()))
-        if fused and len(made) > 1:
-            inner = next(key for key, names in FUSED.items() if made[0][0].endswith(names[0]))
-            prefix = made[0][0].removesuffix(FUSED[inner][0])
-            made = [(prefix + inner, torch.cat([piece for _, piece in made]))]
-        yield from made
+        value = ours["embed.weight" if name == "head.weight" and config.tied_head else name]
+        for shard in range(shards):
+            made, start = [], 0
+            for part in parts_of(name):
+                rows = rows_of(config, part, shape)
+                made.append((part.meta, cut(part, value[start : start + rows], config, shards, shard)))
+                start += rows
+            if fused and len(made) > 1:
+                inner = next(key for key, names in FUSED.items() if made[0][0].endswith(names[0]))
+                prefix = made[0][0].removesuffix(FUSED[inner][0])
+                made = [(prefix + inner, torch.cat([piece for _, piece in made]))]
+            for theirs, piece in made:
+                yield shard, theirs, piece
+
+
+def cut(part: Part, value: Tensor, config: ModelConfig, shards: int, shard: int) -> Tensor:
+    """One shard's share of a part, rotary pairs as Meta's are."""
+    if part.split == "norm":
+        return to_pairs(value[shard * config.qk_norm_shards // shards], 1)
+    if part.split != "none":
+        value = value.chunk(shards, dim=0 if part.split == "rows" else 1)[shard]
+    return to_pairs(value, head_count(config, part) // shards) if part.rotary else value.contiguous()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ import yaml
 from torch import Tensor
 
 from chameleon.convert import layout
-from chameleon.convert.checkpoint import Checkpoint, image_weights, vocabulary_of
+from chameleon.convert.checkpoint import Checkpoint, Source, image_shapes, image_weights, vocabulary_of
 from chameleon.convert.configs import from_meta_params, from_meta_vqgan, to_meta_params, to_meta_vqgan
 from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
 from chameleon.model.config import ModelConfig
-from chameleon.tensor_files import Progress, TorchFile, Weights, nothing, write_torch
-from chameleon.tokenizers.json_text import PLACEHOLDER, RESERVED, JsonTextTokenizer, renamed, to_json_text
+from chameleon.tensor_files import Chosen, Progress, TorchFile, TorchWriter, Weights, nothing
+from chameleon.tokenizers.json_text import PLACEHOLDER, RESERVED, JsonTextTokenizer, renamed, to_json_text, without_bos
 from chameleon.tokenizers.vqgan import VQGANConfig
 
 PARAMS, MORE_PARAMS, TEXT, IMAGE_CONFIG, IMAGE = (
@@ -39,8 +39,6 @@ PARAMS, MORE_PARAMS, TEXT, IMAGE_CONFIG, IMAGE = (
 )
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 STATE = "state_dict"
-TRAINING = "loss."
-"""Prefix of tensors in vqgan.ckpt that only its training needs."""
 FREQUENCIES = "rope.freqs"
 
 
@@ -110,8 +108,8 @@ def read_text(path: Path) -> JsonTextTokenizer:
         raise BadInput("file is missing", where=path) from None
 
 
-def read_image(folder: Path) -> tuple[VQGANConfig, Weights]:
-    """The image tokenizer in a tokenizer folder."""
+def read_image(folder: Path, notes: list[str]) -> tuple[VQGANConfig, Weights]:
+    """The image tokenizer in a tokenizer folder. What is no part of the network (its training's) is passed over."""
     path = folder / IMAGE_CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -122,8 +120,12 @@ def read_image(folder: Path) -> tuple[VQGANConfig, Weights]:
     if not isinstance(values, dict):
         raise BadInput("expected a mapping", where=path)
     config = from_meta_vqgan(values, where=path)
-    weights = folder / IMAGE
-    return image_weights(TorchFile(weights, STATE), config, passed_over=TRAINING, where=weights)
+    weights = TorchFile(folder / IMAGE, STATE)
+    parts = {name.partition(".")[0] for name in image_shapes(config)}
+    ours = {name: (weights, name) for name in weights if name.partition(".")[0] in parts}
+    if len(ours) < len(weights):
+        notes.append(f"{folder / IMAGE}: passed over {len(weights) - len(ours)} tensors that are no part of the network")
+    return image_weights(Chosen(ours), config, where=folder / IMAGE)
 
 
 def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,25 +134,20 @@ def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tens
     return (1.0 / config.rope_theta**steps).to(dtype)
 
 
-def note_frequencies(found: Tensor, config: ModelConfig, where: object) -> dict[str, Any]:
-    """What a bundle keeps of `rope.freqs`, to give back the same bytes. Raises `BadInput` where they are others."""
-    wanted = frequencies(config)
-    if found.shape != wanted.shape or not torch.allclose(found.float(), wanted, rtol=2e-2):
-        raise BadInput(f"{FREQUENCIES} are not those of rope_theta {config.rope_theta}", where=where)
-    return {"dtype": str(found.dtype).removeprefix("torch."), "values": found.double().tolist()}
-
-
-def kept_frequencies(source: dict[str, Any], config: ModelConfig) -> Tensor:
-    """`rope.freqs` as they came, where a bundle kept them; else computed anew."""
-    kept = source.get("frequencies")
-    if kept is None:
+def kept_frequencies(source: Source, config: ModelConfig) -> Tensor:
+    """`rope.freqs` as they came, where a bundle kept them; else computed anew. Meta's loader does not read them."""
+    if source.frequencies is None:
         return frequencies(config)
-    try:
-        found = torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"]))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise BadInput(f"source.frequencies cannot be read ({error})", where="provenance.json") from None
-    note_frequencies(found, config, "provenance.json")
-    return found
+    kept = source.frequencies
+    return torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"])).view(kept["shape"])
+
+
+def keep_frequencies(found: Tensor) -> dict[str, Any] | None:
+    """What a bundle keeps of `rope.freqs`, to give back the same bytes; nothing of a large table."""
+    if found.numel() > 4096 or not found.is_floating_point():
+        return None
+    name = str(found.dtype).removeprefix("torch.")
+    return {"dtype": name, "shape": list(found.shape), "values": found.double().flatten().tolist()}
 
 
 def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | None = None) -> Checkpoint:
@@ -162,47 +159,46 @@ def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | N
     tokens = tokenizer_folder(folder if tokenizer is None else tokenizer)
     params = read_params(place)
     files = shard_files(place, params.get("model_parallel_size"))
-    shards = [TorchFile(path) for path in files]
-    embedding, head = (layout.ENDS[name][0].meta for name in ("embed.weight", "head.weight"))
-    if embedding not in shards[0]:
-        raise BadInput(f"tensor {embedding} is missing", where=files[0])
+    shards = [TorchFile(path, unless=layout.IGNORED) for path in files]
+    embedding = layout.ENDS["embed.weight"][0].meta
+    if embedding not in shards[0] or shards[0][embedding].dim() != 2:
+        raise BadInput(f"tensor {embedding} is missing, or no table", where=files[0])
     config = from_meta_params(params, len(files), vocab_size=len(shards[0][embedding]), where=place / PARAMS)
-    config = replace(config, tied_head=not any(head in shard for shard in shards))
-    source: dict[str, Any] = {"format": "meta", "name": place.name, "shards": len(files)}
-    source["fused"] = layout.is_fused(shards[0])
-    if FREQUENCIES in shards[0]:
-        source["frequencies"] = note_frequencies(shards[0][FREQUENCIES], config, files[0])
     text = read_text(tokens / TEXT)
-    image, pictures = read_image(tokens)
+    notes: list[str] = []
+    image, pictures = read_image(tokens, notes)
+    kept = shards[0].get(FREQUENCIES)
+    source = Source(
+        format="meta",
+        name=place.resolve().name,
+        shards=len(files),
+        fused=layout.is_fused(shards[0]),
+        frequencies=None if kept is None else keep_frequencies(kept),
+    )
     return Checkpoint(
         config,
         vocabulary_of(text, image, config.vocab_size, tokens / TEXT),
-        layout.from_meta(shards, config, where=place),
+        layout.from_meta(shards, config, where=place, notes=notes),
         text,
         image,
         pictures,
         sum(shard.nbytes for shard in shards) + (tokens / IMAGE).stat().st_size,
-        provenance={"source": source},
+        source=source,
+        notes=notes,
     )
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-class Unread(Mapping[str, Tensor]):
+class Unread(Weights):
     """The shapes and dtypes of weights as tensors without memory."""
 
     def __init__(self, weights: Weights, config: ModelConfig) -> None:
-        self.weights, self.shapes = weights, layout.shapes(config)
+        self.weights, self.names = weights, layout.shapes(config)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], dtype=self.weights.dtype(name), device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+        return torch.empty(self.names[name], dtype=self.weights.dtype(name), device="meta")
 
 
 def write_meta(
@@ -219,24 +215,32 @@ def write_meta(
             where="convert",
             remedy="give the folder of Meta's vqgan.ckpt with --tokenizer",
         )
-    count = shards or source.get("shards") or (config.qk_norm_shards if config.qk_norm else 1)
-    turning = kept_frequencies(source, config)
-    model, tokens = place / "models" / (Path(str(source.get("name", name))).name or "model"), place / "tokenizer"
+    count = shards or source.shards or (config.qk_norm_shards if config.qk_norm else 1)
+    model, tokens = place / "models" / (source.name or name), place / "tokenizer"
     model.mkdir(parents=True)
     tokens.mkdir()
-    for path, value in zip((PARAMS, MORE_PARAMS), to_meta_params(config, count), strict=True):
-        write_json(model / path, value)
-    for number in range(count):
-        file = model / ("consolidated.pth" if count == 1 else f"consolidated.{number:02d}.pth")
+    for path, said in zip((PARAMS, MORE_PARAMS), to_meta_params(config, count), strict=True):
+        write_json(model / path, said)
+    turning = kept_frequencies(source, config)
 
-        def parts(weights: Mapping[str, Tensor], number: int = number) -> Iterator[tuple[str, Tensor]]:
-            yield from layout.to_meta(weights, config, count, number, fused=source.get("fused", False))
-            yield FREQUENCIES, turning
+    def parts(weights: Mapping[str, Tensor]) -> Iterator[tuple[int, str, Tensor]]:
+        yield from layout.to_meta(weights, config, count, fused=source.fused)
+        yield from ((number, FREQUENCIES, turning) for number in range(count))
 
-        write_torch(file, dict(parts(Unread(checkpoint.weights, config))), parts(checkpoint.weights), progress=progress)
+    shapes: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for number, theirs, empty in parts(Unread(checkpoint.weights, config)):
+        shapes[number][theirs] = empty
+    names = ["consolidated.pth"] if count == 1 else [f"consolidated.{number:02d}.pth" for number in range(count)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(TorchWriter(model / file, shapes[number])) for number, file in enumerate(names)]
+        for number, theirs, value in parts(checkpoint.weights):
+            files[number].put(theirs, value)
+            progress(value.nbytes)
     text = renamed(to_json_text(checkpoint.text, checkpoint.vocabulary), PLACEHOLDER, RESERVED)
-    (tokens / TEXT).write_bytes(text.data)
-    values = to_meta_vqgan(checkpoint.image)
-    (tokens / IMAGE_CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    pictures = checkpoint.image_weights
-    write_torch(tokens / IMAGE, pictures, pictures.items(), inside=STATE, progress=progress)
+    (tokens / TEXT).write_bytes(without_bos(text).data)
+    shape = yaml.safe_dump(to_meta_vqgan(checkpoint.image), sort_keys=False)
+    (tokens / IMAGE_CONFIG).write_text(shape, encoding="utf-8")
+    with TorchWriter(tokens / IMAGE, checkpoint.image_weights, inside=STATE) as file:
+        for theirs, value in checkpoint.image_weights.items():
+            file.put(theirs, value)
+            progress(value.nbytes)

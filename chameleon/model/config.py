@@ -6,7 +6,9 @@ import difflib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, check_fields
+
+NormOrder = Literal["pre", "swin"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ModelConfig:
 
     Keys have no more rows than heads: with a row for each of 64 query heads, 8 key heads have 8.
     """
-    norm_order: Literal["pre", "swin"] = "pre"
+    norm_order: NormOrder = "pre"
     """`pre`: h = x + f(norm(x)); `swin`: h = x + norm(f(x)) (2.3)."""
     dropout: float = 0.0
     """After attention and after the feed-forward layer (2.3)."""
@@ -41,6 +43,7 @@ class ModelConfig:
     """Whether the output head is the embedding."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         for name, whole, part in (
             ("width", self.width, self.heads),
             ("heads", self.heads, self.kv_heads),
@@ -79,6 +82,8 @@ class ModelConfig:
     def from_json(cls, value: dict[str, Any], *, where: object = "config.json") -> ModelConfig:
         try:
             return cls(**value)
+        except BadInput as error:
+            raise BadInput(error.reason, where=where) from None
         except TypeError as error:
             raise BadInput(f"not a model's configuration ({error})", where=where) from None
 
