@@ -49,6 +49,8 @@ class VQGANConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self, "image tokenizer")
+        if self.dropout >= 1:
+            raise BadInput("dropout must be below 1", where="image tokenizer")
         if self.resolution % self.reduction:
             raise BadInput(
                 f"resolution {self.resolution} is no multiple of {self.reduction}, the reduction of "

@@ -44,6 +44,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        if self.dropout >= 1 or not self.rope_theta:
+            raise BadInput("dropout must be below 1, rope_theta above 0", where="model")
         for name, whole, part in (
             ("width", self.width, self.heads),
             ("heads", self.heads, self.kv_heads),
