@@ -275,7 +275,7 @@ def convert(arguments: argparse.Namespace) -> None:
         bar.start()
 
     # So that what was half written is removed then too.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         found = run(
             arguments.source,
@@ -290,6 +290,7 @@ def convert(arguments: argparse.Namespace) -> None:
         )
     finally:
         bar.stop()
+        signal.signal(signal.SIGTERM, before)
     for note in found["notes"]:
         say(note)
     if not found["decoder"]:
