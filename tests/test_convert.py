@@ -586,6 +586,15 @@ def wrong_tokenizer(change: Callable[[dict[str, Any]], object]) -> str:
     return str(error.value)
 
 
+def test_pieces_decode_as_the_library_does() -> None:
+    value = meta_tokenizer()
+    value["model"]["vocab"]["日本"] = len(value["model"]["vocab"])  # no byte-level name, yet some tokenizers have such
+    tokenizer = JsonTextTokenizer(json.dumps(value).encode())
+    library = tokenizers.Tokenizer.from_str(json.dumps(value))
+    for piece, number in enumerate(tokenizer.ids):
+        assert tokenizer.decode([piece]) == library.decode([number])
+
+
 def test_added_tokens_keep_their_ids_and_nothing_is_cut() -> None:
     value = meta_tokenizer()
     count = len(value["model"]["vocab"])
@@ -616,7 +625,9 @@ def test_wrong_tokenizers_are_named() -> None:
     assert "two image pieces have number 7" in wrong_tokenizer(rename("IMGIMGDZ", "IMGIMGAHZ"))
     assert "no piece <racm3:break>" in wrong_tokenizer(rename("<racm3:break>", "<boi>"))
     assert "a WordPiece tokenizer, only BPE is known" in wrong_tokenizer(lambda v: v["model"].update(type="WordPiece"))
-    assert "neither byte-level nor with byte pieces" in wrong_tokenizer(lambda v: v.update(decoder=None))
+    assert "neither byte-level nor with byte pieces" in wrong_tokenizer(
+        lambda v: v.update(decoder=None, pre_tokenizer=None)
+    )
     assert "no tokenizer" in wrong_tokenizer(lambda v: v.pop("model"))
     assert "overlap" in wrong_tokenizer(lambda v: v["model"]["vocab"].update({"<eoss>": 0}) or v.update(added_tokens=[]))
 

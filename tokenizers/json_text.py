@@ -90,8 +90,8 @@ class JsonTextTokenizer(TextTokenizer):
     @cached_property
     def alphabet(self) -> dict[str, int]:
         """Character → byte where the tokenizer is byte-level; else empty. Raises `BadInput` where it is neither kind."""
-        kinds = {part["type"] for part in parts_of(self.value.get("decoder"))}
-        if "ByteLevel" in kinds:
+        steps = [*parts_of(self.value.get("pre_tokenizer")), *parts_of(self.value.get("decoder"))]
+        if any(step["type"] == "ByteLevel" for step in steps):
             return byte_alphabet()
         if not self.value["model"].get("byte_fallback"):
             raise BadInput("neither byte-level nor with byte pieces", where=self.where, remedy="such text would be lost")
@@ -106,10 +106,8 @@ class JsonTextTokenizer(TextTokenizer):
         if literal:
             return name.encode()
         if self.alphabet:
-            try:
-                return bytes(map(self.alphabet.__getitem__, name))
-            except KeyError as error:
-                raise BadInput(f"piece {name!r} holds {error}, which is no byte", where=self.where) from None
+            known = all(character in self.alphabet for character in name)  # of others the library gives the name itself
+            return bytes(map(self.alphabet.__getitem__, name)) if known else name.encode()
         match = BYTE_NAME.fullmatch(name)
         return bytes([int(match[1], 16)]) if match else name.replace(SPACE, " ").encode()
 

@@ -111,7 +111,7 @@ def read_hugging_face(folder: Path, *, tokenizer: Path | None = None) -> Checkpo
         image,
         pictures,
         files.nbytes,
-        source=Source(format="hf", name=folder.resolve().name),
+        source=Source(format="hf", name=folder.resolve().name or None),
         notes=notes,
     )
 

@@ -115,7 +115,7 @@ def read_image(folder: Path, notes: list[str]) -> tuple[VQGANConfig, Weights]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput("file is missing", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not YAML ({error})", where=path) from None
     if not isinstance(values, dict):
         raise BadInput("expected a mapping", where=path)
@@ -170,7 +170,7 @@ def read_meta(folder: Path, *, model_dir: str | None = None, tokenizer: Path | N
     kept = shards[0].get(FREQUENCIES)
     source = Source(
         format="meta",
-        name=place.resolve().name,
+        name=place.resolve().name or None,
         shards=len(files),
         fused=layout.is_fused(shards[0]),
         frequencies=None if kept is None else keep_frequencies(kept),
