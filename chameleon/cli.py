@@ -407,6 +407,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
         value,
         "\n".join(f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens")),
     )
+    if report.skipped_share > arguments.max_skipped:
+        say(f"chameleon tokenize: {report.skipped_share:.1%} was skipped, more than --max-skipped {arguments.max_skipped}")
+        raise SystemExit(3)
 
 
 def run_training(arguments: argparse.Namespace) -> None:
@@ -483,6 +486,7 @@ def build_parser() -> Parser:
     sub.add_argument("--tokenizers", metavar="DIR", help="folder with both tokenizers, instead of --model")
     sub.add_argument("--out", required=True, help="folder for the token shards")
     sub.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+    sub.add_argument("--max-skipped", type=float, default=0.05, help="share that makes the exit code 3 (default: 0.05)")
 
     recipe_options(verb("pretrain", run_training, "Trains a model on documents."))
     recipe_options(verb("finetune", run_training, "Tunes a model on conversations."))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from chameleon.cli import main
 from chameleon.data import emoji, token_shards
 from chameleon.data.mixture import Mixture, PackedSource, SourceConfig
 from chameleon.data.packing import cut, pack
@@ -74,7 +75,7 @@ def test_bad_samples_are_named_and_passed_over(tmp_path: Path, tokenizer: MixedT
     assert (report.documents_in, report.documents_out) == (4, 1)
     text = "\n".join(report.examples)
     assert "sample c: not UTF-8" in text
-    assert "sample d: sidecar is not JSON" in text
+    assert "sample d: not JSON" in text
     assert "sample b: " in text
     assert "no picture that can be read" in text
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -311,8 +312,24 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, tokenizer: Mixed
 
 
 def test_tokenizing_again_does_nothing(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 2
-    assert tokenize([str(shard)], tokenizer, tmp_path / "out").documents_out == 0
+    first = tokenize([str(shard)], tokenizer, tmp_path / "out")
+    again = tokenize([str(shard)], tokenizer, tmp_path / "out")
+    assert (first.shards_made, again.shards_made) == (1, 0)
+    assert first.documents_out == again.documents_out == 2 and first.tokens == again.tokens
+
+
+def test_too_much_skipped_is_an_exit_code(bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"text": "good"}'] * 8 + ["{"] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    command = ["tokenize", str(tmp_path / "a.jsonl"), "--model", str(bundle_folder), "--out", str(tmp_path / "out")]
+    for _ in range(2):  # the second run finds the shard made, and reports the same
+        with pytest.raises(SystemExit) as error:
+            main([*command, "--json"])
+        found = capsys.readouterr()
+        assert error.value.code == 3 and "20.0% was skipped, more than --max-skipped 0.05" in found.err
+        assert json.loads(found.out)["documents_in"] == 10
+    main([*command, "--max-skipped", "0.2"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["documents_out"] == 8
 
 
 def test_tokenizing_sees_other_and_changed_and_damaged_files(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -320,18 +337,18 @@ def test_tokenizing_sees_other_and_changed_and_damaged_files(tmp_path: Path, tok
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(folder)
     sources, out = [str(tmp_path / "x"), str(tmp_path / "y")], tmp_path / "out"
-    assert tokenize(sources[:1], tokenizer, out).documents_out == 1
-    assert tokenize(sources, tokenizer, out).documents_out == 1  # the other file of that name
-    assert tokenize(sources, tokenizer, out).documents_out == 0
+    assert tokenize(sources[:1], tokenizer, out).shards_made == 1
+    assert tokenize(sources, tokenizer, out).shards_made == 1  # the other file of that name
+    assert tokenize(sources, tokenizer, out).shards_made == 0
     (tmp_path / "x" / "a.txt").write_text("x, changed")
-    assert tokenize(sources, tokenizer, out).documents_out == 1
+    assert tokenize(sources, tokenizer, out).shards_made == 1
     ids = next(path for path in out.glob("*/ids.bin"))
     whole = ids.read_bytes()
     for damaged in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
         ids.write_bytes(damaged)
-        assert tokenize(sources, tokenizer, out).documents_out == 1
+        assert tokenize(sources, tokenizer, out).shards_made == 1
         assert ids.read_bytes() == whole
-    assert tokenize([os.path.relpath(source) for source in sources], tokenizer, out).documents_out == 0  # the same files
+    assert tokenize([os.path.relpath(source) for source in sources], tokenizer, out).shards_made == 0  # the same files
     report = tokenize(sources[:1], tokenizer, out)
     assert len(report.others) == 1
     spelt = {tokenizer.decode(shard[0]).text for shard in open_shards(out)}

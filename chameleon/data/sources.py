@@ -1,29 +1,30 @@
 """Sources: where documents and pictures come from, one small reader for each kind.
 
-A source is a path or glob pattern, `KIND:PATTERN` to say the kind, or `emoji:TASK?split=train&per_concept=8&seed=0` for
-the embedded set. It expands to raw shards; each raw shard becomes one token shard. A reader is a function from a raw
-shard to samples, entered in `READERS`; the kind is guessed from the file's ending by `ENDINGS`.
+A source is a path or glob pattern with braces, `KIND:PATTERN` to say the kind, `KIND:PATTERN?images=DIR` to say where its
+pictures lie, or `emoji:TASK?split=train&per_concept=8&seed=0` for the embedded set. It expands to raw shards; each raw
+shard becomes one token shard. A reader is a function from a raw shard to samples, entered in `READERS`; the kind is
+guessed from the file's ending by `ENDINGS`. Files of records are read by `records.py`, what a record says by `forms.py`.
 
 A sample that cannot be read is passed to `on_skip(where, why)` and passed over; `stop` as `on_skip` makes reading strict.
 """
 
 from __future__ import annotations
 
-import base64
 import glob
-import gzip
 import hashlib
 import inspect
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from chameleon.data import emoji
+from chameleon.data import emoji, records
+from chameleon.data.forms import CAPTION_KEYS, Place, as_data_url, content_of
+from chameleon.data.records import decode, strict_json
 from chameleon.data.webdataset import Skip, read_samples, stop
 from chameleon.document import Conversation, Document, Image, Message, Part, Text, from_json, unicode
 from chameleon.errors import BadInput
@@ -32,7 +33,7 @@ PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TEXT_ENDINGS = (".txt", ".md", ".py", ".c", ".h", ".js", ".rs", ".java", ".go", ".html", ".css")
 ENDINGS = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),
-    "jsonl": (".jsonl", ".jsonl.gz"),
+    **{kind: records.endings(kind) for kind in records.FILES},
     "picture": PICTURE_ENDINGS,
     "text": TEXT_ENDINGS,
 }
@@ -63,7 +64,8 @@ class RawShard:
         files = []
         if self.kind != "emoji":
             path = Path(self.path)
-            for file in (path, path.with_suffix(".txt")) if self.kind == "picture" else (path,):
+            beside = [path.with_suffix(ending) for ending in (".txt", ".json")] if self.kind == "picture" else []
+            for file in (path, *beside):
                 if file.is_file():
                     files.append([file.stat().st_size, file.stat().st_mtime_ns])
         return {"kind": self.kind, "path": self.place, "options": self.options, "files": files}
@@ -94,8 +96,8 @@ def expand(source: str) -> list[RawShard]:
         emoji_task(shard)
         return [shard]
     given = kind if sign and kind in READERS else None
-    pattern = rest if given else source
-    paths = sorted(glob.glob(pattern, recursive=True))
+    pattern, said = with_options(rest, given) if given else (source, {})
+    paths = sorted({path for plain in braced(pattern) for path in glob.glob(plain, recursive=True)})
     if paths == [pattern] and Path(pattern).is_dir():
         paths = sorted(files_of(Path(pattern), given))
     if not paths:
@@ -107,20 +109,79 @@ def expand(source: str) -> list[RawShard]:
             raise BadInput(
                 "kind not known from its ending", where=path, remedy=f"write KIND:PATH, KIND of {', '.join(READERS)}"
             )
-        shards.append(RawShard(found, path))
+        shards.append(RawShard(found, path, said))
     return shards
 
 
+OPTIONS = {**dict.fromkeys((*records.FILES, "coco"), ("images",)), "vqa": ("images", "questions", "prefix")}
+"""Kind → what may be said of it behind its pattern."""
+
+
+def with_options(rest: str, kind: str) -> tuple[str, dict[str, str]]:
+    """A pattern and what stands behind it as `?key=value&…`. A lone `?` is the pattern's own."""
+    match = re.fullmatch(r"(.*?)\?(\w+=[^?]*)", rest, re.DOTALL)
+    if match is None:
+        return rest, {}
+    options = dict(parse_qsl(match[2], keep_blank_values=True))
+    for key in options:
+        if key not in OPTIONS.get(kind, ()):
+            known = ", ".join(OPTIONS.get(kind, ())) or "none"
+            raise BadInput(f"unknown option {key}", where=f"{kind}:{rest}", remedy=f"there are: {known}")
+    for key in ("images", "questions"):
+        if key in options and not Path(options[key]).exists():
+            raise BadInput(f"no such {'folder' if key == 'images' else 'file'}: {options[key]}", where=f"{kind}:{rest}")
+    return match[1], options
+
+
+def braced(pattern: str) -> Iterator[str]:
+    """The patterns that braces stand for: `{a,b}` and `{000..017}`."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span is None and "," not in match[1]:  # braces of a name
+        head = pattern[: match.end()]
+        yield from (head + tail for tail in braced(pattern[match.end() :]))
+        return
+    if span is None:
+        choices = match[1].split(",")
+    else:
+        choices = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    for choice in choices:
+        yield from braced(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
 def files_of(folder: Path, given: str | None) -> Iterator[str]:
-    """The files of a folder that have a reader, or that of the `given` kind; captions beside pictures are not texts."""
-    for path in folder.rglob("*"):
-        kind = guess(path.name)
+    """The files of a folder that have a reader, or that of the `given` kind.
+
+    What belongs to other files is no source of its own: captions beside pictures, the tables that downloaders write
+    beside their tars, and pictures in a folder whose table (CSV, JSON lines …) names them.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    kinds = {path: guess(path.name) for path in files}
+    pictures = {path.with_suffix("") for path in files if kinds[path] == "picture"}
+    owners = pictures | {path.with_suffix("") for path in files if kinds[path] == "webdataset"}
+    tables = {path for path in files if kinds[path] in records.FILES and not is_beside(path, owners)}
+    named = {path.parent for path in tables if kinds[path] != "json"}
+    for path, kind in kinds.items():
         # Naming the kind also takes files of unknown endings, but for pictures, which lie among captions and notes.
-        if not path.is_file() or (kind is None and given in (None, "picture")) or (kind and given not in (None, kind)):
+        if (kind is None and given in (None, "picture")) or (kind and given not in (None, kind)):
             continue
-        if kind == "text" and any(path.with_suffix(ending).is_file() for ending in PICTURE_ENDINGS):
+        if kind == "text" and is_beside(path, pictures):
+            continue
+        # A .json may be anything: it is taken where its kind is said, or the file itself is named.
+        if kind in records.FILES and (path not in tables or (kind == "json" and given is None)):
+            continue
+        if kind == "picture" and given is None and not named.isdisjoint(path.parents):
             continue
         yield str(path)
+
+
+def is_beside(path: Path, stems: set[Path]) -> bool:
+    """Whether a file goes with one of those of these stems: `00000.json` or `00000_stats.json` with `00000.tar`."""
+    stem = path.with_suffix("")
+    return stem in stems or stem.with_name(stem.name.removesuffix("_stats")) in stems
 
 
 def guess(path: str) -> str | None:
@@ -147,10 +208,7 @@ def read_webdataset(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
 def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversation:
     fields = {}
     if "json" in sample:
-        try:
-            fields = json.loads(sample["json"])
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"sidecar is not JSON ({error})", where=key) from None
+        fields = strict_json(decode(sample["json"], key), key)
         if not isinstance(fields, dict):
             raise BadInput("sidecar is not an object", where=key)
     if "parts" in fields or "messages" in fields:
@@ -185,42 +243,84 @@ def with_members(content: Document | Conversation, sample: dict[str, Any], key: 
     return Conversation(tuple(Message(m.role, Document(tuple(map(put, m.content.parts)))) for m in content.messages))
 
 
-def as_data_url(data: bytes) -> str:
-    return "data:image/*;base64," + base64.b64encode(data).decode()
-
-
-def decode(data: bytes, where: object) -> str:
-    """UTF-8 bytes to text. Raises `BadInput` naming the first byte that is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"not UTF-8 (byte {error.start})", where=where, remedy="convert it to UTF-8") from None
-
-
-def read_jsonl(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
-    """A document, a conversation, or `{"text": …}` a line."""
+def read_records(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """Records of any known form, from a file of any known kind."""
     path = Path(shard.path)
-    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                key = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(decode(line, key))
-                    if isinstance(value, dict) and isinstance(value.get("text"), str):
-                        yield Sample(key, Document((Text(unicode(value["text"], key)),)))
-                    else:
-                        yield Sample(key, from_json(value, where=key, folder=path.parent))
-                except json.JSONDecodeError as error:
-                    on_skip(key, f"not JSON ({error})")
-                except BadInput as error:
-                    on_skip(key, error.reason)
-    except FileNotFoundError:
-        raise BadInput("no such file", where=path) from None
-    except (EOFError, OSError, zlib.error) as error:
-        on_skip(str(path), f"damaged file ({error})")
+    folder = Path(shard.options.get("images", path.parent))
+    for key, record in records.read_records(shard.kind, path, on_skip):
+        try:
+            yield Sample(key, content_of(record, Place(key, folder)))
+        except BadInput as error:
+            on_skip(key, error.reason)
+
+
+def read_coco(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """COCO captions: a document of picture and caption for each annotation."""
+    path = Path(shard.path)
+    value = object_of(path)
+    names = {entry["id"]: entry["file_name"] for entry in entries(value, "images", ("id", "file_name"), path)}
+    folder = Path(shard.options.get("images", path.parent))
+    for number, entry in enumerate(entries(value, "annotations", ("image_id", "caption"), path)):
+        key = f"{path}, annotation {number}"
+        if entry["image_id"] not in names:
+            on_skip(key, f"no image {entry['image_id']}")
+            continue
+        try:
+            yield Sample(
+                key, content_of({"image": names[entry["image_id"]], "caption": entry["caption"]}, Place(key, folder))
+            )
+        except BadInput as error:
+            on_skip(key, error.reason)
+
+
+def read_vqa(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
+    """VQAv2 annotations: a conversation for each question, answered by `multiple_choice_answer`.
+
+    Options: `questions`, the file of questions; `images`, the folder; `prefix` of the pictures' names
+    (default `COCO_train2014_`).
+    """
+    path = Path(shard.path)
+    if "questions" not in shard.options:
+        raise BadInput("no file of questions", where=path, remedy=f"write vqa:{path}?questions=FILE&images=DIR")
+    asked_in = Path(shard.options["questions"])
+    asked = entries(object_of(asked_in), "questions", ("question_id", "question", "image_id"), asked_in)
+    questions = {entry["question_id"]: entry for entry in asked}
+    folder, prefix = Path(shard.options.get("images", path.parent)), shard.options.get("prefix", "COCO_train2014_")
+    answered = entries(object_of(path), "annotations", ("question_id", "multiple_choice_answer"), path)
+    for number, entry in enumerate(answered):
+        key = f"{path}, annotation {number}"
+        question = questions.get(entry["question_id"])
+        if question is None:
+            on_skip(key, f"no question {entry['question_id']} in {asked_in}")
+            continue
+        try:
+            name = f"{prefix}{int(question['image_id']):012d}.jpg"
+            turns = [
+                {"from": "human", "value": f"<image>{question['question']}"},
+                {"from": "gpt", "value": entry["multiple_choice_answer"]},
+            ]
+            yield Sample(key, content_of({"image": name, "conversations": turns}, Place(key, folder)))
+        except (BadInput, ValueError, TypeError) as error:
+            on_skip(key, error.reason if isinstance(error, BadInput) else f"image_id is no number ({error})")
+
+
+def object_of(path: Path) -> dict[str, Any]:
+    value = records.json_file(path)
+    if not isinstance(value, dict):
+        raise BadInput("expected an object", where=path)
+    return value
+
+
+def entries(value: dict[str, Any], name: str, keys: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """The objects of a list in an annotation file. Raises `BadInput` naming the first that lacks a key."""
+    found = value.get(name)
+    if not isinstance(found, list):
+        raise BadInput(f"no list {name}", where=path)
+    for number, entry in enumerate(found):
+        for key in keys:
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), (str, int)):
+                raise BadInput(f"entry {number} of {name} has no {key}", where=path)
+    return found
 
 
 def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
@@ -238,20 +338,28 @@ def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
 
 
 def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
-    """A picture; a `.txt` of the same name beside it is its caption."""
+    """A picture; a `.txt` of the same name beside it is its caption, or a `.json` holds one."""
     path = Path(shard.path)
-    parts: list[Part] = [Image(path)]
-    caption = path.with_suffix(".txt")
-    if caption.is_file():
-        try:
-            parts.append(Text(decode(caption.read_bytes(), caption).strip()))
-        except BadInput as error:
-            on_skip(str(caption), error.reason)
-            return
-        except OSError as error:
-            on_skip(str(caption), f"could not be read ({error.strerror})")
-            return
-    yield Sample(shard.path, Document(tuple(parts)))
+    caption, sidecar = path.with_suffix(".txt"), path.with_suffix(".json")
+    record: dict[str, Any] = {"image": str(path.absolute())}
+    file = caption
+    try:
+        if caption.is_file():
+            record["caption"] = decode(caption.read_bytes(), caption).strip()
+        elif sidecar.is_file():
+            file = sidecar
+            fields = strict_json(decode(sidecar.read_bytes(), sidecar), sidecar)
+            if not isinstance(fields, dict):
+                raise BadInput("expected an object", where=sidecar)
+            record |= {key: fields[key] for key in CAPTION_KEYS if key in fields}
+        content = content_of(record, Place(str(file), path.parent))
+    except BadInput as error:
+        on_skip(str(file), error.reason)
+        return
+    except OSError as error:
+        on_skip(str(file), f"could not be read ({error.strerror})")
+        return
+    yield Sample(shard.path, content)
 
 
 def emoji_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation]]:
@@ -294,7 +402,9 @@ def read_emoji(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
 
 READERS: dict[str, Callable[[RawShard, Skip], Iterator[Sample]]] = {
     "webdataset": read_webdataset,
-    "jsonl": read_jsonl,
+    **dict.fromkeys(records.FILES, read_records),
+    "coco": read_coco,
+    "vqa": read_vqa,
     "text": read_text,
     "picture": read_picture,
     "emoji": read_emoji,

@@ -28,6 +28,7 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Modality, Vocabulary
 
 IDS, OFFSETS, DESCRIPTION = "ids.bin", "offsets.bin", "shard.json"
+EXAMPLES = 20  # skipped samples that a report names
 
 
 @dataclass
@@ -42,24 +43,45 @@ class Report:
     """The first skipped samples, by name."""
     tokens: Counter[str] = field(default_factory=Counter)
     """Ids written, by modality."""
+    shards_made: int = 0
+    """Shards that this run made; the others were there."""
     others: list[str] = field(default_factory=list)
     """Shards that lay in the folder before and were made of none of these sources; training on it reads them too."""
 
     def skip(self, where: str, why: str) -> None:
         self.documents_in += 1
         self.skipped[why] += 1
-        if len(self.examples) < 20:
+        if len(self.examples) < EXAMPLES:
             self.examples.append(f"{where}: {why}")
+
+    @property
+    def skipped_share(self) -> float:
+        """What share of the samples was passed over."""
+        return sum(self.skipped.values()) / max(1, self.documents_in)
+
+    def add(self, other: Report) -> None:
+        """Adds another report's counts."""
+        self.documents_in += other.documents_in
+        self.documents_out += other.documents_out
+        self.skipped.update(other.skipped)
+        self.tokens.update(other.tokens)
+        self.examples = (self.examples + other.examples)[:EXAMPLES]
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Report:
+        return cls(**{**value, "skipped": Counter(value["skipped"]), "tokens": Counter(value["tokens"])})
 
 
 class ShardWriter:
     """Collects documents in a folder that becomes a shard; made by `write_shard`."""
 
-    def __init__(self, file: BinaryIO, vocabulary: Vocabulary) -> None:
+    def __init__(self, file: BinaryIO, vocabulary: Vocabulary, description: dict[str, Any]) -> None:
         self.file, self.vocabulary = file, vocabulary
+        self.description = description
+        """What shard.json says beside the counts; may be added to until the end."""
         self.offsets = [0]
         self.counts: Counter[str] = Counter()
 
@@ -76,7 +98,7 @@ def write_shard(folder: Path, fingerprint: str, vocabulary: Vocabulary, **descri
     """A writer whose documents are the shard `folder` once the block ends well; else what was there stays."""
     with written_whole(folder) as place:
         with open(place / IDS, "wb") as file:
-            writer = ShardWriter(file, vocabulary)
+            writer = ShardWriter(file, vocabulary, description)
             yield writer
         np.asarray(writer.offsets, dtype="<u8").tofile(place / OFFSETS)
         counts = {
@@ -86,7 +108,7 @@ def write_shard(folder: Path, fingerprint: str, vocabulary: Vocabulary, **descri
             "sha256": {name: checksum(place / name) for name in (IDS, OFFSETS)},
             "vocabulary": vocabulary.to_json(),
         }
-        write_json(place / DESCRIPTION, {**counts, "fingerprint": fingerprint, **description})
+        write_json(place / DESCRIPTION, {**counts, "fingerprint": fingerprint, **writer.description})
 
 
 class TokenShard:
@@ -152,8 +174,9 @@ def batches(samples: Iterable[Sample], size: int) -> Iterator[Sequence[Sample]]:
         yield batch
 
 
-def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, report: Report, *, strict: bool) -> None:
-    """One raw shard to one token shard. Samples that cannot be used are counted in `report`, or stop it if `strict`."""
+def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, *, strict: bool) -> Report:
+    """One raw shard to one token shard. Samples that cannot be used are counted in its report, or stop it if `strict`."""
+    report = Report()
     on_skip = stop if strict else report.skip
     with write_shard(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=raw.identity) as writer:
         for batch in batches(sources.read(raw, on_skip), 64):
@@ -162,6 +185,8 @@ def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, repor
                 report.documents_in += 1
                 report.documents_out += 1
         report.tokens.update(writer.counts)
+        writer.description["report"] = report.to_json()
+    return report
 
 
 def encode_each(
@@ -192,15 +217,19 @@ def tokenize(
 ) -> Report:
     """Sources to token shards in `out`; shards there already, made of the same files with these tokenizers, are left.
 
-    Writes `report.json`. `progress` is called with shards done, shards in all, and the report.
+    The report is of all shards, however many runs made them, and is written to `report.json`. `progress` is called with
+    shards done, shards in all, and the report.
     """
     raw = [shard for pattern in patterns for shard in sources.expand(pattern)]
     report, fingerprint = Report(), tokenizer.fingerprint
     names = {shard.name for shard in raw}
     report.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
     for number, shard in enumerate(raw):
-        if not is_done(out / shard.name, fingerprint, shard):
-            tokenize_shard(shard, out / shard.name, tokenizer, report, strict=strict)
+        if is_done(out / shard.name, fingerprint, shard):
+            report.add(Report.from_json(TokenShard(out / shard.name).description["report"]))
+        else:
+            report.add(tokenize_shard(shard, out / shard.name, tokenizer, strict=strict))
+            report.shards_made += 1
         if progress is not None:
             progress(number + 1, len(raw), report)
     with written_into(out) as place:
@@ -216,7 +245,8 @@ def is_done(folder: Path, fingerprint: str, raw: RawShard) -> bool:
         made = TokenShard(folder)
         if (made.description.get("fingerprint"), made.description.get("source")) != (fingerprint, raw.identity):
             return False
+        Report.from_json(made.description["report"])
         made.verify()
-    except BadInput:
+    except (BadInput, KeyError, TypeError):
         return False
     return True
