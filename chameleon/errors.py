@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -17,6 +19,17 @@ class BadInput(ValueError):
         self.reason = " ".join((f"{what}; {remedy}" if remedy else what).split())
         """The message without the place."""
         super().__init__(" ".join(f"{where}: {self.reason}".split()) if where is not None else self.reason)
+
+
+@contextmanager
+def reading(what: str, where: object) -> Iterator[None]:
+    """Turns what values of wrong kinds lead to, `BadInput` without a place too, into `BadInput` that names `where`."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(error.reason, where=where) from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+        raise BadInput(f"not {what} ({error})", where=where) from None
 
 
 def check_fields(value: Any, where: object) -> None:

@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, reading
 from chameleon.files import read_json, write_json, written_into
 from chameleon.tensor_files import Progress, SafetensorsFiles, nothing, write_safetensors
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -155,13 +155,9 @@ def to_pictures(values: Tensor) -> list[PILImage.Image]:
 
 def read_config(folder: Path) -> VQGANConfig:
     """Reads `image_tokenizer.json`. Raises `BadInput` naming it where it does not fit."""
-    path = folder / CONFIG_FILE
-    try:
-        return VQGANConfig(**read_json(path))
-    except BadInput as error:
-        raise BadInput(error.reason, where=path) from None
-    except TypeError as error:
-        raise BadInput(f"not an image tokenizer's configuration ({error})", where=path) from None
+    with reading("an image tokenizer's configuration", folder / CONFIG_FILE):
+        config = VQGANConfig(**read_json(folder / CONFIG_FILE))
+    return config
 
 
 def write_files(place: Path, config: VQGANConfig, weights: Mapping[str, Tensor], progress: Progress = nothing) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -31,14 +30,24 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-def parts_of(component: Any) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as the flat list of its members."""
+def steps_of(component: Any) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer, post-processor or decoder as the flat list of its members."""
     if not component:
         return []
-    for key in ("pretokenizers", "normalizers", "decoders"):
+    for key in ("pretokenizers", "normalizers", "processors", "decoders"):
         if key in component:
-            return [part for member in component[key] for part in parts_of(member)]
+            return [step for member in component[key] for step in steps_of(member)]
     return [component]
+
+
+def alphabet_of(value: dict[str, Any], where: object) -> dict[str, int]:
+    """Character → byte where a tokenizer is byte-level; else empty. Raises `BadInput` where it has no bytes at all."""
+    steps = [*steps_of(value.get("pre_tokenizer")), *steps_of(value.get("decoder"))]
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return byte_alphabet()
+    if not value["model"].get("byte_fallback"):
+        raise BadInput("neither byte-level nor with byte pieces", where=where, remedy="such text would be lost")
+    return {}
 
 
 class JsonTextTokenizer(TextTokenizer):
@@ -51,8 +60,8 @@ class JsonTextTokenizer(TextTokenizer):
         self.data = data
         self.where = where
         try:
-            self.value = json.loads(data)
-            model, added = self.value["model"], self.value.get("added_tokens") or []
+            value = json.loads(data)
+            model, added = value["model"], value.get("added_tokens") or []
             if model.get("type", "BPE") != "BPE":
                 raise BadInput(f"a {model['type']} tokenizer, only BPE is known", where=where)
             self.names: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
@@ -62,7 +71,8 @@ class JsonTextTokenizer(TextTokenizer):
             # The library numbers added tokens anew unless the model's own vocabulary has them.
             vocab = {**model["vocab"], **{token["content"]: token["id"] for token in kept}}
             plain = {"added_tokens": kept, "truncation": None, "padding": None, "model": {**model, "vocab": vocab}}
-            self.library = tokenizers.Tokenizer.from_str(json.dumps({**self.value, **plain}))
+            self.alphabet = alphabet_of(value, where)
+            self.bpe = tokenizers.Tokenizer.from_str(json.dumps({**value, **plain}))
         except BadInput:
             raise
         except Exception as error:  # the library raises bare Exceptions
@@ -74,7 +84,7 @@ class JsonTextTokenizer(TextTokenizer):
         self.bytes_of = [self.piece_bytes(names[number], names[number] in literal) for number in self.ids]
         escaped = [self.names.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.escaped_space = []
-        if self.spaces and all(number in self.piece_of for number in escaped):
+        if not self.alphabet and all(number in self.piece_of for number in escaped):
             self.escaped_space = [self.piece_of[number] for number in escaped if number is not None]
 
     def structure(self, model: dict[str, Any], added: list[dict[str, Any]], merged: list[str]) -> set[str]:
@@ -87,21 +97,6 @@ class JsonTextTokenizer(TextTokenizer):
             made |= {name for name in self.names if BYTE_NAME.fullmatch(name)}
         return found | {name for name in self.names if STRUCTURE.fullmatch(name) and name not in made}
 
-    @cached_property
-    def alphabet(self) -> dict[str, int]:
-        """Character → byte where the tokenizer is byte-level; else empty. Raises `BadInput` where it is neither kind."""
-        steps = [*parts_of(self.value.get("pre_tokenizer")), *parts_of(self.value.get("decoder"))]
-        if any(step["type"] == "ByteLevel" for step in steps):
-            return byte_alphabet()
-        if not self.value["model"].get("byte_fallback"):
-            raise BadInput("neither byte-level nor with byte pieces", where=self.where, remedy="such text would be lost")
-        return {}
-
-    @cached_property
-    def spaces(self) -> bool:
-        """Whether the tokenizer writes a space as `SPACE`."""
-        return not self.alphabet
-
     def piece_bytes(self, name: str, literal: bool) -> bytes:
         if literal:
             return name.encode()
@@ -112,7 +107,7 @@ class JsonTextTokenizer(TextTokenizer):
         return bytes([int(match[1], 16)]) if match else name.replace(SPACE, " ").encode()
 
     def encode_run(self, run: str) -> list[int]:
-        found = self.library.encode(run, add_special_tokens=False)
+        found = self.bpe.encode(run, add_special_tokens=False)
         pieces: list[int] = []
         for number, (start, end) in zip(found.ids, found.offsets, strict=True):
             if number in self.piece_of:
@@ -162,7 +157,7 @@ def with_bos(tokenizer: JsonTextTokenizer, bos: int) -> JsonTextTokenizer:
     if adds_bos(tokenizer, bos):
         return tokenizer
     value = json.loads(tokenizer.data)
-    steps = post_processors(value.get("post_processor"))
+    steps = steps_of(value.get("post_processor"))
     value["post_processor"] = template(bos) if not steps else {"type": "Sequence", "processors": [*steps, template(bos)]}
     return JsonTextTokenizer(json.dumps(value, ensure_ascii=False).encode(), tokenizer.where)
 
@@ -170,18 +165,12 @@ def with_bos(tokenizer: JsonTextTokenizer, bos: int) -> JsonTextTokenizer:
 def without_bos(tokenizer: JsonTextTokenizer) -> JsonTextTokenizer:
     """The same tokenizer as Meta's code expects it, which puts `<s>` at the start of a document itself."""
     value = json.loads(tokenizer.data)
-    steps = post_processors(value.get("post_processor"))
+    steps = steps_of(value.get("post_processor"))
     kept = [step for step in steps if step["type"] != "TemplateProcessing"]
     if len(kept) == len(steps):
         return tokenizer
     value["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
     return JsonTextTokenizer(json.dumps(value, ensure_ascii=False).encode(), tokenizer.where)
-
-
-def post_processors(value: Any) -> list[dict[str, Any]]:
-    if not value:
-        return []
-    return list(value["processors"]) if value["type"] == "Sequence" else [value]
 
 
 def added_token(name: str, number: int, *, special: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 
 import sentencepiece
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, reading
 from chameleon.files import written_into
 from chameleon.vocabulary import Vocabulary
 
@@ -132,12 +132,12 @@ class TextTokenizer(ABC):
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Reads what `save` wrote. Raises `BadInput` where the file is missing or damaged."""
-        try:
-            return cls((folder / cls.FILE).read_bytes())
-        except FileNotFoundError:
-            raise BadInput("file is missing", where=folder / cls.FILE) from None
-        except BadInput as error:
-            raise BadInput(error.reason, where=folder / cls.FILE) from None
+        with reading("a text tokenizer", folder / cls.FILE):
+            try:
+                tokenizer = cls((folder / cls.FILE).read_bytes())
+            except FileNotFoundError:
+                raise BadInput("file is missing") from None
+        return tokenizer
 
 
 class SentencePieceTokenizer(TextTokenizer):

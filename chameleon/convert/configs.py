@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, reading
 from chameleon.model.config import ModelConfig, NormOrder
 from chameleon.tokenizers.vqgan import VQGANConfig
 
@@ -15,17 +13,6 @@ CONTEXT = 4096
 ROPE_THETA = 10000.0
 NORM_GROUPS = 32
 """Groups of every GroupNorm in both other formats."""
-
-
-@contextmanager
-def reading(what: str, where: object) -> Iterator[None]:
-    """Turns whatever values of wrong kinds lead to into `BadInput` that names the file."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(error.reason, where=where) from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
-        raise BadInput(f"not {what} ({error})", where=where) from None
 
 
 def wanted(values: dict[str, Any], key: str) -> Any:

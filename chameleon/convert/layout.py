@@ -150,36 +150,41 @@ def check_names(found: Iterable[str], wanted: set[str], where: object) -> None:
 class Reading(Weights):
     """Our tensors, each made from another format's when it is asked for, in the order they are written."""
 
-    def __init__(self, config: ModelConfig, has_head: bool) -> None:
-        self.config, self.has_head = config, has_head
+    def __init__(self, config: ModelConfig, has_head: bool, where: object) -> None:
+        self.config, self.has_head, self.where = config, has_head, where
         self.names: dict[str, torch.Size] = shapes(config)
         """The shape of each."""
 
     def parts(self, name: str) -> tuple[Part, ...]:
         return parts_of(lender(name, self.config, self.has_head))
 
-    def one_below_the_other(self, name: str, parts: Iterable[Tensor], where: object) -> Tensor:
-        """Our tensor `name` from its parts, taken one at a time, so that it is not held twice."""
-        whole, start = None, 0
-        for value in parts:
-            if len(value) == self.names[name][0]:
+    def part(self, part: Part, shape: torch.Size) -> Tensor:
+        """One part of a tensor of ours of that shape."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        # The parts are taken one at a time, so that a tensor is not held twice.
+        whole, start, shape = None, 0, self.names[name]
+        for part in self.parts(name):
+            value = self.part(part, shape)
+            if len(value) == shape[0]:
                 return value
             if whole is None:
-                whole = value.new_empty(self.names[name])
+                whole = value.new_empty(shape)
             if value.dtype != whole.dtype:
-                raise BadInput(f"the parts of {name} are of different dtypes", where=where)
+                raise BadInput(f"the parts of {name} are of different dtypes", where=self.where)
             whole[start : start + len(value)] = value
             start += len(value)
         assert whole is not None and start == len(whole)
         return whole
 
-    def check_head(self, where: object) -> None:
+    def check_head(self) -> None:
         """Raises `BadInput` where a tied head is written and is not the embedding."""
         if self.config.tied_head and self.has_head and not torch.equal(self["head.weight"], self["embed.weight"]):
             name = ENDS["head.weight"][0].hf
             raise BadInput(
                 f"{name} is not the embedding, though the configuration says so",
-                where=where,
+                where=self.where,
                 remedy="set tie_word_embeddings to what was trained",
             )
 
@@ -188,8 +193,8 @@ class BundleReading(Reading):
     """A bundle's tensors, which are ours already; shapes and dtypes are checked as they are asked for."""
 
     def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
-        super().__init__(config, has_head=not config.tied_head)
-        self.source, self.where = source, where
+        super().__init__(config, not config.tied_head, where)
+        self.source = source
         check_names(source, {lender(name, config, self.has_head) for name in self.names}, where)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -203,13 +208,10 @@ class HuggingFaceReading(Reading):
     """See `from_hf`."""
 
     def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
-        super().__init__(config, ENDS["head.weight"][0].hf in source)
-        self.source, self.where = source, where
+        super().__init__(config, ENDS["head.weight"][0].hf in source, where)
+        self.source = source
         check_names(source, {part.hf for name in self.names for part in self.parts(name)}, where)
-        self.check_head(where)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.one_below_the_other(name, (self.part(part, self.names[name]) for part in self.parts(name)), self.where)
+        self.check_head()
 
     def part(self, part: Part, shape: torch.Size) -> Tensor:
         config, value = self.config, self.source[part.hf]
@@ -320,21 +322,18 @@ class MetaReading(Reading):
     def __init__(
         self, sources: Sequence[Mapping[str, Tensor]], config: ModelConfig, where: object, notes: list[str] | None
     ) -> None:
-        super().__init__(config, any(ENDS["head.weight"][0].meta in source for source in sources))
+        super().__init__(config, any(ENDS["head.weight"][0].meta in source for source in sources), where)
         check_shards(config, len(sources), where)
         if config.qk_norm and config.qk_norm_shards != len(sources):
             raise BadInput(f"{config.qk_norm_shards} QK-norm rows, {len(sources)} shards", where=where)
-        self.sources, self.where = sources, where
+        self.sources = sources
         self.notes = [] if notes is None else notes
         self.places = [f"{where}, shard {number:02d}" for number in range(len(sources))]
         names = {part.meta for name in self.names for part in self.parts(name)}
         for source, place in zip(sources, self.places, strict=True):
             wanted = {found_under(source, name)[0] for name in names}
             check_names(set(source) - set(IGNORED), wanted, place)
-        self.check_head(where)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.one_below_the_other(name, (self.part(part, self.names[name]) for part in self.parts(name)), self.where)
+        self.check_head()
 
     def part(self, part: Part, shape: torch.Size) -> Tensor:
         config, shards, rows = self.config, len(self.sources), rows_of(self.config, part, shape)

@@ -283,8 +283,8 @@ def read_vqa(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     if "questions" not in shard.options:
         raise BadInput("no file of questions", where=path, remedy=f"write vqa:{path}?questions=FILE&images=DIR")
     asked_in = Path(shard.options["questions"])
-    asked = entries(object_of(asked_in), "questions", ("question_id", "question", "image_id"), asked_in)
-    questions = {entry["question_id"]: entry for entry in asked}
+    fields = ("question_id", "question", "image_id")
+    questions = {entry["question_id"]: entry for entry in entries(object_of(asked_in), "questions", fields, asked_in)}
     folder, prefix = Path(shard.options.get("images", path.parent)), shard.options.get("prefix", "COCO_train2014_")
     answered = entries(object_of(path), "annotations", ("question_id", "multiple_choice_answer"), path)
     for number, entry in enumerate(answered):
@@ -293,15 +293,16 @@ def read_vqa(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
         if question is None:
             on_skip(key, f"no question {entry['question_id']} in {asked_in}")
             continue
+        place = Place(key, folder)
         try:
-            name = f"{prefix}{int(question['image_id']):012d}.jpg"
-            turns = [
-                {"from": "human", "value": f"<image>{question['question']}"},
-                {"from": "gpt", "value": entry["multiple_choice_answer"]},
-            ]
-            yield Sample(key, content_of({"image": name, "conversations": turns}, Place(key, folder)))
-        except (BadInput, ValueError, TypeError) as error:
-            on_skip(key, error.reason if isinstance(error, BadInput) else f"image_id is no number ({error})")
+            picture = place.picture(f"{prefix}{int(question['image_id']):012d}.jpg", "image")
+            asked = Document((picture, Text(place.text(question["question"], "question"))))
+            told = Document((Text(place.text(entry["multiple_choice_answer"], "multiple_choice_answer")),))
+            yield Sample(key, Conversation((Message("user", asked), Message("assistant", told))))
+        except BadInput as error:
+            on_skip(key, error.reason)
+        except ValueError as error:
+            on_skip(key, f"image_id is no number ({error})")
 
 
 def object_of(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from chameleon.errors import BadInput, check_fields
+from chameleon.errors import BadInput, check_fields, reading
 
 NormOrder = Literal["pre", "swin"]
 
@@ -82,12 +82,9 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], *, where: object = "config.json") -> ModelConfig:
-        try:
-            return cls(**value)
-        except BadInput as error:
-            raise BadInput(error.reason, where=where) from None
-        except TypeError as error:
-            raise BadInput(f"not a model's configuration ({error})", where=where) from None
+        with reading("a model's configuration", where):
+            config = cls(**value)
+        return config
 
 
 def small(layers: int, width: int, heads: int, ffn_width: int, context: int) -> ModelConfig:
