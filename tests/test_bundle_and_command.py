@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from chameleon.train.recipe import (
     FitImageRecipe,
     PretrainRecipe,
     RoadRecipe,
+    RunConfig,
     read_recipe,
 )
+from chameleon.train.trainer import usable_precision
 
 
 def test_a_bundle_comes_back(bundle: Bundle, bundle_folder: Path) -> None:
@@ -113,6 +116,21 @@ def test_a_full_disk_leaves_what_was_there(bundle: Bundle, bundle_folder: Path, 
         bundle.save(bundle_folder)
     assert {path.name: path.read_bytes() for path in bundle_folder.iterdir()} == before
     assert [path.name for path in bundle_folder.parent.iterdir()] == [bundle_folder.name]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_used_where_it_is_fast(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    for place in ("chameleon.generation.chameleon", "chameleon.train.trainer"):
+        monkeypatch.setattr(f"{place}.fast_bfloat16", lambda *_: fast)
+    assert Chameleon.load(bundle_folder).model.head.weight.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert Chameleon.load(bundle_folder, dtype="bfloat16").model.head.weight.dtype == torch.bfloat16
+    run = RunConfig(out="unused", accelerator="cpu")
+    if fast:
+        assert usable_precision(run) == "bf16-mixed"
+    else:
+        with pytest.warns(UserWarning, match="slow in bfloat16: 32-true instead of bf16-mixed"):
+            assert usable_precision(run) == "32-true"
+    assert usable_precision(replace(run, precision="16-mixed")) == "16-mixed"
 
 
 def test_every_shipped_recipe_parses() -> None:

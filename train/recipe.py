@@ -38,6 +38,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 1000
     precision: str = "bf16-mixed"
+    """Lightning's name of it; on processors that are slow in bfloat16, 32-true is taken instead."""
     devices: int | str = "auto"
     """How many, or `auto`; on CPUs each is a process with its share of the threads."""
     accelerator: str = "auto"
