@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,6 +50,20 @@ def show(arguments: argparse.Namespace, value: Any, text: str) -> None:
 
 def counter(part: str, done: int, total: int) -> None:
     say(f"{part}: {done} of {total}")
+
+
+@contextmanager
+def terminated_cleanly() -> Iterator[None]:
+    """SIGTERM ends the block as an interrupt does, so that what was half written is removed then too."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt  # itself: where a shell has started the command with `&`, SIGINT is ignored
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- using a model ---------------------------------------------------------------------------------------------------
@@ -274,9 +289,7 @@ def convert(arguments: argparse.Namespace) -> None:
         bar.update(task, total=total)
         bar.start()
 
-    # So that what was half written is removed then too.
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
+    with terminated_cleanly():
         found = run(
             arguments.source,
             arguments.target,
@@ -288,9 +301,7 @@ def convert(arguments: argparse.Namespace) -> None:
             progress=lambda count: bar.advance(task, count),
             begin=begin,
         )
-    finally:
-        bar.stop()
-        signal.signal(signal.SIGTERM, before)
+    bar.stop()
     for note in found["notes"]:
         say(note)
     if not found["decoder"]:
