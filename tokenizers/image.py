@@ -32,6 +32,7 @@ Fit = Literal["crop", "pad"]
 Picture = PILImage.Image | str | Path
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may run programs (EPS) or are rare
 MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
+BATCH = 64  # pictures that go through the network together
 KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
 STEM = "image_tokenizer"
 CONFIG_FILE, WEIGHTS_FILE = f"{STEM}.json", f"{STEM}.safetensors"
@@ -70,6 +71,30 @@ def describe(source: object) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return f"{source[:24]}…"
     return str(source) if isinstance(source, (str, Path)) else "picture"
+
+
+def picture_bytes(source: Picture) -> PILImage.Image | bytes:
+    """The bytes of a picture's file; a picture in memory as it is. Raises `BadInput` where the file cannot be read."""
+    return source if isinstance(source, PILImage.Image) else open_bytes(source, describe(source)).getvalue()
+
+
+def picture_hash(data: PILImage.Image | bytes) -> bytes:
+    """16 bytes that tell a picture from every other: of its file, or of its pixels where it is in memory."""
+    if isinstance(data, PILImage.Image):
+        data = repr((data.mode, data.size)).encode() + data.tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def picture_size(data: PILImage.Image | bytes, where: object = "picture") -> tuple[int, int]:
+    """Width and height in pixels; of a file only its head is read. Raises `BadInput` for what is no picture."""
+    if isinstance(data, PILImage.Image):
+        return data.size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
+            return open_picture(io.BytesIO(data)).size
+    except Exception as error:  # decoders raise all sorts of things on damaged files
+        raise BadInput(f"no picture that can be read ({type(error).__name__})", where=where) from None
 
 
 def open_bytes(source: str | Path | bytes, name: object) -> io.BytesIO:
@@ -141,8 +166,8 @@ def moved(picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirr
     )
 
 
-def to_tensor(pictures: Iterable[PILImage.Image]) -> Tensor:
-    """Square RGB pictures of one size to float32 [B, 3, R, R] in [-1, 1]."""
+def to_tensor(pictures: Iterable[PILImage.Image | np.ndarray]) -> Tensor:
+    """Square RGB pictures of one size (uint8 [R, R, 3] where they are arrays) to float32 [B, 3, R, R] in [-1, 1]."""
     values = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return values.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -212,13 +237,25 @@ class ImageTokenizer:
         """float32 [B, 3, R, R] in [-1, 1]. Raises `BadInput` for a picture that cannot be used."""
         return to_tensor(fit_square(load_picture(entry), self.config.resolution, fit) for entry in pictures)
 
-    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = 64) -> Tensor:
-        """Codes [B, h, w] int64 on the CPU, `batch` pictures at a time; pictures met before are not encoded again."""
-        result = torch.empty(len(pictures), *self.config.grid, dtype=torch.int64)
+    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = BATCH) -> Tensor:
+        """Codes [B, h, w] int64 on the CPU. Raises `BadInput` for a picture that cannot be used."""
+        made = [torch.empty(0, *self.config.grid, dtype=torch.int64)]
         for start in range(0, len(pictures), batch):
-            squares = [fit_square(load_picture(p), self.config.resolution, fit) for p in pictures[start : start + batch]]
-            keys = [hashlib.blake2b(square.tobytes(), digest_size=16).digest() for square in squares]
-            new = {key: square for key, square in zip(keys, squares, strict=True) if key not in self.known}
+            part = pictures[start : start + batch]
+            made.append(self.encode_squares([self.square(picture, fit) for picture in part], batch))
+        return torch.cat(made)
+
+    def square(self, picture: Picture, fit: Fit) -> np.ndarray:
+        """A picture as uint8 [R, R, 3]."""
+        return np.asarray(fit_square(load_picture(picture), self.config.resolution, fit))
+
+    def encode_squares(self, squares: Sequence[np.ndarray], batch: int = BATCH) -> Tensor:
+        """Codes [B, h, w] int64 of pictures uint8 [R, R, 3], `batch` at a time; those met before are not encoded again."""
+        result = torch.empty(len(squares), *self.config.grid, dtype=torch.int64)
+        for start in range(0, len(squares), batch):
+            part = squares[start : start + batch]
+            keys = [hashlib.blake2b(square.tobytes(), digest_size=16).digest() for square in part]
+            new = {key: square for key, square in zip(keys, part, strict=True) if key not in self.known}
             codes = {key: self.known[key] for key in keys if key not in new}
             if new:
                 values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
@@ -228,6 +265,10 @@ class ImageTokenizer:
             for number, key in enumerate(keys, start):
                 result[number] = codes[key]
         return result
+
+    def forget(self) -> None:
+        """Forgets the pictures met, so that what is encoded next does not depend on what came before."""
+        self.known = KnownCodes(self.config.grid)
 
     def decode(self, codes: Tensor, batch: int = 64) -> list[PILImage.Image]:
         """Codes [B, h, w] to RGB pictures. Raises `BadInput` for codes outside the codebook."""

@@ -7,16 +7,27 @@ each further turn `prompt sep answer eos`: where the loss lies follows from the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from chameleon.document import Conversation, Document, Image, Part, Text
 from chameleon.errors import BadInput
-from chameleon.tokenizers.image import Fit, ImageTokenizer
+from chameleon.tokenizers.image import (
+    Fit,
+    ImageTokenizer,
+    describe,
+    fit_square,
+    load_picture,
+    picture_bytes,
+    picture_hash,
+)
 from chameleon.tokenizers.json_text import JsonTextTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer, TextTokenizer
 from chameleon.tokenizers.vqgan import VQGANConfig
@@ -95,6 +106,85 @@ def check_fit(vocabulary: Vocabulary, text: TextTokenizer, image: VQGANConfig, w
             raise BadInput(f"vocabulary says {wanted} {name}, the tokenizers have {found}", where=where)
 
 
+OPEN = -1
+"""Stands in prepared ids where an image code belongs."""
+View = Callable[[PILImage.Image, int, int], PILImage.Image]
+"""What variant `v` shows of picture `n` of a document, as a function of (picture, n, v)."""
+
+
+@dataclass
+class Prepared:
+    """A document all but its image codes: what any process can make of it without the image tokenizer's network."""
+
+    ids: np.ndarray
+    """int64 [T], `OPEN` where an image code belongs."""
+    squares: list[np.ndarray]
+    """Pictures uint8 [R, R, 3]: all of the first variant, then all of the second, and so on."""
+    hashes: list[bytes]
+    """`picture_hash` of each picture."""
+    variants: int = 1
+
+
+@dataclass
+class Preparer:
+    """Documents to ids with open places for the image codes, and pictures to squares."""
+
+    text: TextTokenizer
+    vocabulary: Vocabulary
+    resolution: int
+
+    def prepare(self, content: Content, view: View | None = None, variants: int = 1) -> Prepared:
+        """A document or conversation as ids, in `variants` views of its pictures.
+
+        Pictures in prompts of conversations are bordered so that nothing is lost, all others cropped (RECIPE 3). Raises
+        `BadInput` for a picture or a text that cannot be used.
+        """
+        v, ids = self.vocabulary, [self.vocabulary.bos]
+        pictures: list[tuple[Fit, Image]] = []
+        prompt_fit: Fit = "pad" if isinstance(content, Conversation) else "crop"
+        for turn in turns_of(content):
+            ids += self.part_ids(turn.prompt, prompt_fit, pictures)
+            if turn.answer is not None:
+                ids += [v.sep, *self.part_ids(turn.answer, "crop", pictures)]
+            ids.append(v.eos)
+        return self.with_squares(ids, pictures, view, variants)
+
+    def prepare_prompt(self, document: Document, *, conversation: bool) -> Prepared:
+        """A prompt that is to be continued."""
+        pictures: list[tuple[Fit, Image]] = []
+        ids = [self.vocabulary.bos, *self.part_ids(document.parts, "pad" if conversation else "crop", pictures)]
+        return self.with_squares(ids + [self.vocabulary.sep] * conversation, pictures, None, 1)
+
+    def part_ids(self, parts: Sequence[Part], fit: Fit, pictures: list[tuple[Fit, Image]]) -> list[int]:
+        """Ids of parts; each picture is added to `pictures` with how it is to be fitted."""
+        v, ids = self.vocabulary, []
+        for part in merged(parts):
+            if isinstance(part, Text):
+                ids += self.text_to_ids(part.text)
+            else:
+                ids += [v.boi, *[OPEN] * v.image_length, v.eoi]
+                pictures.append((fit, part))
+        return ids
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """Ids of a text alone. Raises `BadInput` where the tokenizer does."""
+        return list(map(self.vocabulary.text_ids.order.__getitem__, self.text.encode(text)))
+
+    def with_squares(
+        self, ids: list[int], pictures: Sequence[tuple[Fit, Image]], view: View | None, variants: int
+    ) -> Prepared:
+        squares: list[list[np.ndarray]] = [[] for _ in range(variants)]
+        hashes = []
+        for number, (fit, part) in enumerate(pictures):
+            data = picture_bytes(part.image)
+            hashes.append(picture_hash(data))
+            whole = load_picture(data, describe(part.image))
+            for variant in range(variants):
+                shown = view(whole, number, variant) if view is not None else whole
+                squares[variant].append(np.asarray(fit_square(shown, self.resolution, fit)))
+        return Prepared(np.array(ids, dtype=np.int64), [one for some in squares for one in some], hashes, variants)
+
+
 class MixedTokenizer:
     """Both tokenizers behind one vocabulary."""
 
@@ -134,55 +224,29 @@ class MixedTokenizer:
         return self.encode_batch([content])[0]
 
     def encode_batch(self, contents: Sequence[Content]) -> list[Tensor]:
-        """Ids of each; the pictures of all go through the image tokenizer together.
+        """Ids of each; the pictures of all go through the image tokenizer together."""
+        return [variants[0] for variants in self.finish([self.preparer.prepare(content) for content in contents])]
 
-        Pictures in prompts of conversations are bordered so that nothing is lost, all others cropped (RECIPE 3).
-        """
-        plans = [turns_of(content) for content in contents]
-        wanted: list[tuple[Fit, Image]] = []
-        for content, turns in zip(contents, plans, strict=True):
-            prompt_fit: Fit = "pad" if isinstance(content, Conversation) else "crop"
-            for turn in turns:
-                wanted += [(prompt_fit, part) for part in turn.prompt if isinstance(part, Image)]
-                wanted += [("crop", part) for part in turn.answer or () if isinstance(part, Image)]
-        blocks = self.image_blocks(wanted)
-        v = self.vocabulary
-        result = []
-        for turns in plans:
-            ids = [v.bos]
-            for turn in turns:
-                ids += self.part_ids(turn.prompt, blocks)
-                if turn.answer is not None:
-                    ids += [v.sep, *self.part_ids(turn.answer, blocks)]
-                ids.append(v.eos)
-            result.append(torch.tensor(ids, dtype=torch.int64))
+    def finish(self, prepared: Sequence[Prepared]) -> list[Tensor]:
+        """Ids int64 [variants, T] of each prepared document; the pictures of all go through the network together."""
+        squares = [square for entry in prepared for square in entry.squares]
+        blocks = self.vocabulary.codes_to_ids(self.image.encode_squares(squares)).flatten(1)
+        result, done = [], 0
+        for entry in prepared:
+            ids = torch.from_numpy(entry.ids).repeat(entry.variants, 1)
+            count = len(entry.squares)
+            ids[ids == OPEN] = blocks[done : done + count].flatten()
+            done += count
+            result.append(ids)
         return result
 
-    def image_blocks(self, wanted: Sequence[tuple[Fit, Image]]) -> Iterator[list[int]]:
-        """For each picture `boi codes eoi`, in order."""
-        blocks: dict[int, list[int]] = {}
-        for fit in ("crop", "pad"):
-            places = [number for number, (how, _) in enumerate(wanted) if how == fit]
-            codes = self.image.encode([wanted[number][1].image for number in places], fit)
-            for number, ids in zip(places, self.vocabulary.codes_to_ids(codes).flatten(1).tolist(), strict=True):
-                blocks[number] = [self.vocabulary.boi, *ids, self.vocabulary.eoi]
-        return (blocks[number] for number in range(len(wanted)))
-
-    def part_ids(self, parts: Sequence[Part], blocks: Iterator[list[int]]) -> list[int]:
-        ids: list[int] = []
-        for part in merged(parts):
-            if isinstance(part, Text):
-                ids += self.text_to_ids(part.text)
-            else:
-                ids += next(blocks)
-        return ids
+    @cached_property
+    def preparer(self) -> Preparer:
+        return Preparer(self.text, self.vocabulary, self.image.config.resolution)
 
     def encode_prompt(self, document: Document, *, conversation: bool) -> Tensor:
         """Ids [T] of a prompt to be continued: `bos parts`, and `sep` where the answer of a conversation is to come."""
-        fit: Fit = "pad" if conversation else "crop"
-        blocks = self.image_blocks([(fit, part) for part in document.parts if isinstance(part, Image)])
-        ids = [self.vocabulary.bos, *self.part_ids(document.parts, blocks)]
-        return torch.tensor(ids + [self.vocabulary.sep] * conversation, dtype=torch.int64)
+        return self.finish([self.preparer.prepare_prompt(document, conversation=conversation)])[0][0]
 
     # --- decoding ---
 
@@ -226,7 +290,7 @@ class MixedTokenizer:
 
     def text_to_ids(self, text: str) -> list[int]:
         """Ids of a text alone. Raises `BadInput` where the tokenizer does."""
-        return list(map(self.vocabulary.text_ids.order.__getitem__, self.text.encode(text)))
+        return self.preparer.text_to_ids(text)
 
     def text_bytes(self, ids: Sequence[int]) -> bytes:
         """The UTF-8 bytes of text ids; a character may be cut at either end."""

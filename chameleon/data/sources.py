@@ -16,7 +16,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,34 @@ class Sample:
 
     key: str
     content: Document | Conversation
+    fields: Mapping[str, str | float] = field(default_factory=dict)
+    """What else the record says: its texts and numbers (a language, a score), by name."""
+
+    @property
+    def text(self) -> str:
+        """All text, the messages of a conversation parted by newlines."""
+        if isinstance(self.content, Document):
+            return self.content.text
+        return "\n".join(message.content.text for message in self.content.messages)
+
+    @property
+    def images(self) -> list[Any]:
+        """All pictures, in order."""
+        if isinstance(self.content, Document):
+            return self.content.images
+        return [image for message in self.content.messages for image in message.content.images]
+
+
+MAX_FIELD = 200  # characters of a text that counts as a record's field; longer ones are its content
+
+
+def fields_of(record: Any) -> dict[str, str | float]:
+    """The numbers and short texts of a record."""
+    return {
+        str(name): value
+        for name, value in (record.items() if isinstance(record, dict) else ())
+        if isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= MAX_FIELD)
+    }
 
 
 @dataclass(frozen=True)
@@ -200,17 +228,21 @@ def read_webdataset(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     for sample in read_samples(Path(shard.path), on_skip):
         key = f"{shard.path}, sample {sample['__key__']}"
         try:
-            yield Sample(key, webdataset_content(sample, key))
+            fields = sidecar(sample, key)
+            yield Sample(key, webdataset_content(sample, fields, key), fields_of(fields))
         except BadInput as error:
             on_skip(key, error.reason)
 
 
-def webdataset_content(sample: dict[str, Any], key: str) -> Document | Conversation:
-    fields = {}
-    if "json" in sample:
-        fields = strict_json(decode(sample["json"], key), key)
-        if not isinstance(fields, dict):
-            raise BadInput("sidecar is not an object", where=key)
+def sidecar(sample: dict[str, Any], key: str) -> dict[str, Any]:
+    """What the sample's `.json` says."""
+    fields = strict_json(decode(sample["json"], key), key) if "json" in sample else {}
+    if not isinstance(fields, dict):
+        raise BadInput("sidecar is not an object", where=key)
+    return fields
+
+
+def webdataset_content(sample: dict[str, Any], fields: dict[str, Any], key: str) -> Document | Conversation:
     if "parts" in fields or "messages" in fields:
         return with_members(from_json(fields, where=key), sample, key)
     pictures = [sample[end[1:]] for end in PICTURE_ENDINGS if end[1:] in sample]
@@ -249,7 +281,7 @@ def read_records(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     folder = Path(shard.options.get("images", path.parent))
     for key, record in records.read_records(shard.kind, path, on_skip):
         try:
-            yield Sample(key, content_of(record, Place(key, folder)))
+            yield Sample(key, content_of(record, Place(key, folder)), fields_of(record))
         except BadInput as error:
             on_skip(key, error.reason)
 
@@ -341,17 +373,18 @@ def read_text(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
 def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     """A picture; a `.txt` of the same name beside it is its caption, or a `.json` holds one."""
     path = Path(shard.path)
-    caption, sidecar = path.with_suffix(".txt"), path.with_suffix(".json")
+    caption, beside = path.with_suffix(".txt"), path.with_suffix(".json")
     record: dict[str, Any] = {"image": str(path.absolute())}
+    fields: Any = {}
     file = caption
     try:
         if caption.is_file():
             record["caption"] = decode(caption.read_bytes(), caption).strip()
-        elif sidecar.is_file():
-            file = sidecar
-            fields = strict_json(decode(sidecar.read_bytes(), sidecar), sidecar)
+        elif beside.is_file():
+            file = beside
+            fields = strict_json(decode(beside.read_bytes(), beside), beside)
             if not isinstance(fields, dict):
-                raise BadInput("expected an object", where=sidecar)
+                raise BadInput("expected an object", where=beside)
             record |= {key: fields[key] for key in CAPTION_KEYS if key in fields}
         content = content_of(record, Place(str(file), path.parent))
     except BadInput as error:
@@ -360,7 +393,7 @@ def read_picture(shard: RawShard, on_skip: Skip) -> Iterator[Sample]:
     except OSError as error:
         on_skip(str(file), f"could not be read ({error.strerror})")
         return
-    yield Sample(shard.path, content)
+    yield Sample(shard.path, content, fields_of(fields))
 
 
 def emoji_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation]]:
@@ -417,10 +450,7 @@ def texts_of(sources: Iterable[str], on_skip: Skip = stop) -> Iterator[str]:
     for source in sources:
         for shard in expand(source):
             for sample in read(shard, on_skip):
-                if isinstance(sample.content, Document):
-                    yield sample.content.text
-                else:
-                    yield "\n".join(message.content.text for message in sample.content.messages)
+                yield sample.text
 
 
 # --- pictures alone, for training an image tokenizer -----------------------------------------------------------------
