@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from chameleon.errors import BadInput
 
 if TYPE_CHECKING:
-    from chameleon.data.token_shards import Report
+    from chameleon.data.tokenize import Report, Status, Watch
     from chameleon.generation.sampling import Sampling
 
 
@@ -365,7 +365,7 @@ def say_skipped(report: Report) -> None:
 
 def fit_text(arguments: argparse.Namespace) -> None:
     from chameleon.data.sources import texts_of
-    from chameleon.data.token_shards import Report
+    from chameleon.data.tokenize import Report
     from chameleon.tokenizers.text import SentencePieceTokenizer
 
     out = Path(arguments.out)
@@ -383,7 +383,7 @@ def fit_text(arguments: argparse.Namespace) -> None:
 
 
 def fit_image(arguments: argparse.Namespace) -> None:
-    from chameleon.data.token_shards import Report
+    from chameleon.data.tokenize import Report
     from chameleon.train.image_tokenizer import fit_image as run
     from chameleon.train.recipe import FitImageRecipe, read_recipe
 
@@ -394,21 +394,69 @@ def fit_image(arguments: argparse.Namespace) -> None:
     show(arguments, {"out": recipe.run.out, **figures}, f"{recipe.run.out}\n{table(figures)}")
 
 
+@contextmanager
+def watching_tokenize() -> Iterator[Watch]:
+    """Shows how far tokenizing is: a line that changes on a terminal, else a new one every ten seconds."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    on_terminal, last = sys.stderr.isatty(), 0.0
+
+    def line(status: Status) -> str:
+        each = max(status.seconds, 1e-9)
+        left = f", {status.left:,.0f} s left" if status.left is not None else ""
+        return (
+            f"{status.shards} of {status.shards_in_all} shards, {status.documents:,} documents, "
+            f"{status.skipped:,} skipped, {status.pictures / each:,.1f} pictures/s, "
+            f"{status.tokens / each:,.0f} tokens/s{left}"
+        )
+
+    with Live(console=Console(stderr=True), transient=True) if on_terminal and SPEAKS else nullcontext() as live:
+
+        def watch(status: Status) -> None:
+            nonlocal last
+            if live is not None:
+                live.update(Text(line(status)))
+            elif time.monotonic() - last >= 10 or status.shards == status.shards_in_all:
+                say(line(status))
+                last = time.monotonic()
+
+        yield watch
+
+
 def tokenize(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import Bundle
-    from chameleon.data.token_shards import tokenize as run
+    from chameleon.data.ray_engine import ray_engine
+    from chameleon.data.tokenize import TokenizeOptions, local
+    from chameleon.data.tokenize import tokenize as run
     from chameleon.tokenizers.mixed import MixedTokenizer
+    from chameleon.train.recipe import read_recipe
 
     if arguments.tokenizers and arguments.model:
         raise BadInput("give --model or --tokenizers, not both", where="tokenize")
+    options = read_recipe(TokenizeOptions, arguments.config, arguments.set)
     tokenizer = (
         MixedTokenizer.load(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
     )
-
-    def progress(done: int, total: int, report: Report) -> None:
-        say(f"{done} of {total} shards, {report.documents_out} documents, {sum(report.skipped.values())} skipped")
-
-    report = run(arguments.source, tokenizer, Path(arguments.out), strict=arguments.strict, progress=progress)
+    if arguments.engine == "ray":
+        engine = ray_engine(arguments.ray_address, actors=arguments.actors, device=arguments.device)
+    else:
+        engine = local
+        tokenizer.image.network.to(arguments.device)
+    with terminated_cleanly(), watching_tokenize() as watch:
+        report = run(
+            arguments.source,
+            tokenizer,
+            Path(arguments.out),
+            options=options,
+            engine=engine,
+            workers=arguments.workers,
+            strict=arguments.strict,
+            watch=watch,
+        )
     say_skipped(report)
     for name in report.others:
         say(f"also in {arguments.out}, made of other sources: {name}")
@@ -416,7 +464,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
     show(
         arguments,
         value,
-        "\n".join(f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens")),
+        "\n".join(
+            f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens", "duplicate_share")
+        ),
     )
     if report.skipped_share > arguments.max_skipped:
         say(f"chameleon tokenize: {report.skipped_share:.1%} was skipped, more than --max-skipped {arguments.max_skipped}")
@@ -497,6 +547,15 @@ def build_parser() -> Parser:
     sub.add_argument("--tokenizers", metavar="DIR", help="folder with both tokenizers, instead of --model")
     sub.add_argument("--out", required=True, help="folder for the token shards")
     sub.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
+    sub.add_argument("--config", metavar="OPTIONS", help="a YAML file of filters, variants …")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="one of them, such as filters.min_side=256"
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes that open pictures and split text (default: 0)")
+    sub.add_argument("--device", default="cpu", help="where pictures are encoded (default: cpu)")
+    sub.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
+    sub.add_argument("--ray-address", metavar="HOST:PORT", help="an existing cluster; left out, one is started here")
+    sub.add_argument("--actors", type=int, help="Ray actors (default: one a GPU, or one a CPU)")
     sub.add_argument("--max-skipped", type=float, default=0.05, help="share that makes the exit code 3 (default: 0.05)")
 
     recipe_options(verb("pretrain", run_training, "Trains a model on documents."))

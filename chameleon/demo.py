@@ -11,7 +11,7 @@ from pathlib import Path
 from chameleon import gallery
 from chameleon.bundle import SHIPPED
 from chameleon.data.sources import texts_of
-from chameleon.data.token_shards import tokenize
+from chameleon.data.tokenize import tokenize
 from chameleon.evaluation.emoji import evaluate
 from chameleon.generation.chameleon import Chameleon
 from chameleon.tokenizers.mixed import MixedTokenizer

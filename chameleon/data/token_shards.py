@@ -1,141 +1,157 @@
 """Token shards: what training reads. One raw shard becomes one folder, written under another name and renamed when whole.
 
-NAME/ids.bin      uint32, little-endian: the ids of all documents, one after the other
-NAME/offsets.bin  uint64, little-endian: where each document starts, and the end; n + 1 numbers
-NAME/shard.json   counts, SHA-256 of both files, and the fingerprint of the tokenizers
+NAME/ids.bin       uint32, little-endian: the ids of all documents, one after the other; `ids-1.bin` … hold further
+                   variants, the same documents with other views of their pictures
+NAME/offsets.bin   uint64, little-endian: where each document starts, and the end; n + 1 numbers
+NAME/images.bin    uint64, little-endian: where each picture starts in ids.bin, so that rows are planned without reading ids
+NAME/pictures.bin  16 bytes for each picture that was read: a hash that tells it from every other
+NAME/shard.json    counts, SHA-256 of the files, and the fingerprint of the tokenizers
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from chameleon.data import sources
-from chameleon.data.sources import RawShard, Sample
-from chameleon.data.webdataset import stop
 from chameleon.errors import BadInput
-from chameleon.files import checksum, write_json, written_into, written_whole
-from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.files import checksum, write_json, written_whole
+from chameleon.tokenizers.mixed import answer_mask
 from chameleon.vocabulary import Modality, Vocabulary
 
-IDS, OFFSETS, DESCRIPTION = "ids.bin", "offsets.bin", "shard.json"
-EXAMPLES = 20  # skipped samples that a report names
+FORMAT = 2
+IDS, OFFSETS, IMAGES, PICTURES, DESCRIPTION = "ids.bin", "offsets.bin", "images.bin", "pictures.bin", "shard.json"
+HASH_BYTES = 16
+AGAIN = "tokenize this shard again"
 
 
-@dataclass
-class Report:
-    """What tokenising did."""
-
-    documents_in: int = 0
-    documents_out: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    """How many samples were passed over, by reason."""
-    examples: list[str] = field(default_factory=list)
-    """The first skipped samples, by name."""
-    tokens: Counter[str] = field(default_factory=Counter)
-    """Ids written, by modality."""
-    shards_made: int = 0
-    """Shards that this run made; the others were there."""
-    others: list[str] = field(default_factory=list)
-    """Shards that lay in the folder before and were made of none of these sources; training on it reads them too."""
-
-    def skip(self, where: str, why: str) -> None:
-        self.documents_in += 1
-        self.skipped[why] += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why}")
-
-    @property
-    def skipped_share(self) -> float:
-        """What share of the samples was passed over."""
-        return sum(self.skipped.values()) / max(1, self.documents_in)
-
-    def add(self, other: Report) -> None:
-        """Adds another report's counts."""
-        self.documents_in += other.documents_in
-        self.documents_out += other.documents_out
-        self.skipped.update(other.skipped)
-        self.tokens.update(other.tokens)
-        self.examples = (self.examples + other.examples)[:EXAMPLES]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Report:
-        return cls(**{**value, "skipped": Counter(value["skipped"]), "tokens": Counter(value["tokens"])})
+def ids_name(variant: int) -> str:
+    """The file of a variant's ids."""
+    return f"ids-{variant}.bin" if variant else IDS
 
 
 class ShardWriter:
     """Collects documents in a folder that becomes a shard; made by `write_shard`."""
 
-    def __init__(self, file: BinaryIO, vocabulary: Vocabulary, description: dict[str, Any]) -> None:
-        self.file, self.vocabulary = file, vocabulary
+    def __init__(
+        self, files: Sequence[BinaryIO], pictures: BinaryIO, vocabulary: Vocabulary, description: dict[str, Any]
+    ) -> None:
+        self.files, self.pictures, self.vocabulary = files, pictures, vocabulary
         self.description = description
         """What shard.json says beside the counts; may be added to until the end."""
-        self.offsets = [0]
+        self.offsets, self.images = [0], [np.empty(0, dtype=np.int64)]
         self.counts: Counter[str] = Counter()
+        self.answers: Counter[str] = Counter()
 
-    def add(self, ids: torch.Tensor) -> None:
-        """Appends a document of int64 ids [T]."""
-        self.file.write(ids.numpy().astype("<u4").tobytes())
-        self.offsets.append(self.offsets[-1] + len(ids))
-        kinds = torch.bincount(self.vocabulary.modality(ids), minlength=len(Modality)).tolist()
-        self.counts.update({kind.name.lower(): kinds[kind] for kind in Modality})
+    def add(self, ids: torch.Tensor, hashes: Sequence[bytes] = ()) -> None:
+        """Appends a document of int64 ids [T], or [variants, T], and the hashes of its pictures."""
+        rows = ids.view(-1, ids.shape[-1])
+        if len(rows) != len(self.files):
+            raise ValueError(f"{len(rows)} variants of a document, the shard has {len(self.files)}")
+        for file, row in zip(self.files, rows, strict=True):
+            file.write(row.numpy().astype("<u4").tobytes())
+        self.images.append(whole_pictures(rows[0].numpy(), self.vocabulary) + self.offsets[-1])
+        self.offsets.append(self.offsets[-1] + rows.shape[1])
+        kinds = self.vocabulary.modality(rows[0])
+        for counts, chosen in ((self.counts, kinds), (self.answers, kinds[answer_mask(rows[0], self.vocabulary)])):
+            found = torch.bincount(chosen, minlength=len(Modality)).tolist()
+            counts.update({kind.name.lower(): found[kind] for kind in Modality})
+        self.add_pictures(hashes)
+
+    def add_pictures(self, hashes: Sequence[bytes]) -> None:
+        """Notes pictures that were read, whether their document is taken or not."""
+        self.pictures.write(b"".join(hashes))
+
+
+def whole_pictures(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Where each whole picture, boi … eoi, starts in ids [T]: int64 [pictures]."""
+    starts = np.flatnonzero(ids == vocabulary.boi)
+    ends = starts + vocabulary.block_length - 1
+    fits = ends < len(ids)
+    return starts[fits][ids[ends[fits]] == vocabulary.eoi]
 
 
 @contextmanager
-def write_shard(folder: Path, fingerprint: str, vocabulary: Vocabulary, **description: Any) -> Iterator[ShardWriter]:
+def write_shard(
+    folder: Path, fingerprint: str, vocabulary: Vocabulary, *, variants: int = 1, **description: Any
+) -> Iterator[ShardWriter]:
     """A writer whose documents are the shard `folder` once the block ends well; else what was there stays."""
     with written_whole(folder) as place:
-        with open(place / IDS, "wb") as file:
-            writer = ShardWriter(file, vocabulary, description)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(place / ids_name(number), "wb")) for number in range(variants)]
+            pictures = stack.enter_context(open(place / PICTURES, "wb"))
+            writer = ShardWriter(files, pictures, vocabulary, description)
             yield writer
         np.asarray(writer.offsets, dtype="<u8").tofile(place / OFFSETS)
+        np.concatenate(writer.images).astype("<u8").tofile(place / IMAGES)
         counts = {
+            "format": FORMAT,
             "documents": len(writer.offsets) - 1,
             "tokens": writer.offsets[-1],
+            "variants": variants,
+            "images": sum(map(len, writer.images)),
             "by_modality": dict(writer.counts),
-            "sha256": {name: checksum(place / name) for name in (IDS, OFFSETS)},
+            "answers_by_modality": dict(writer.answers),
+            "sha256": {path.name: checksum(path) for path in sorted(place.iterdir())},
             "vocabulary": vocabulary.to_json(),
         }
         write_json(place / DESCRIPTION, {**counts, "fingerprint": fingerprint, **writer.description})
 
 
 class TokenShard:
-    """A shard on disk: document i is `shard[i]`, int64 [T]. No file is held open, so there may be any number of shards."""
+    """A shard on disk: document i is `shard[i]`, int64 [T].
+
+    No file is held open and nothing but the description is held in memory, so there may be any number of shards.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self.description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            self.offsets = np.fromfile(folder / OFFSETS, dtype="<u8").astype(np.int64)
-            counts = (self.description["documents"] + 1, 4 * self.description["tokens"])
-            size = (folder / IDS).stat().st_size
+            if self.description.get("format") != FORMAT:
+                raise BadInput("written by another version of this package", where=folder, remedy=AGAIN)
+            self.documents, self.tokens = self.description["documents"], self.description["tokens"]
+            self.variants = self.description["variants"]
+            wanted = {OFFSETS: 8 * (self.documents + 1), IMAGES: 8 * self.description["images"]}
+            wanted |= {ids_name(number): 4 * self.tokens for number in range(self.variants)}
+            for name, size in wanted.items():
+                if (folder / name).stat().st_size != size:
+                    raise BadInput(f"{name} does not have the size that {DESCRIPTION} says", where=folder, remedy=AGAIN)
         except FileNotFoundError as error:
-            raise BadInput("file is missing", where=error.filename, remedy="tokenize this shard again") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise BadInput("file is missing", where=error.filename, remedy=AGAIN) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"not a shard's description ({error})", where=folder / DESCRIPTION) from None
-        if counts != (len(self.offsets), size):
-            raise BadInput("files do not have the counts of shard.json", where=folder, remedy="tokenize this shard again")
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return self.documents
 
     def __getitem__(self, number: int) -> np.ndarray:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        start, end = self.offsets[number : number + 2].tolist()
-        return np.fromfile(self.folder / IDS, dtype="<u4", count=end - start, offset=4 * start).astype(np.int64)
+        return self.stretch(number)
+
+    def stretch(self, number: int, start: int = 0, end: int | None = None, variant: int = 0) -> np.ndarray:
+        """Ids start…end of a document, by default all, of one of its variants: int64 [T]. Nothing else is read."""
+        first, last = np.fromfile(self.folder / OFFSETS, dtype="<u8", count=2, offset=8 * number).tolist()
+        last = last if end is None else first + end
+        path = self.folder / ids_name(variant)
+        return np.fromfile(path, dtype="<u4", count=last - first - start, offset=4 * (first + start)).astype(np.int64)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each document starts in the ids, and the end: int64 [n + 1]. Read anew each time."""
+        return np.fromfile(self.folder / OFFSETS, dtype="<u8").view("<i8")
+
+    @property
+    def images(self) -> np.ndarray:
+        """Where each picture starts in the ids: int64 [pictures]. Read anew each time."""
+        return np.fromfile(self.folder / IMAGES, dtype="<u8").view("<i8")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -143,10 +159,19 @@ class TokenShard:
         return np.diff(self.offsets)
 
     def verify(self) -> None:
-        """Raises `BadInput` where a file is not what it was when it was written."""
+        """Raises `BadInput` where a file is not what it was when it was written, or offsets or ids make no sense."""
         for name, wanted in self.description.get("sha256", {}).items():
             if checksum(self.folder / name) != wanted:
-                raise BadInput("checksum does not fit", where=self.folder / name, remedy="tokenize this shard again")
+                raise BadInput("checksum does not fit", where=self.folder / name, remedy=AGAIN)
+        offsets = self.offsets
+        if offsets[0] != 0 or offsets[-1] != self.tokens or (np.diff(offsets) < 0).any():
+            raise BadInput("offsets do not rise from 0 to the number of ids", where=self.folder / OFFSETS, remedy=AGAIN)
+        size = self.description["vocabulary"]["size"]
+        for number in range(self.variants):
+            ids = np.memmap(self.folder / ids_name(number), dtype="<u4", mode="r") if self.tokens else np.empty(0)
+            for start in range(0, self.tokens, 1 << 22):
+                if (ids[start : start + (1 << 22)] >= size).any():
+                    raise BadInput(f"an id is not below {size}", where=self.folder / ids_name(number), remedy=AGAIN)
 
 
 def open_shards(folder: Path, fingerprint: str | None = None) -> list[TokenShard]:
@@ -166,87 +191,3 @@ def open_shards(folder: Path, fingerprint: str | None = None) -> list[TokenShard
                 remedy="tokenize the sources again with this model's tokenizers",
             )
     return shards
-
-
-def batches(samples: Iterable[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def tokenize_shard(raw: RawShard, folder: Path, tokenizer: MixedTokenizer, *, strict: bool) -> Report:
-    """One raw shard to one token shard. Samples that cannot be used are counted in its report, or stop it if `strict`."""
-    report = Report()
-    on_skip = stop if strict else report.skip
-    with write_shard(folder, tokenizer.fingerprint, tokenizer.vocabulary, source=raw.identity) as writer:
-        for batch in batches(sources.read(raw, on_skip), 64):
-            for ids in encode_each(batch, tokenizer, on_skip):
-                writer.add(ids)
-                report.documents_in += 1
-                report.documents_out += 1
-        report.tokens.update(writer.counts)
-        writer.description["report"] = report.to_json()
-    return report
-
-
-def encode_each(
-    batch: Sequence[Sample], tokenizer: MixedTokenizer, on_skip: Callable[[str, str], None]
-) -> Iterator[torch.Tensor]:
-    """Ids of the samples, encoded together; where that fails, one by one, so that the bad one can be named."""
-    try:
-        yield from tokenizer.encode_batch([sample.content for sample in batch])
-        return
-    except BadInput:
-        pass
-    for sample in batch:
-        try:
-            ids = tokenizer.encode(sample.content)
-        except BadInput as error:
-            on_skip(sample.key, error.reason)
-            continue
-        yield ids
-
-
-def tokenize(
-    patterns: Sequence[str],
-    tokenizer: MixedTokenizer,
-    out: Path,
-    *,
-    strict: bool = False,
-    progress: Callable[[int, int, Report], None] | None = None,
-) -> Report:
-    """Sources to token shards in `out`; shards there already, made of the same files with these tokenizers, are left.
-
-    The report is of all shards, however many runs made them, and is written to `report.json`. `progress` is called with
-    shards done, shards in all, and the report.
-    """
-    raw = [shard for pattern in patterns for shard in sources.expand(pattern)]
-    report, fingerprint = Report(), tokenizer.fingerprint
-    names = {shard.name for shard in raw}
-    report.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
-    for number, shard in enumerate(raw):
-        if is_done(out / shard.name, fingerprint, shard):
-            report.add(Report.from_json(TokenShard(out / shard.name).description["report"]))
-        else:
-            report.add(tokenize_shard(shard, out / shard.name, tokenizer, strict=strict))
-            report.shards_made += 1
-        if progress is not None:
-            progress(number + 1, len(raw), report)
-    with written_into(out) as place:
-        write_json(place / "report.json", report.to_json())
-    return report
-
-
-def is_done(folder: Path, fingerprint: str, raw: RawShard) -> bool:
-    """Whether the token shard is there and whole, and was made of this raw shard as it is now, with these tokenizers."""
-    if not (folder / DESCRIPTION).is_file():
-        return False
-    try:
-        made = TokenShard(folder)
-        if (made.description.get("fingerprint"), made.description.get("source")) != (fingerprint, raw.identity):
-            return False
-        Report.from_json(made.description["report"])
-        made.verify()
-    except (BadInput, KeyError, TypeError):
-        return False
-    return True

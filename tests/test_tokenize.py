@@ -1,0 +1,284 @@
+"""From raw shards to token shards: the same to the byte however it is run, and filters, variants, reports."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from chameleon.cli import main
+from chameleon.data.filters import Filters
+from chameleon.data.token_shards import TokenShard, open_shards
+from chameleon.data.tokenize import Status, TokenizeOptions, tokenize
+from chameleon.errors import BadInput
+from chameleon.tokenizers.mixed import MixedTokenizer
+
+
+def picture(number: int, size: tuple[int, int] = (20, 24)) -> bytes:
+    values = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PILImage.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(path: Path, samples: Sequence[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for number, sample in enumerate(samples):
+            for ending, data in sample.items():
+                info = tarfile.TarInfo(f"{number:05}.{ending}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Three tars of 90 pairs, some with damaged pictures."""
+    for shard in range(3):
+        samples = [
+            {"png": b"<html>404</html>" if number == 40 else picture(100 * shard + number), "txt": b"picture %d" % number}
+            for number in range(90)
+        ]
+        tar(tmp_path / f"{shard:05}.tar", samples)
+    return str(tmp_path / "{00000..00002}.tar")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def without_run(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the report, which says how many shards the last run made."""
+    return {name: data for name, data in files.items() if name != "report.json"}
+
+
+def test_worker_processes_change_nothing(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    seen: list[Status] = []
+    plain = tokenize([shards], tokenizer, tmp_path / "plain", watch=seen.append)
+    assert plain.documents_in == 270 and plain.documents_out == 267 and plain.pictures == 267
+    assert [status.shards for status in seen] == sorted(status.shards for status in seen)
+    assert (seen[-1].shards, seen[-1].documents, seen[-1].skipped) == (3, 267, 3)
+    assert seen[-1].left == 0 and seen[0].left is None
+    tokenize([shards], tokenizer, tmp_path / "two", workers=2)
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "two")
+
+
+def test_killed_and_started_again_it_is_the_same_to_the_byte(
+    shards: str, tmp_path: Path, tokenizer: MixedTokenizer
+) -> None:
+    tokenizer.text.save(tmp_path / "tokenizers")
+    tokenizer.image.save(tmp_path / "tokenizers")
+    tokenize([shards], MixedTokenizer.load(tmp_path / "tokenizers"), tmp_path / "whole")
+    code = """
+import os, signal, sys
+from pathlib import Path
+from chameleon.data.tokenize import tokenize
+from chameleon.tokenizers.mixed import MixedTokenizer
+def watch(status):
+    if status.documents >= int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+tokenize([sys.argv[1]], MixedTokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), watch=watch)
+"""
+    out = tmp_path / "out"
+    for documents in (60, 130):  # in the first shard, and in the second
+        command = [sys.executable, "-c", code, shards, str(tmp_path / "tokenizers"), str(out), str(documents)]
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert len(list(out.glob("*/shard.json"))) == 1
+    report = tokenize([shards], MixedTokenizer.load(tmp_path / "tokenizers"), out)
+    assert report.shards_made == 2 and report.documents_in == 270
+    assert without_run(files_of(out)) == without_run(files_of(tmp_path / "whole"))
+
+
+def test_a_worker_that_dies_is_named_and_nothing_half_made_stays(
+    shards: str, tmp_path: Path, tokenizer: MixedTokenizer
+) -> None:
+    def kill_workers(status: Status) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(BadInput, match="a worker process died"):
+        tokenize([shards], tokenizer, tmp_path / "out", workers=1, watch=kill_workers)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_variants_are_other_views_of_the_same_documents(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = tar(tmp_path / "a.tar", [{"png": picture(n, (64, 64)), "txt": b"picture %d" % n} for n in range(12)])
+    plain, varied = tmp_path / "plain", tmp_path / "varied"
+    tokenize([str(path)], tokenizer, plain)
+    tokenize([str(path)], tokenizer, varied, options=TokenizeOptions(variants=3, crop=0.5))
+    (one,), (three,) = open_shards(plain), open_shards(varied)
+    v = tokenizer.vocabulary
+    changed = 0
+    for number in range(12):
+        views = [torch.from_numpy(three.stretch(number, variant=variant)) for variant in range(3)]
+        assert np.array_equal(views[0].numpy(), one[number])
+        for view in views[1:]:
+            assert torch.equal(view[~v.is_image(view)], views[0][~v.is_image(view)])
+            assert torch.equal(v.is_image(view), v.is_image(views[0]))
+            changed += not torch.equal(view, views[0])
+    assert changed > 20 and three.variants == 3
+    tokenize([str(path)], tokenizer, tmp_path / "again", options=TokenizeOptions(variants=3, crop=0.5))
+    assert files_of(varied) == files_of(tmp_path / "again")
+    made_anew = tokenize([str(path)], tokenizer, varied, options=TokenizeOptions(variants=3, crop=0.6))
+    assert made_anew.shards_made == 1  # other options, so not the shard that is there
+
+
+def test_filters(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    facts: list[dict[str, Any]] = [
+        {"caption": "good enough", "lang": "en-GB", "score": 6.0},
+        {"caption": "x", "lang": "en", "score": 6},
+        {"caption": "far too long " * 20, "lang": "en", "score": 6.5},
+        {"caption": "nicht englisch", "lang": "de", "score": 7.0},
+        {"caption": "not scored", "lang": "en"},
+        {"caption": "scored low", "lang": "en", "score": 4.9},
+        {"caption": "narrow", "lang": "en", "score": 6.0},
+        {"caption": "small", "lang": "en", "score": 6.0},
+        {"caption": "no tag", "score": 6.0},
+    ]
+    sizes = {6: (100, 30), 7: (19, 24)}
+    samples = [
+        {"png": picture(n, sizes.get(n, (20, 24))), "json": json.dumps(entry).encode()} for n, entry in enumerate(facts)
+    ]
+    path = tar(tmp_path / "a.tar", samples)
+    filters = Filters(min_side=20, max_aspect=2, min_text=2, max_text=100, languages=["en"], min_score={"score": 5})
+    report = tokenize([str(path)], tokenizer, tmp_path / "out", options=TokenizeOptions(filters=filters))
+    assert (report.documents_in, report.documents_out) == (9, 1)
+    assert report.skipped == {
+        "filter: text is under 2 characters": 1,
+        "filter: text is over 100 characters": 1,
+        "filter: language is none of en": 2,
+        "filter: score is not 5 or more": 2,
+        "filter: a picture's aspect is over 2": 1,
+        "filter: a picture's side is under 20": 1,
+    }
+    (shard,) = open_shards(tmp_path / "out")
+    assert tokenizer.decode(shard[0]).text == "good enough"
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (Filters(min_side=-1), "min_side is -1"),
+        (Filters(max_aspect=0.5), "no picture is below 1"),
+        (Filters(min_text=5, max_text=4), "min_text is more than max_text"),
+        (Filters(languages=[]), "languages is an empty list"),
+    ],
+)
+def test_filters_that_make_no_sense(filters: Filters, message: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    with pytest.raises(BadInput, match=message):
+        tokenize(["emoji:words"], tokenizer, tmp_path, options=TokenizeOptions(filters=filters))
+
+
+def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Ten samples over two shards show six pictures; each stays where it is seen first, also with the shards made apart."""
+    shown = [[0, 1, 0, 2, 3], [1, 4, 4, 5, 0]]
+    for number, pictures in enumerate(shown):
+        tar(tmp_path / f"{number}.tar", [{"png": picture(n), "txt": b"%d" % n} for n in pictures])
+    sources = [str(tmp_path / f"{number}.tar") for number in range(2)]
+    report = tokenize(sources, tokenizer, tmp_path / "all")
+    assert report.documents_out == 10 and report.duplicate_share == pytest.approx(0.4)
+    options = TokenizeOptions(filters=Filters(unique_pictures=True))
+    report = tokenize(sources, tokenizer, tmp_path / "unique", options=options)
+    assert report.documents_out == 6 and report.duplicate_share == pytest.approx(0.4)
+    assert report.skipped == {"filter: all pictures came before": 4}
+    found = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
+    assert found == set("012345")
+    tokenize(sources[:1], tokenizer, tmp_path / "later", options=options)
+    assert tokenize(sources, tokenizer, tmp_path / "later", options=options).shards_made == 1
+    assert without_run(files_of(tmp_path / "later")) == without_run(files_of(tmp_path / "unique"))
+
+
+def test_options_from_the_command_line(shards: str, bundle_folder: Path, tmp_path: Path) -> None:
+    options = tmp_path / "options.yaml"
+    options.write_text("filters: {min_side: 20}\nvariants: 2\n")
+    command = ["tokenize", shards, "--model", str(bundle_folder), "--out", str(tmp_path / "out"), "--config", str(options)]
+    main([*command, "--set", "crop=0.9", "--set", "filters.min_text=10", "--max-skipped", "1"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["documents_out"] == 79 * 3 + 3 - 3 and report["skipped"]["filter: text is under 10 characters"] == 30
+    assert all(shard.variants == 2 for shard in open_shards(tmp_path / "out"))
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--set", "filters.min_sides=2"])
+    assert error.value.code == 2
+
+
+def test_sources_given_twice_or_empty(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    with pytest.raises(BadInput, match="given twice"):
+        tokenize([shards, str(tmp_path / "00001.tar")], tokenizer, tmp_path / "out")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(BadInput, match="nothing in it"):
+        tokenize([str(tmp_path / "empty.jsonl")], tokenizer, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="could not be written"):
+        tokenize([shards], tokenizer, tmp_path / "file" / "out")
+
+
+def test_counts_of_answers(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    (tmp_path / "p.png").write_bytes(picture(0))
+    asked = {"role": "user", "content": [{"type": "text", "text": "draw"}]}
+    told = {"role": "assistant", "content": [{"type": "image", "image": "p.png"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [asked, told]}))
+    tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+    (shard,) = open_shards(tmp_path / "out")
+    assert shard.description["answers_by_modality"] == {"structure": 3, "image": 16, "text": 0}  # boi, eoi, eos
+    assert shard.images.tolist() == [int((torch.from_numpy(shard[0]) == tokenizer.vocabulary.boi).nonzero())]
+
+
+@pytest.mark.slow
+def test_two_ray_nodes_one_of_which_is_lost(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Two nodes with an actor each; the node of one is killed while its shard is under way. The result is the same."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from chameleon.data.ray_engine import ray_engine
+
+    for shard in range(3, 8):
+        tar(tmp_path / f"{shard:05}.tar", [{"png": picture(100 * shard + n), "txt": b"%d" % n} for n in range(400)])
+    source = str(tmp_path / "{00000..00007}.tar")
+    tokenize([source], tokenizer, tmp_path / "plain")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    lost: list[float] = []
+
+    def lose_one(status: Status) -> None:
+        if status.shards >= 2 and not lost:
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            lost.append(time.monotonic())
+
+    try:
+        out = tmp_path / "out"
+        report = tokenize([source], tokenizer, out, engine=ray_engine(cluster.address), watch=lose_one)
+        assert lost and report.shards_made == 8
+        assert files_of(tmp_path / "plain") == files_of(out)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_its_own_and_the_errors_of_its_actors(
+    shards: str, tmp_path: Path, tokenizer: MixedTokenizer
+) -> None:
+    pytest.importorskip("ray")
+    from chameleon.data.ray_engine import ray_engine
+
+    with pytest.raises(BadInput, match="no picture that can be read"):
+        tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine(actors=1), strict=True)
+    report = tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine(actors=2))
+    assert report.documents_out == 267 and len(open_shards(tmp_path / "out")) == 3
+    assert isinstance(open_shards(tmp_path / "out")[0], TokenShard)
