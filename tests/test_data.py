@@ -11,22 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from chameleon.cli import main
 from chameleon.data import emoji, token_shards
-from chameleon.data.mixture import Mixture, PackedSource, SourceConfig
-from chameleon.data.packing import cut, pack
 from chameleon.data.sources import expand, read, read_pictures, texts_of
 from chameleon.data.token_shards import TokenShard, open_shards, write_shard
 from chameleon.data.tokenize import tokenize
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import load_picture
-from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
-from chameleon.vocabulary import Vocabulary
+from chameleon.tokenizers.mixed import MixedTokenizer
 
 
 def png(colour: str = "red") -> bytes:
@@ -393,164 +388,3 @@ def test_shards_of_other_tokenizers_are_refused(shard: Path, tmp_path: Path, tok
         open_shards(tmp_path / "out", "another")
     with pytest.raises(BadInput, match="no token shard"):
         open_shards(tmp_path)
-
-
-# --- packing ---
-
-
-@settings(max_examples=200)
-@given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
-def test_packing_keeps_every_item_once_and_no_row_overflows(case: tuple[int, list[int]]) -> None:
-    context, lengths = case
-    rows = pack(np.array(lengths, dtype=int), context)
-    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
-    totals = [sum(lengths[item] for item in row) for row in rows]
-    assert all(0 < total <= context for total in totals)
-    # no two rows could have been one: what any fitting rule that fills open rows first guarantees
-    assert sum(total <= context // 2 for total in totals) <= 1
-
-
-def test_packing_fills_mixed_lengths() -> None:
-    stream = np.random.default_rng(0)
-    lengths = np.concatenate((stream.integers(20, 90, 4000), stream.integers(400, 1024, 400)))
-    rows = pack(lengths, 1024)
-    assert lengths.sum() / (len(rows) * 1024) > 0.99
-
-
-@settings(max_examples=200)
-@given(st.lists(st.one_of(st.integers(1, 15), st.just("picture")), max_size=12), st.integers(8, 30))
-def test_cutting_never_parts_a_picture(parts: list[int | str], context: int) -> None:
-    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
-    ids: list[int] = []
-    for part in parts:
-        ids += [v.boi, *[v.image_start] * 6, v.eoi] if part == "picture" else [v.text_start] * int(part)
-    stretches = cut(np.array(ids, dtype=int), context, v)
-    assert [i for start, end in stretches for i in range(start, end)] == list(range(len(ids)))
-    for start, end in stretches:
-        assert end - start <= context
-        part_ids = ids[start:end]
-        assert part_ids.count(v.boi) == part_ids.count(v.eoi)
-
-
-def test_a_picture_longer_than_the_context_is_named() -> None:
-    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(4, 4))
-    with pytest.raises(BadInput, match="a picture takes 18 ids, the context is 10"):
-        cut(np.zeros(4, dtype=int), 10, v)
-
-
-# --- the mixture ---
-
-
-@pytest.fixture
-def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
-    v = tokenizer.vocabulary
-    stream = np.random.default_rng(0)
-    picture = [v.boi, *[v.image_start] * 16, v.eoi]
-    with write_shard(tmp_path / "pairs" / "s", tokenizer.fingerprint, v) as writer:
-        for n in range(30):
-            writer.add(torch.tensor([v.bos, *picture, *[v.text_start + n] * int(stream.integers(1, 6)), v.eos]))
-    with write_shard(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
-        for n in range(20):
-            writer.add(torch.tensor([v.bos, *[v.text_start] * 3, v.sep, *[v.text_start + n] * 4, v.eos]))
-    return Mixture(
-        [SourceConfig(str(tmp_path / "pairs"), 3.0), SourceConfig(str(tmp_path / "talk"), 1.0, loss="answers")],
-        context=50,
-        rows=6,
-        seed=3,
-        vocabulary=v,
-        fingerprint=tokenizer.fingerprint,
-    )
-
-
-def test_any_number_of_devices_sees_the_same_batch(mixture: Mixture) -> None:
-    for step in (0, 5, 1234):
-        whole = mixture.batch(step)
-        for world in (2, 3):
-            parts = [mixture.batch(step, rank, world) for rank in range(world)]
-            for rank, part in enumerate(parts):
-                assert torch.equal(part.ids, whole.ids[rank::world])
-
-
-def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(mixture: Mixture) -> None:
-    seen: dict[tuple[int, int], list[int]] = {}
-    for number in range(4000):
-        source, epoch, row = mixture.locate(number)
-        seen.setdefault((source, epoch), []).append(row)
-    for source in (0, 1):
-        count = len(mixture.sources[source].rows)
-        first, second = seen[source, 0], seen[source, 1]
-        assert sorted(first) == sorted(second) == list(range(count))
-        assert first != second
-
-
-def test_weights_are_shares_of_rows(mixture: Mixture) -> None:
-    sources = [mixture.locate(number)[0] for number in range(1000)]
-    assert sources.count(0) == 750
-
-
-def test_rows_hold_targets_positions_and_masks(mixture: Mixture) -> None:
-    v = mixture.sources[0].vocabulary
-    batch = mixture.batch(0)
-    for ids, targets, weights, numbers, positions in zip(*batch, strict=True):
-        for number in numbers.unique().tolist():
-            here = numbers == number
-            assert torch.equal(positions[here], torch.arange(int(here.sum())))
-            if (ids[here] == v.pad).all():
-                assert not weights[here].any()
-                continue
-            document = torch.cat((ids[here], targets[here][-1:]))
-            assert document[0] == v.bos and document[-1] == v.eos
-            assert torch.equal(document[1:], targets[here])
-            if (document == v.sep).any():
-                assert torch.equal(weights[here].bool(), answer_mask(document, v)[1:])
-            else:
-                assert weights[here].all()
-
-
-def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    """Each id but the first is a target once, and the loss lies where it lies in the whole conversation."""
-    v, stream = tokenizer.vocabulary, np.random.default_rng(1)
-    ids = [v.bos]
-    for _ in range(12):
-        prompt, answer = ([v.text_start + int(n) for n in stream.integers(0, 50, stream.integers(1, 9))] for _ in range(2))
-        ids += [*prompt, v.sep, *answer, v.eos]
-    whole = torch.tensor(ids)
-    with write_shard(tmp_path / "s", "print", v) as writer:
-        writer.add(whole)
-    source = PackedSource(SourceConfig(str(tmp_path), loss="answers"), 24, v, "print")
-    assert len(source.pieces) > 3
-    found: dict[int, tuple[int, float]] = {}
-    for number, row in enumerate(source.rows):
-        made = source.row(number, 0, 0)
-        place = 0
-        for piece in (source.pieces[item] for item in row):
-            for target in range(piece.start + 1, piece.end):
-                assert target not in found
-                found[target] = (int(made.targets[place]), float(made.weights[place]))
-                assert int(made.ids[place]) == ids[target - 1]
-                place += 1
-    assert sorted(found) == list(range(1, len(ids)))
-    assert [found[n][0] for n in sorted(found)] == ids[1:]
-    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole, v)[1:].tolist()
-
-
-def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
-    with pytest.raises(BadInput, match="rows 6 do not divide by 4 devices"):
-        mixture.batch(0, 0, 4)
-
-
-def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
-    source = mixture.sources[0]
-    v = source.vocabulary
-    first = 0
-    for epoch in range(20):
-        for number in range(30):
-            ids = source.swapped(source.document(number), (3, epoch, number))
-            first += bool(v.is_text(torch.tensor(ids[1])))
-            assert sorted(ids) == sorted(source.document(number))
-    assert 0.42 < first / 600 < 0.58
-
-
-def test_mixtures_that_make_no_sense_are_refused(tokenizer: MixedTokenizer) -> None:
-    with pytest.raises(BadInput, match="positive weights"):
-        Mixture([], context=8, rows=1, seed=0, vocabulary=tokenizer.vocabulary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,29 @@ class StepRows(Dataset[Rows]):
         return self.mixture.batch(step, self.rank, self.world)
 
 
+class TimedLoader:
+    """A loader that knows how long it was waited for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.waited = 0.0
+        """Seconds, in all."""
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
+
+
 class LanguageModule(L.LightningModule):
     """The Transformer with its loss, optimiser and monitors."""
 
@@ -56,6 +80,9 @@ class LanguageModule(L.LightningModule):
         self.flops = flops_per_token(model.config, context)
         self.peak = 0.0
         self.output_norm: Tensor | None = None
+        self.loader: TimedLoader | None = None
+        """What training reads from, for the share of time that it waits."""
+        self.marks = (0.0, 0.0)
         model.blocks[-1].register_forward_hook(self.watch_output)
         if recipe.compile:
             for block in model.blocks:
@@ -70,6 +97,7 @@ class LanguageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.peak = matmul_peak(self.device)
+        self.marks = (time.perf_counter(), self.loader.waited if self.loader else 0.0)
 
     def token_loss(self, rows: Rows, weights: Tensor) -> TokenLoss:
         """Sum of the weighted losses of rows; weights [B, T] carry the normalisation."""
@@ -139,6 +167,9 @@ class LanguageModule(L.LightningModule):
             }
         )
         self.log("tokens/s", tokens, prog_bar=True, logger=False)
+        if self.loader is not None:
+            began, waited = self.marks
+            self.log("speed/waiting_share", (self.loader.waited - waited) / (time.perf_counter() - began))
 
     def validation_step(self, rows: Rows, index: int) -> None:
         modality = self.vocabulary.modality(rows.targets)
@@ -180,7 +211,15 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     if context > bundle.model.config.context:
         raise BadInput(f"context {context} exceeds the model's {bundle.model.config.context}", where="recipe.context")
     fixed = {"context": context, "vocabulary": bundle.vocabulary, "fingerprint": bundle.tokenizer.fingerprint}
-    mixture = Mixture(recipe.mixture, rows=recipe.rows, seed=recipe.run.seed, **fixed)  # type: ignore[arg-type]
+    mixture = Mixture(
+        recipe.mixture,
+        rows=recipe.rows,
+        seed=recipe.run.seed,
+        stages=recipe.stages,
+        steps=recipe.run.steps,
+        balance_modalities=recipe.balance_modalities,
+        **fixed,  # type: ignore[arg-type]
+    )
     if recipe.codebook_rows:
         add_codebook_rows(bundle.model, bundle.tokenizer.image.network.quantize.codebook(), bundle.vocabulary)
     module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
@@ -191,12 +230,13 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     if recipe.validation:
         validation = Mixture(recipe.validation, rows=recipe.rows, seed=0, **fixed)  # type: ignore[arg-type]
         sources = sources + validation.sources
-        count = max(1, sum(len(source.rows) for source in validation.sources) // recipe.rows)
+        count = max(1, sum(map(len, validation.sources)) // recipe.rows)
         held_out = DataLoader(StepRows(validation, count), batch_size=None)
     if recipe.verify:
         for shard in (shard for source in sources for shard in source.shards):
             shard.verify()
-    loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
+    loader = TimedLoader(DataLoader(training, batch_size=None, num_workers=recipe.workers))
+    module.loader = loader
     figures = fit(trainer, module, loader, held_out, recipe.run)
     fold_codebook_rows(bundle.model)
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"

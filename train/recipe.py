@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from chameleon.data.mixture import SourceConfig
+from chameleon.data.mixture import SourceConfig, StageConfig
 from chameleon.errors import BadInput
 from chameleon.model.loss import Z_LOSS
 from chameleon.tokenizers.quantizer import CodebookKind
@@ -78,6 +78,10 @@ class TrainRecipe:
     """What `chameleon pretrain` and `chameleon finetune` share."""
 
     mixture: list[SourceConfig]
+    stages: list[StageConfig] = field(default_factory=list)
+    """Parts of training in which sources have other weights (RECIPE 2.2)."""
+    balance_modalities: bool = False
+    """Give sources whose answers are mostly pictures half of the tokens, and the others the other half (RECIPE 3)."""
     tokenizers: str | None = None
     """Folder with both tokenizers' files (or a bundle) for a new model."""
     bundle: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from chameleon.data.packing import cut
@@ -20,17 +21,18 @@ def bits_per_byte(model: Chameleon, documents: Iterable[Document], limit_bytes: 
     Parts are read without what came before them, so the figure is an upper bound for long documents.
     """
     context = model.model.config.context
-    bits, size = 0.0, 0
+    bits, read = 0.0, 0
     for document in documents:
-        if size >= limit_bytes:
+        if read >= limit_bytes:
             break
         ids = model.encode(document)
-        for start, end in cut(ids.numpy(), context, model.vocabulary):
-            # A later part's first id is predicted from bos alone; its last id is only a target, so all of it fits.
-            part = ids[start:end] if start == 0 else torch.cat((ids[:1], ids[start:end]))
+        bounds = (np.array([0]), np.array([len(ids)]))
+        for _, start, size in zip(*cut(*bounds, np.empty(0, dtype=int), 1, context), strict=True):
+            # A later part is read behind bos.
+            part = torch.cat((ids[:1], ids[start + 1 : start + 1 + size]))
             hidden = model.model(part[None, :-1].to(model.engine.device))[0]
             weights = torch.ones(len(part) - 1, device=hidden.device)
             targets = part[1:].to(hidden.device)
             bits += float(chunked_cross_entropy(hidden, model.model.head.weight, targets, weights, z_loss=0.0).loss)
-        size += len(document.text.encode())
-    return bits / math.log(2) / max(1, size)
+        read += len(document.text.encode())
+    return bits / math.log(2) / max(1, read)

@@ -1,0 +1,357 @@
+"""Packing, the index over rows, and the order in which a run sees them."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chameleon.data.index import RowIndex
+from chameleon.data.mixture import (
+    PATTERN,
+    Mixture,
+    PackedSource,
+    SourceConfig,
+    StageConfig,
+    mixed,
+    shuffled,
+    stage_weights,
+)
+from chameleon.data.packing import cut, pack
+from chameleon.data.token_shards import open_shards, whole_pictures, write_shard
+from chameleon.errors import BadInput
+from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
+from chameleon.train.recipe import PretrainRecipe, read_recipe
+from chameleon.vocabulary import Vocabulary
+
+# --- packing ---
+
+
+def packed_one_by_one(lengths: list[int], context: int) -> list[list[int]]:
+    """Best fit by falling length as it is told: each item goes into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in rows if sum(row) + length <= context]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            rows.append([length])
+    return rows
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
+def test_packing_is_best_fit_by_falling_length(case: tuple[int, list[int]]) -> None:
+    context, lengths = case
+    counts = np.bincount(lengths, minlength=context + 1) if lengths else np.zeros(context + 1, dtype=int)
+    alike = pack(counts, context)
+    used: dict[int, list[int]] = {}
+    rows = []
+    for entry in alike:
+        for row in range(entry.rows):
+            rows.append([stack.length for stack in entry.stacks for _ in range(stack.each)])
+            for length, each, first in entry.stacks:
+                used.setdefault(length, []).extend(range(first + row * each, first + (row + 1) * each))
+    assert all(sorted(found) == list(range(counts[length])) for length, found in used.items())  # each item once
+    assert sum(map(len, used.values())) == len(lengths)
+    wanted = packed_one_by_one(lengths, context)
+    assert sorted(map(sum, rows)) == sorted(map(sum, wanted))
+
+
+def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
+    """99% and more of short captions with documents that often exceed the context, in a long and in a short one."""
+    stream = np.random.default_rng(0)
+    lengths = np.concatenate((stream.integers(8, 80, 20_000), stream.lognormal(6.5, 1.5, 5000).astype(int) + 2))
+    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
+    with write_shard(tmp_path / "s", "print", v) as writer:
+        for length in lengths.tolist():
+            writer.add(torch.full((length,), v.text_start))
+    for context in (4096, 512):
+        assert lengths.max() > 4 * context
+        index = RowIndex(open_shards(tmp_path), context, v.block_length)
+        assert index.targets == (lengths - 1).sum()
+        assert index.fill > 0.99
+        assert sum(piece.size for row in range(len(index)) for piece in index[row]) == index.targets
+
+
+@settings(max_examples=300)
+@given(st.lists(st.lists(st.one_of(st.integers(1, 15), st.just("picture")), max_size=12), max_size=4), st.integers(8, 30))
+def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context: int) -> None:
+    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
+    ids: list[int] = []
+    offsets = [0]
+    for parts in documents:
+        ids.append(v.bos)
+        for part in parts:
+            ids += [v.boi, *[v.image_start] * 6, v.eoi] if part == "picture" else [v.text_start] * int(part)
+        ids.append(v.eos)
+        offsets.append(len(ids))
+    bounds = np.array(offsets)
+    made = cut(bounds[:-1], bounds[1:], whole_pictures(np.array(ids, dtype=int), v), v.block_length, context)
+    for number in range(len(documents)):
+        mine = made.document == number
+        begins, sizes = made.start[mine].tolist(), made.size[mine].tolist()
+        targets = [t for start, size in zip(begins, sizes, strict=True) for t in range(start + 1, start + size + 1)]
+        whole = ids[offsets[number] : offsets[number + 1]]
+        assert targets == list(range(1, len(whole)))
+        for start, size in zip(begins, sizes, strict=True):
+            assert 0 < size <= context
+            stretch = whole[start + 1 : start + size + 1]
+            assert stretch.count(v.boi) == stretch.count(v.eoi)
+            after = whole[start + size + 1 : start + size + 2]
+            longer = size < context and after and after[0] != v.boi
+            assert not longer  # no shorter than it has to be
+
+
+def test_a_picture_longer_than_the_context_is_named() -> None:
+    with pytest.raises(BadInput, match="a picture takes 18 ids, the context is 10"):
+        cut(np.array([0]), np.array([40]), np.array([3]), 18, 10)
+
+
+# --- the mixture ---
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
+    v = tokenizer.vocabulary
+    stream = np.random.default_rng(0)
+    picture = [v.boi, *[v.image_start] * 16, v.eoi]
+    with write_shard(tmp_path / "pairs" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(30):
+            writer.add(torch.tensor([v.bos, *picture, *[v.text_start + n] * int(stream.integers(1, 6)), v.eos]))
+    with write_shard(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(20):
+            writer.add(torch.tensor([v.bos, *[v.text_start] * 3, v.sep, *[v.text_start + n] * 4, v.eos]))
+    return Mixture(
+        [SourceConfig(str(tmp_path / "pairs"), 3.0), SourceConfig(str(tmp_path / "talk"), 1.0, loss="answers")],
+        context=50,
+        rows=6,
+        seed=3,
+        vocabulary=v,
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+def test_any_number_of_devices_sees_the_same_batch(mixture: Mixture) -> None:
+    for step in (0, 5, 1234):
+        whole = mixture.batch(step)
+        for world in (2, 3):
+            parts = [mixture.batch(step, rank, world) for rank in range(world)]
+            for rank, part in enumerate(parts):
+                assert torch.equal(part.ids, whole.ids[rank::world])
+
+
+def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(mixture: Mixture) -> None:
+    seen: dict[tuple[int, int], list[int]] = {}
+    for number in range(4000):
+        source, epoch, row = mixture.locate(number)
+        seen.setdefault((source, epoch), []).append(row)
+    for source in (0, 1):
+        count = len(mixture.sources[source])
+        first, second = seen[source, 0], seen[source, 1]
+        assert sorted(first) == sorted(second) == list(range(count))
+        assert first != second
+
+
+def tokens_drawn(mixture: Mixture, first: int, last: int) -> np.ndarray:
+    """Shares of the targets in a stretch of rows, by source."""
+    sources = np.array([mixture.locate(number)[0] for number in range(first, last)])
+    tokens = np.bincount(sources, minlength=len(mixture.sources)) * [source.tokens_per_row for source in mixture.sources]
+    return tokens / tokens.sum()
+
+
+def test_weights_are_shares_of_tokens(mixture: Mixture) -> None:
+    assert tokens_drawn(mixture, 0, PATTERN) == pytest.approx([0.75, 0.25], abs=1e-3)
+    assert len({round(source.tokens_per_row) for source in mixture.sources}) == 2  # so rows would not do
+
+
+def test_rows_hold_targets_positions_and_masks(mixture: Mixture) -> None:
+    v = mixture.sources[0].vocabulary
+    batch = mixture.batch(0)
+    for ids, targets, weights, numbers, positions in zip(*batch, strict=True):
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            assert torch.equal(positions[here], torch.arange(int(here.sum())))
+            if (ids[here] == v.pad).all():
+                assert not weights[here].any()
+                continue
+            document = torch.cat((ids[here], targets[here][-1:]))
+            assert document[0] == v.bos and document[-1] == v.eos
+            assert torch.equal(document[1:], targets[here])
+            if (document == v.sep).any():
+                assert torch.equal(weights[here].bool(), answer_mask(document, v)[1:])
+            else:
+                assert weights[here].all()
+
+
+def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Each id but the first is a target once, and the loss lies where it lies in the whole conversation."""
+    v, stream = tokenizer.vocabulary, np.random.default_rng(1)
+    ids = [v.bos]
+    for _ in range(12):
+        prompt, answer = ([v.text_start + int(n) for n in stream.integers(0, 50, stream.integers(1, 9))] for _ in range(2))
+        ids += [*prompt, v.sep, *answer, v.eos]
+    whole = torch.tensor(ids)
+    with write_shard(tmp_path / "s", "print", v) as writer:
+        writer.add(whole)
+    source = PackedSource(SourceConfig(str(tmp_path), loss="answers"), 24, v, "print")
+    pieces = [source.index[number] for number in range(len(source))]
+    assert sum(map(len, pieces)) > 3
+    found: dict[int, tuple[int, float]] = {}
+    for number, row in enumerate(pieces):
+        made = source.row(number, 0, 0)
+        place = 0
+        for piece in row:
+            for target in range(piece.start + 1, piece.start + piece.size + 1):
+                assert target not in found
+                found[target] = (int(made.targets[place]), float(made.weights[place]))
+                assert int(made.ids[place]) == ids[target - 1]
+                place += 1
+    assert sorted(found) == list(range(1, len(ids)))
+    assert [found[n][0] for n in sorted(found)] == ids[1:]
+    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole, v)[1:].tolist()
+
+
+def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
+    with pytest.raises(BadInput, match="rows 6 do not divide by 4 devices"):
+        mixture.batch(0, 0, 4)
+
+
+def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
+    source = mixture.sources[0]
+    v = source.vocabulary
+    first = 0
+    for epoch in range(20):
+        for number in range(30):
+            ids = source.swapped(source.shards[0][number], (3, epoch, number))
+            first += bool(v.is_text(torch.tensor(ids[1])))
+            assert sorted(ids) == sorted(source.shards[0][number])
+    assert 0.42 < first / 600 < 0.58
+
+
+@pytest.mark.parametrize(
+    ("sources", "stages", "message"),
+    [
+        ([], [], "no source"),
+        ([SourceConfig("a", 0.0)], [], "positive weights"),
+        ([SourceConfig("a"), SourceConfig("b", -1.0)], [], "weight of b is -1.0"),
+        ([SourceConfig("a", float("nan"))], [], "weight of a is nan"),
+        ([SourceConfig("a"), SourceConfig("b", 0.0)], [], "weight of b is 0 from first to last"),
+        ([SourceConfig("x/a"), SourceConfig("y/a")], [], "two sources are called a"),
+        ([SourceConfig("a")], [StageConfig(1.5)], "stage starts at 1.5"),
+        ([SourceConfig("a")], [StageConfig(0.5), StageConfig(0.5)], "rising shares"),
+        ([SourceConfig("pairs")], [StageConfig(0.5, {"pair": 1})], "no source pair; did you mean pairs?"),
+        ([SourceConfig("a")], [StageConfig(0.5, {"a": -2})], "weight of a is -2"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(
+    sources: list[SourceConfig], stages: list[StageConfig], message: str, tokenizer: MixedTokenizer
+) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)):
+        Mixture(sources, context=8, rows=1, seed=0, vocabulary=tokenizer.vocabulary, stages=stages, steps=10)
+
+
+def test_stages_change_weights_and_lose_no_row(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
+    sources = [source.config for source in mixture.sources]
+    sources[1].weight = 0.0
+    steps = 5000
+    staged = Mixture(
+        sources,
+        context=50,
+        rows=6,
+        seed=3,
+        vocabulary=tokenizer.vocabulary,
+        stages=[StageConfig(0.4, {"talk": 1.0}), StageConfig(0.8, {"pairs": 1.0, "talk": 4.0})],
+        steps=steps,
+    )
+    bounds = [0, 12_000, 24_000, 30_000]
+    shares = [tokens_drawn(staged, *pair)[1] for pair in pairwise(bounds)]
+    assert shares == pytest.approx([0, 0.25, 0.8], abs=0.01)
+    # Over the bounds of stages too, each source gives its rows one after the other: whole epochs, nothing twice.
+    for source in (0, 1):
+        given = [staged.locate(number)[1:] for number in range(30_000) if staged.locate(number)[0] == source]
+        count = len(staged.sources[source])
+        for epoch in range(len(given) // count):
+            part = given[epoch * count : (epoch + 1) * count]
+            assert {number for number, _ in part} == {epoch} and len({row for _, row in part}) == count
+
+
+def test_the_shipped_recipe_has_the_papers_stages() -> None:
+    recipe = read_recipe(PretrainRecipe, "7b-pretrain")
+    first, second = stage_weights(recipe.mixture, recipe.stages)
+    names = [source.called for source in recipe.mixture]
+    assert recipe.stages[0].start == 0.8 and recipe.rows * (recipe.context or 0) == 2**23
+    assert first[:3] == pytest.approx([2.9, 1.5, 0.4]) and not first[3:].any()
+    assert second[:3] == pytest.approx(first[:3] / 2)  # RECIPE 2.2
+    pictures = [n for n, name in enumerate(names) if "pairs" in name or "interleaved" in name]
+    shares = [row[pictures].sum() / row.sum() for row in (first, second)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.01)
+    assert recipe.run.steps * 2**23 == pytest.approx(9.2e12, rel=1e-6)
+
+
+def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    picture = [v.boi, *[v.image_start] * 16, v.eoi]
+    answers = {"draw": picture, "say": [v.text_start] * 9, "code": [v.text_start] * 20}
+    for name, answer in answers.items():
+        with write_shard(tmp_path / name / "s", "print", v) as writer:
+            for _ in range(40):
+                writer.add(torch.tensor([v.bos, *picture, v.sep, *answer, v.eos]))
+    sources = [
+        SourceConfig(str(tmp_path / name), weight, "answers") for name, weight in (("say", 3), ("draw", 1), ("code", 1))
+    ]
+    fixed: dict[str, Any] = {"context": 60, "rows": 2, "seed": 0, "vocabulary": v, "balance_modalities": True}
+    found = Mixture(sources, **fixed)
+    assert tokens_drawn(found, 0, PATTERN) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
+    with pytest.raises(BadInput, match="no source whose answers are mostly pictures"):
+        Mixture([sources[0], sources[2]], **fixed)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_shuffling_is_a_permutation(count: int, key: int) -> None:
+    assert sorted(shuffled(place, count, key) for place in range(count)) == list(range(count))
+
+
+def test_shuffling_looks_random() -> None:
+    """Where the first of twenty goes over many keys, and its distance to the second: each place as often (chi-square)."""
+    count, keys = 20, 20_000
+    for function in (
+        lambda key: shuffled(0, count, key),
+        lambda key: (shuffled(1, count, key) - shuffled(0, count, key)) % count - 1,
+    ):
+        values = np.bincount([function(mixed(7, key)) for key in range(keys)])
+        expected = keys / len(values)
+        degrees = len(values) - 1
+        assert ((values - expected) ** 2 / expected).sum() < degrees + 5 * np.sqrt(2 * degrees)
+
+
+def test_epochs_see_the_variants_in_turn(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    with write_shard(tmp_path / "s", "print", v, variants=3) as writer:
+        for n in range(4):
+            writer.add(
+                torch.tensor(
+                    [[v.bos, v.boi, *[v.image_start + view] * 16, v.eoi, v.text_start + n, v.eos] for view in range(3)]
+                )
+            )
+    source = PackedSource(SourceConfig(str(tmp_path)), 30, v, "print")
+    for epoch in range(7):
+        ids = source.row(0, epoch, 0).ids
+        assert set(ids[v.is_image(ids)].tolist()) == {v.image_start + epoch % 3}
+
+
+def test_sources_in_braces_share_rows(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    for name, length in (("a", 31), ("b", 21)):
+        with write_shard(tmp_path / name / "s", "print", v) as writer:
+            for _ in range(10):
+                writer.add(torch.full((length,), v.text_start))
+    source = PackedSource(SourceConfig(str(tmp_path / "{a,b}")), 50, v, "print")
+    assert len(source) == 10 and source.index.fill == 1.0
