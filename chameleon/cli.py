@@ -367,12 +367,22 @@ def fit_text(arguments: argparse.Namespace) -> None:
     from chameleon.data.sources import texts_of
     from chameleon.data.tokenize import Report
     from chameleon.tokenizers.text import SentencePieceTokenizer
+    from chameleon.vocabulary import SPECIALS
 
     out = Path(arguments.out)
     report = Report()
+    pieces = arguments.pieces
+    if arguments.vocab_size is not None:
+        pieces = arguments.vocab_size - arguments.image_codes - len(SPECIALS)
+        if pieces < 1:
+            raise BadInput(
+                f"{arguments.image_codes} image codes and {len(SPECIALS)} specials leave no room for text",
+                where=f"--vocab-size {arguments.vocab_size}",
+                remedy="ask for more",
+            )
     tokenizer = SentencePieceTokenizer.fit(
         texts_of(arguments.source, report.skip),
-        arguments.pieces,
+        pieces,
         sample_bytes=arguments.sample_mb << 20,
         seed=arguments.seed,
     )
@@ -534,7 +544,10 @@ def build_parser() -> Parser:
 
     sub = verb("fit-text", fit_text, "Fits the text tokenizer.")
     sub.add_argument("source", nargs="+", help="sources of text")
-    sub.add_argument("--pieces", type=int, required=True, help="how many pieces, the 256 bytes included")
+    size = sub.add_mutually_exclusive_group(required=True)
+    size.add_argument("--vocab-size", type=int, help="how many ids there are in all: image codes, specials and text pieces")
+    size.add_argument("--pieces", type=int, help="how many text pieces, the 256 bytes included")
+    sub.add_argument("--image-codes", type=int, default=8192, help="image codes that --vocab-size counts (default: 8192)")
     sub.add_argument("--out", required=True, help="folder for text_tokenizer.model")
     sub.add_argument("--sample-mb", type=int, default=64, help="text to learn from, in MiB (default: 64)")
     sub.add_argument("--seed", type=int, default=0)

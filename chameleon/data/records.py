@@ -7,7 +7,6 @@ that ends in the middle is reported, and what came before is kept.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -137,10 +136,13 @@ def parquet_rows(path: Path, on_skip: Skip) -> Iterator[Record]:
 
 def csv_rows(path: Path, on_skip: Skip) -> Iterator[Record]:
     """The rows of a CSV or TSV file under its header; the delimiter is what the ending says."""
-    with opened(path) as file:
-        text = decode(file.read(), path)
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    with opened(path) as file:
+        lines = (decode(line, path) + "\n" for line in lines_of(file))
+        yield from csv_fields(csv.DictReader(lines, delimiter=delimiter, strict=True), path, on_skip)
+
+
+def csv_fields(rows: csv.DictReader[str], path: Path, on_skip: Skip) -> Iterator[Record]:
     while True:
         try:
             row = next(rows, None)

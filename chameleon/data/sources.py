@@ -445,12 +445,39 @@ READERS: dict[str, Callable[[RawShard, Skip], Iterator[Sample]]] = {
 }
 
 
+BLOCK = 1 << 20  # characters of a text file that are read at a time where its parts will do
+
+
 def texts_of(sources: Iterable[str], on_skip: Skip = stop) -> Iterator[str]:
-    """All text of all sources, a string for each sample; pictures are never opened."""
+    """All text of all sources: a string for each sample, several for a long file; pictures are never opened."""
     for source in sources:
         for shard in expand(source):
-            for sample in read(shard, on_skip):
-                yield sample.text
+            if shard.kind == "text":
+                yield from text_blocks(Path(shard.path), on_skip)
+            else:
+                for sample in read(shard, on_skip):
+                    yield sample.text
+
+
+def text_blocks(path: Path, on_skip: Skip) -> Iterator[str]:
+    """A text file some at a time, cut behind newlines where there are any; never held whole."""
+    rest = ""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while block := file.read(BLOCK):
+                whole, newline, tail = block.rpartition("\n")
+                if newline:
+                    yield rest + whole + newline
+                    rest = tail
+                else:
+                    yield from [rest] if rest else []
+                    rest = block
+    except UnicodeDecodeError as error:
+        on_skip(str(path), f"not UTF-8 ({error.reason})")
+    except OSError as error:
+        on_skip(str(path), f"could not be read ({error.strerror})")
+    if rest:
+        yield rest
 
 
 # --- pictures alone, for training an image tokenizer -----------------------------------------------------------------
