@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,8 +42,9 @@ PAPER = {"image_codes": 8192, "text_pieces": 57_338, "grid": (32, 32)}
 
 
 def resident() -> float:
-    """The largest resident set of this process until now, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident set of this process until now, in MiB. (getrusage's would count the parent's too.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def library_text(limit: int) -> str:
@@ -162,9 +162,7 @@ def index_one(folder: str) -> None:
 
 
 def index() -> None:
-    print(
-        "\nindex over synthetic offsets, context 4,096: a third each of captions with a picture, short and longer texts"
-    )
+    print("\nindex over synthetic offsets, context 4,096: a third each of captions with a picture, short and longer texts")
     print("| documents | shards | rows | fill | start-up | peak above the libraries | a row's contents |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for documents, per_shard in ((1_000_000, 10_000), (100_000_000, 100_000), (100_000_000, 10_000)):
@@ -226,7 +224,9 @@ def photographs(count: int) -> Iterator[bytes]:
 def tokenizing() -> None:
     """Pairs with a small image tokenizer, so that opening pictures weighs: by workers."""
     torch.manual_seed(0)
-    network = VQGAN(VQGANConfig(resolution=64, channels=16, multipliers=(1, 2, 2), res_blocks=1, codebook_size=512))
+    network = VQGAN(
+        VQGANConfig(resolution=64, channels=16, multipliers=(1, 2, 2), res_blocks=1, codebook_size=512, norm_groups=8)
+    )
     tokenizer = MixedTokenizer(SentencePieceTokenizer.fit([library_text(MIB)], 1000), ImageTokenizer(network))
     print("\ntokenize, 600 JPEGs of 640×480 with captions in 2 shards, encoded at 64 pixels")
     print("| workers | seconds | pictures/s |\n| --- | --- | --- |")

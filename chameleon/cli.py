@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from chameleon.errors import BadInput
 
 if TYPE_CHECKING:
+    from chameleon.data.token_shards import TokenShard
     from chameleon.data.tokenize import Report, Status, Watch
     from chameleon.generation.sampling import Sampling
 
@@ -125,10 +126,16 @@ def check_picture_path(path: Path) -> None:
 
 
 def save_picture(picture: Any, path: Path) -> None:
-    """Writes under another name first, so that a failure leaves what was there."""
+    with written_file(path) as partial:
+        picture.save(partial)
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` when the block ends well, so that a failure leaves what was there."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        picture.save(partial)
+        yield partial
         partial.replace(path)
     except OSError as error:
         raise BadInput(f"could not be written ({error})", where=path) from None
@@ -209,8 +216,60 @@ def info(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import PROVENANCE_FILE, SHIPPED
 
     folder = Path(arguments.folder) if arguments.folder else SHIPPED
-    described = describe_bundle(folder) if (folder / PROVENANCE_FILE).is_file() else describe_shards(folder)
-    show(arguments, described, "\n".join(f"{key:<22}{value}" for key, value in described.items()))
+    if (folder / PROVENANCE_FILE).is_file():
+        if arguments.check or arguments.show or arguments.html:
+            raise BadInput("--check, --show and --html are for token shards", where=folder)
+        described = describe_bundle(folder)
+        show(arguments, described, as_lines(described))
+    else:
+        info_of_shards(arguments, folder)
+
+
+def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
+    from chameleon.bundle import Bundle
+    from chameleon.data.token_shards import open_shards
+    from chameleon.shard_view import as_line, as_page, chosen, describe
+
+    if not folder.is_dir():
+        raise BadInput("no such folder", where=folder)
+    shards = open_shards(folder)
+    described = describe_shards(shards)
+    if arguments.check:
+        damaged = [error for shard in shards if (error := damage_of(shard)) is not None]
+        for line in damaged:
+            say(line)
+        if damaged:
+            raise BadInput(
+                f"{len(damaged)} of {len(shards)} shards are damaged", where=folder, remedy="tokenize them again"
+            )
+        described["checked"] = "checksums, offsets and ids are good"
+    text = as_lines(described)
+    if arguments.show is not None or arguments.html:
+        tokenizer = Bundle.load(arguments.model).tokenizer
+        shards = open_shards(folder, tokenizer.fingerprint)
+        documents = chosen(shards, 20 if arguments.show is None else arguments.show)
+        if arguments.html:
+            with written_file(Path(arguments.html)) as path:
+                path.write_text(as_page(documents, tokenizer, folder.name), encoding="utf-8")
+            described["page"] = arguments.html
+            text += f"\n{'page':<22}{arguments.html}"
+        else:
+            described["shown"] = [describe(*place, tokenizer) for place in documents]
+            text = "\n\n".join((text, *map(as_line, described["shown"])))
+    show(arguments, described, text)
+
+
+def as_lines(described: dict[str, Any]) -> str:
+    return "\n".join(f"{key:<22}{value}" for key, value in described.items())
+
+
+def damage_of(shard: TokenShard) -> str | None:
+    """What is wrong with a shard, or None."""
+    try:
+        shard.verify()
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -331,24 +390,19 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     }
 
 
-def describe_shards(folder: Path) -> dict[str, Any]:
-    from chameleon.data.token_shards import open_shards
-
-    if not folder.is_dir():
-        raise BadInput("no such folder", where=folder)
-    shards = open_shards(folder)
+def describe_shards(shards: Sequence[TokenShard]) -> dict[str, Any]:
     modalities: dict[str, int] = {}
     for shard in shards:
-        shard.verify()
         for name, count in shard.description["by_modality"].items():
             modalities[name] = modalities.get(name, 0) + count
     return {
         "shards": len(shards),
-        "documents": sum(len(shard) for shard in shards),
-        "tokens": sum(shard.description["tokens"] for shard in shards),
+        "documents": sum(map(len, shards)),
+        "tokens": sum(shard.tokens for shard in shards),
+        "pictures": sum(shard.description["images"] for shard in shards),
+        "variants": max(shard.variants for shard in shards),
         **{f"tokens of {name}": count for name, count in modalities.items()},
         "tokenizers": ", ".join(sorted({shard.description["fingerprint"][:12] for shard in shards})),
-        "checksums": "good",
     }
 
 
@@ -629,6 +683,10 @@ def build_parser() -> Parser:
 
     sub = verb("info", info, "Says what a bundle or a folder of token shards holds.")
     sub.add_argument("folder", nargs="?", help="left out, the shipped bundle")
+    sub.add_argument("--show", type=int, metavar="N", help="of token shards, show N documents spread over all")
+    sub.add_argument("--html", metavar="FILE", help="show them on a page, with pictures, and masks in colour")
+    sub.add_argument("--check", action="store_true", help="verify checksums, offsets and ids of token shards")
+    sub.add_argument("--model", metavar="BUNDLE", help="whose tokenizers made them; left out, the shipped one")
     return parser
 
 

@@ -30,6 +30,7 @@ FLOORS = {
     "chameleon.serve": 7,
     "chameleon.gallery": 7,
     "chameleon.demo": 8,
+    "chameleon.shard_view": 8,
     "chameleon.cli": 9,
     "chameleon": 10,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from chameleon.data.filters import Filters
 from chameleon.data.token_shards import TokenShard, open_shards
 from chameleon.data.tokenize import Status, TokenizeOptions, tokenize
 from chameleon.errors import BadInput
+from chameleon.files import checksum
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
@@ -111,7 +113,8 @@ def test_a_worker_that_dies_is_named_and_nothing_half_made_stays(
 
     with pytest.raises(BadInput, match="a worker process died"):
         tokenize([shards], tokenizer, tmp_path / "out", workers=1, watch=kill_workers)
-    assert not list((tmp_path / "out").iterdir())
+    left = list((tmp_path / "out").iterdir())
+    assert len(left) < 3 and all(TokenShard(path).verify() is None for path in left)
 
 
 def test_variants_are_other_views_of_the_same_documents(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -237,6 +240,72 @@ def test_counts_of_answers(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     (shard,) = open_shards(tmp_path / "out")
     assert shard.description["answers_by_modality"] == {"structure": 3, "image": 16, "text": 0}  # boi, eoi, eos
     assert shard.images.tolist() == [int((torch.from_numpy(shard[0]) == tokenizer.vocabulary.boi).nonzero())]
+
+
+@pytest.fixture
+def made(bundle_folder: Path, tmp_path: Path) -> Path:
+    """Token shards of a pair, a text and a conversation."""
+    (tmp_path / "p.png").write_bytes(picture(0))
+    asked = {"role": "user", "content": [{"type": "image", "image": "p.png"}, {"type": "text", "text": "what <b>?"}]}
+    lines: list[dict[str, Any]] = [
+        {"image": "p.png", "caption": "orange heart"},
+        {"text": "def add(a, b):\n    return a & b"},
+        {"messages": [asked, {"role": "assistant", "content": "a heart"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    main(["tokenize", str(tmp_path / "a.jsonl"), "--model", str(bundle_folder), "--out", str(tmp_path / "made")])
+    return tmp_path / "made"
+
+
+def test_looking_at_shards(made: Path, bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(["info", str(made), "--show", "3", "--model", str(bundle_folder)])
+    shown = capsys.readouterr().out
+    assert "documents             3" in shown and "pictures              2" in shown
+    assert "<bos>«[picture]»«orange heart»«<eos>»" in shown
+    assert "<bos>[picture]what <b>?<sep>«a heart»«<eos>»" in shown
+    main(["info", str(made), "--show", "2", "--model", str(bundle_folder), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["document"] for entry in found["shown"]] == [0, 1]
+    assert found["shown"][0]["tokens"] == sum(part["ids"] for part in found["shown"][0]["parts"])
+    page = tmp_path / "page.html"
+    main(["info", str(made), "--html", str(page), "--model", str(bundle_folder)])
+    text = page.read_text()
+    assert text.count("<img") == 2 and text.count('class="document"') == 3
+    assert '<span class="text ">what &lt;b&gt;?</span>' in text and '<span class="text learned">a heart</span>' in text
+    assert "a &amp; b" in text
+    with pytest.raises(SystemExit) as error:  # the shipped tokenizers did not make them
+        main(["info", str(made), "--show", "3"])
+    assert error.value.code == 2 and "made with tokenizers" in capsys.readouterr().err
+
+
+def test_checking_shards(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", str(made), "--check"])
+    assert "checksums, offsets and ids are good" in capsys.readouterr().out
+    (folder,) = (path.parent for path in made.glob("*/shard.json"))
+    whole = {name: (folder / name).read_bytes() for name in ("ids.bin", "offsets.bin", "images.bin", "pictures.bin")}
+    for name, data in whole.items():
+        (folder / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(SystemExit) as error:
+            main(["info", str(made), "--check"])
+        found = capsys.readouterr().err
+        assert error.value.code == 2 and f"{name}: checksum does not fit" in found and "1 of 1 shards" in found
+        (folder / name).write_bytes(data)
+    # Files that were wrong when their checksums were taken: offsets that fall, ids that no vocabulary has.
+    description = (folder / "shard.json").read_text()
+    falling = np.frombuffer(whole["offsets.bin"], dtype="<u8").copy()
+    falling[1] = 1 << 40
+    for name, data, message in (
+        ("offsets.bin", falling.tobytes(), "offsets do not rise"),
+        ("ids.bin", b"\xff" * 4 + whole["ids.bin"][4:], "an id is not below"),
+    ):
+        (folder / name).write_bytes(data)
+        (folder / "shard.json").write_text(
+            description.replace(hashlib.sha256(whole[name]).hexdigest(), checksum(folder / name))
+        )
+        with pytest.raises(BadInput, match=message):
+            TokenShard(folder).verify()
+        (folder / name).write_bytes(whole[name])
 
 
 @pytest.mark.slow
