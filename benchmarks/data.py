@@ -76,7 +76,7 @@ def fit_one(path: str, pieces: int, sample_mib: int) -> None:
 
 def fit() -> None:
     text = library_text(16 * MIB)
-    print("\nfit-text, 4,000 pieces from a sample of 4 MiB; the corpus is Python's library, repeated")
+    print("\nfit-text, 4,000 pieces from a sample of 4 MiB at most; the corpus is Python's library, repeated")
     print("| corpus | seconds | peak above the libraries |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.txt"
@@ -105,7 +105,8 @@ def beside_hugging_face(text: str) -> None:
         )
         model.train_from_iterator(sample, trainer)
 
-    compare("fitting 4,000 pieces on 4 MiB", lambda: SentencePieceTokenizer.fit(sample, 4000), theirs, 3)
+    size = sum(len(part.encode()) for part in sample) / MIB
+    compare(f"fitting 4,000 pieces on {size:.1f} MiB", lambda: SentencePieceTokenizer.fit(sample, 4000), theirs, 3)
 
 
 def compare(what: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> None:

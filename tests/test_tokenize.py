@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import re
 import signal
 import subprocess
 import sys
@@ -223,6 +224,29 @@ def test_sources_given_twice_or_empty(shards: str, tmp_path: Path, tokenizer: Mi
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(BadInput, match="nothing in it"):
         tokenize([str(tmp_path / "empty.jsonl")], tokenizer, tmp_path / "out")
+
+
+def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Absent, a page instead of a picture, 300 megapixels, cut short: each is named by its reason, the rest is kept."""
+    PILImage.new("1", (20_000, 15_000)).save(tmp_path / "huge.png")
+    (tmp_path / "page.jpg").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "cut.png").write_bytes(picture(0, (200, 200))[:5000])
+    (tmp_path / "good.png").write_bytes(picture(1))
+    (tmp_path / "folder.png").mkdir()
+    names = ["good", "absent", "huge", "page", "cut", "folder", "good"]
+    lines = [{"image": f"{name}.jpg" if name == "page" else f"{name}.png", "caption": name} for name in names]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for options in (TokenizeOptions(), TokenizeOptions(filters=Filters(unique_pictures=True, min_side=2))):
+        out = tmp_path / f"out{options.filters.unique_pictures}"
+        report = tokenize([str(tmp_path / "a.jsonl")], tokenizer, out, options=options)
+        kept = 1 if options.filters.unique_pictures else 2
+        assert (report.documents_in, report.documents_out) == (7, kept)
+        assert sum(report.skipped.values()) == 7 - kept and len(report.examples) == 7 - kept
+        told = "\n".join(report.examples)
+        for line, reason in ((2, "no such"), (3, "more than 64 million pixels"), (4, "no picture"), (5, "damaged"), (6, "")):
+            assert re.search(rf"a\.jsonl, line {line}: .*{reason}", told)
+    with pytest.raises(BadInput, match="line 2: no such"):
+        tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "strict", strict=True)
 
 
 def test_a_folder_that_cannot_be_written(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:

@@ -32,6 +32,7 @@ Fit = Literal["crop", "pad"]
 Picture = PILImage.Image | str | Path
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may run programs (EPS) or are rare
 MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
+TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels; scale it down"
 BATCH = 64  # pictures that go through the network together
 KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
 STEM = "image_tokenizer"
@@ -50,11 +51,13 @@ def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Imag
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
             picture = source if isinstance(source, PILImage.Image) else open_picture(open_bytes(source, name))
         if picture.width * picture.height > MAX_PIXELS:
-            raise BadInput(f"{picture.width}×{picture.height} pixels are too many", where=name, remedy="scale it down")
+            raise BadInput(TOO_LARGE, where=name)
         if getattr(picture, "is_animated", False):
             picture = next(iter(ImageSequence.Iterator(picture))).copy()
         return to_rgb(picture)
-    except (UnidentifiedImageError, PILImage.DecompressionBombError) as error:
+    except PILImage.DecompressionBombError:  # far more than MAX_PIXELS
+        raise BadInput(TOO_LARGE, where=name) from None
+    except UnidentifiedImageError as error:
         raise BadInput(f"no picture that can be read ({type(error).__name__})", where=name) from None
     except BadInput:
         raise
@@ -93,6 +96,8 @@ def picture_size(data: PILImage.Image | bytes, where: object = "picture") -> tup
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
             return open_picture(io.BytesIO(data)).size
+    except PILImage.DecompressionBombError:
+        raise BadInput(TOO_LARGE, where=where) from None
     except Exception as error:  # decoders raise all sorts of things on damaged files
         raise BadInput(f"no picture that can be read ({type(error).__name__})", where=where) from None
 

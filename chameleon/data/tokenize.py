@@ -36,6 +36,7 @@ from chameleon.tokenizers.image import BATCH, picture_bytes, picture_hash
 from chameleon.tokenizers.mixed import MixedTokenizer, Prepared, Preparer, View
 
 EXAMPLES = 20  # skipped samples that a report names
+REASONS, OTHER_REASONS = 100, "other reasons"  # that a report counts apart: decoders put numbers into some of theirs
 CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH, 1 << 20  # of what is prepared and encoded together
 AHEAD = 3  # chunks a worker has waiting
 
@@ -84,9 +85,12 @@ class Report:
 
     def skip(self, where: str, why: str) -> None:
         self.documents_in += 1
-        self.skipped[why] += 1
+        self.count_skipped(why, 1)
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{where}: {why}")
+
+    def count_skipped(self, why: str, count: int) -> None:
+        self.skipped[why if why in self.skipped or len(self.skipped) < REASONS else OTHER_REASONS] += count
 
     @property
     def skipped_share(self) -> float:
@@ -97,7 +101,8 @@ class Report:
         """Adds another report's counts."""
         self.documents_in += other.documents_in
         self.documents_out += other.documents_out
-        self.skipped.update(other.skipped)
+        for why, count in other.skipped.items():
+            self.count_skipped(why, count)
         self.tokens.update(other.tokens)
         self.pictures += other.pictures
         self.examples = (self.examples + other.examples)[:EXAMPLES]
