@@ -1,7 +1,7 @@
 """The data engine: memory of fitting a text tokenizer, its speed beside Hugging Face's, the index over a hundred million
 documents, rows a second, and what worker processes bring to `tokenize`.
 
-    python benchmarks/data.py [--only fit index loader tokenize]
+    python benchmarks/data.py [--only fit index packing loader tokenize]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from PIL import Image as PILImage
 
 from chameleon.data.index import RowIndex
 from chameleon.data.mixture import Mixture, SourceConfig
+from chameleon.data.packing import pack
 from chameleon.data.sources import text_blocks
 from chameleon.data.token_shards import DESCRIPTION, FORMAT, IDS, IMAGES, OFFSETS, TokenShard, write_shard
 from chameleon.data.tokenize import tokenize
@@ -173,6 +174,29 @@ def index() -> None:
         print("| {:,} | {:,} | {:,} | {:.2%} | {:.1f} s | {:.0f} MiB | {:.0f} µs |".format(*found), flush=True)
 
 
+def packing() -> None:
+    """How full rows are, by what shares them. Texts over the context give full rows and a rest that is packed."""
+    stream = np.random.default_rng(0)
+    captions = stream.integers(8, 80, 200_000)
+    texts = stream.lognormal(6.5, 1.2, 100_000).astype(np.int64) + 2
+    pairs = 1026 + captions[:60_000]
+    mixes = {
+        "captions without pictures, and texts": (captions, texts),
+        "texts alone": (texts,),
+        "pictures of 1,026 ids with captions, alone": (pairs,),
+        "these and texts, about as many ids of each": (pairs, texts[: int(pairs.sum() / texts.mean())]),
+        "these and twice as many ids of texts": (pairs[:30_000], texts[: int(pairs.sum() / texts.mean())]),
+    }
+    print("\nfill of rows of 4,096")
+    print("| what shares rows | fill |\n| --- | --- |")
+    for name, parts in mixes.items():
+        lengths = np.concatenate(parts) - 1
+        rests = np.where(lengths > CONTEXT, lengths % CONTEXT, lengths)
+        counts = np.bincount(rests[rests > 0], minlength=CONTEXT + 1)
+        rows = sum(alike.rows for alike in pack(counts, CONTEXT)) + int((lengths[lengths > CONTEXT] // CONTEXT).sum())
+        print(f"| {name} | {lengths.sum() / (rows * CONTEXT):.2%} |", flush=True)
+
+
 # --- the loader ------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +272,7 @@ def tokenizing() -> None:
             print(f"| {workers} | {seconds:.1f} | {600 / seconds:.1f} |", flush=True)
 
 
-PARTS = {"fit": fit, "index": index, "loader": loader, "tokenize": tokenizing}
+PARTS = {"fit": fit, "index": index, "packing": packing, "loader": loader, "tokenize": tokenizing}
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_missing_empty_truncated_and_wrong_files_are_named(tmp_path: Path) -> No
 def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.png"
     PILImage.new("1", (20_000, 20_000)).save(path)
-    with pytest.raises(BadInput, match=r"too many|no picture that can be read"):
+    with pytest.raises(BadInput, match="more than 64 million pixels"):
         load_picture(path)
     monkeypatch.setattr(image_module, "MAX_PIXELS", 100)
     with pytest.raises(BadInput, match="40×24 pixels are too many"):

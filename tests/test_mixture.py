@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from chameleon.data.index import RowIndex
 from chameleon.data.mixture import (
@@ -28,6 +29,7 @@ from chameleon.data.packing import cut, pack
 from chameleon.data.token_shards import open_shards, whole_pictures, write_shard
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
+from chameleon.train.language import StepRows
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.vocabulary import Vocabulary
 
@@ -146,6 +148,33 @@ def test_any_number_of_devices_sees_the_same_batch(mixture: Mixture) -> None:
             parts = [mixture.batch(step, rank, world) for rank in range(world)]
             for rank, part in enumerate(parts):
                 assert torch.equal(part.ids, whole.ids[rank::world])
+
+
+def test_workers_and_resuming_change_nothing(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
+    """Steps 40 … 47 in order, in two worker processes, and from a mixture made anew that has seen nothing before."""
+    wanted = [mixture.batch(step) for step in range(48)][40:]
+    configs = [source.config for source in mixture.sources]
+    fixed: dict[str, Any] = {"context": 50, "rows": 6, "vocabulary": tokenizer.vocabulary}
+    fresh = Mixture(configs, seed=3, **fixed)
+    loader = DataLoader(StepRows(fresh, 48), batch_size=None, num_workers=2, sampler=range(40, 48))
+    for batch, found in zip(wanted, loader, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, found, strict=True))
+    assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).ids, wanted[0].ids)
+
+
+def test_a_row_reads_its_own_documents_alone(mixture: Mixture) -> None:
+    source = mixture.sources[0]
+    before = [source.row(number, 0, 3) for number in range(len(source))]
+    (shard,) = source.shards
+    path, offsets = shard.folder / "ids.bin", shard.offsets
+    whole = path.read_bytes()
+    for number, row in enumerate(before):
+        kept = bytearray(len(whole))
+        for piece in source.index[number]:
+            mine = slice(4 * int(offsets[piece.document]), 4 * int(offsets[piece.document + 1]))
+            kept[mine] = whole[mine]
+        path.write_bytes(kept)
+        assert all(torch.equal(a, b) for a, b in zip(source.row(number, 0, 3), row, strict=True))
 
 
 def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(mixture: Mixture) -> None:

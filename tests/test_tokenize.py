@@ -200,6 +200,11 @@ def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) ->
     assert report.skipped == {"filter: all pictures came before": 4}
     found = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
     assert found == set("012345")
+    assert report.skipped_share == 0  # they were not wanted, but could have been used
+    longer = TokenizeOptions(filters=Filters(unique_pictures=True, min_text=2))
+    tar(tmp_path / "2.tar", [{"png": picture(9), "txt": b"9"}, {"png": picture(9), "txt": b"nine"}])
+    report = tokenize([str(tmp_path / "2.tar")], tokenizer, tmp_path / "longer", options=longer)
+    assert report.documents_out == 1  # the picture's first place was left out for its text
     tokenize(sources[:1], tokenizer, tmp_path / "later", options=options)
     assert tokenize(sources, tokenizer, tmp_path / "later", options=options).shards_made == 1
     assert without_run(files_of(tmp_path / "later")) == without_run(files_of(tmp_path / "unique"))
@@ -243,7 +248,13 @@ def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: Mix
         assert (report.documents_in, report.documents_out) == (7, kept)
         assert sum(report.skipped.values()) == 7 - kept and len(report.examples) == 7 - kept
         told = "\n".join(report.examples)
-        for line, reason in ((2, "no such"), (3, "more than 64 million pixels"), (4, "no picture"), (5, "damaged"), (6, "")):
+        for line, reason in (
+            (2, "no such"),
+            (3, "more than 64 million pixels"),
+            (4, "no picture"),
+            (5, "damaged"),
+            (6, ""),
+        ):
             assert re.search(rf"a\.jsonl, line {line}: .*{reason}", told)
     with pytest.raises(BadInput, match="line 2: no such"):
         tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "strict", strict=True)

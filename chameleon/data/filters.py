@@ -15,6 +15,9 @@ from chameleon.data.sources import Sample
 from chameleon.errors import BadInput
 from chameleon.tokenizers.image import picture_bytes, picture_size
 
+FILTERED = "filter: "
+"""What the reasons of filters begin with: such samples could have been used, but were not wanted."""
+ALL_SEEN = f"{FILTERED}all pictures came before"
 LANGUAGE_FIELDS = ("language", "lang", "LANGUAGE")
 
 
@@ -101,5 +104,5 @@ def refusal(sample: Sample, filters: Filters) -> str | None:
         if asked[name] not in (None, {}):
             reason = refuses(sample, asked[name])
             if reason is not None:
-                return f"filter: {reason}"
+                return FILTERED + reason
     return None

@@ -27,7 +27,7 @@ import torch
 from PIL import Image as PILImage
 
 from chameleon.data import sources
-from chameleon.data.filters import Filters, refusal
+from chameleon.data.filters import ALL_SEEN, FILTERED, Filters, refusal
 from chameleon.data.sources import RawShard, Sample
 from chameleon.data.token_shards import DESCRIPTION, HASH_BYTES, PICTURES, TokenShard, write_shard
 from chameleon.errors import BadInput
@@ -94,8 +94,9 @@ class Report:
 
     @property
     def skipped_share(self) -> float:
-        """What share of the samples was passed over."""
-        return sum(self.skipped.values()) / max(1, self.documents_in)
+        """What share of the samples could not be used; those that filters were meant to leave out do not count."""
+        unusable = sum(count for why, count in self.skipped.items() if not why.startswith(FILTERED))
+        return unusable / max(1, self.documents_in)
 
     def add(self, other: Report) -> None:
         """Adds another report's counts."""
@@ -215,7 +216,7 @@ def prepare_chunk(
     for place, item in chunk:
         if isinstance(item, Sample):
             try:
-                reason = "filter: all pictures came before" if place in duplicates else refusal(item, options.filters)
+                reason = ALL_SEEN if place in duplicates else refusal(item, options.filters)
                 if reason is None:
                     result.append(preparer.prepare(item.content, view_of(options, place), options.variants))
                     continue
@@ -307,7 +308,7 @@ def make_shards(
                 report.documents_out += len(made)
                 for item in chunk:
                     if isinstance(item, Skipped):
-                        if strict and not item.why.startswith("filter: "):
+                        if strict and not item.why.startswith(FILTERED):
                             raise BadInput(item.why, where=item.where, remedy="repair or remove it")
                         report.skip(*item)
                 report.tokens = Counter(writer.counts)
@@ -401,7 +402,7 @@ def plan(patterns: Sequence[str], out: Path, options: TokenizeOptions) -> list[T
             if raw.name in raws:
                 raise BadInput("given twice", where=raw.path, remedy="name each file in one source only")
             raws[raw.name] = raw
-    duplicates = find_duplicates(list(raws.values())) if options.filters.unique_pictures else [{} for _ in raws]
+    duplicates = find_duplicates(raws.values(), options.filters) if options.filters.unique_pictures else [{} for _ in raws]
     tasks = []
     for (name, raw), found in zip(raws.items(), duplicates, strict=True):
         left_out = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
@@ -410,8 +411,11 @@ def plan(patterns: Sequence[str], out: Path, options: TokenizeOptions) -> list[T
     return tasks
 
 
-def find_duplicates(raws: Iterable[RawShard]) -> list[dict[int, list[bytes]]]:
-    """For each raw shard the samples all of whose pictures came before, in it or in an earlier one."""
+def find_duplicates(raws: Iterable[RawShard], filters: Filters) -> list[dict[int, list[bytes]]]:
+    """For each raw shard the samples all of whose pictures came before, in it or in an earlier one.
+
+    What the other filters leave out does not count as having been there.
+    """
     seen: set[bytes] = set()
     result: list[dict[int, list[bytes]]] = []
     for raw in raws:
@@ -419,6 +423,8 @@ def find_duplicates(raws: Iterable[RawShard]) -> list[dict[int, list[bytes]]]:
         samples = (item for item in items_of(raw) if isinstance(item, Sample))
         for place, sample in enumerate(samples):
             try:
+                if refusal(sample, filters) is not None:
+                    continue
                 hashes = [picture_hash(picture_bytes(image)) for image in sample.images]
             except BadInput:  # it will be named when it is prepared
                 continue
