@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chameleon.data.token_shards import TokenShard
     from chameleon.data.tokenize import Report, Status, Watch
     from chameleon.generation.sampling import Sampling
+    from chameleon.tokenizers.mixed import MixedTokenizer
 
 
 class Parser(argparse.ArgumentParser):
@@ -217,7 +218,7 @@ def info(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.folder) if arguments.folder else SHIPPED
     if (folder / PROVENANCE_FILE).is_file():
-        if arguments.check or arguments.show or arguments.html:
+        if arguments.check or arguments.show is not None or arguments.html:
             raise BadInput("--check, --show and --html are for token shards", where=folder)
         described = describe_bundle(folder)
         show(arguments, described, as_lines(described))
@@ -226,7 +227,6 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
-    from chameleon.bundle import Bundle
     from chameleon.data.token_shards import open_shards
     from chameleon.shard_view import as_line, as_page, chosen, describe
 
@@ -244,8 +244,10 @@ def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
             )
         described["checked"] = "checksums, offsets and ids are good"
     text = as_lines(described)
+    if arguments.show is not None and arguments.show < 1:
+        raise BadInput("expected 1 or more", where=f"--show {arguments.show}")
     if arguments.show is not None or arguments.html:
-        tokenizer = Bundle.load(arguments.model).tokenizer
+        tokenizer = tokenizer_of(arguments)
         shards = open_shards(folder, tokenizer.fingerprint)
         documents = chosen(shards, 20 if arguments.show is None else arguments.show)
         if arguments.html:
@@ -257,6 +259,18 @@ def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
             described["shown"] = [describe(*place, tokenizer) for place in documents]
             text = "\n\n".join((text, *map(as_line, described["shown"])))
     show(arguments, described, text)
+
+
+def tokenizer_of(arguments: argparse.Namespace) -> MixedTokenizer:
+    """The tokenizers of --model or --tokenizers; with neither, the shipped ones."""
+    from chameleon.bundle import Bundle
+    from chameleon.tokenizers.mixed import MixedTokenizer
+
+    if arguments.tokenizers and arguments.model:
+        raise BadInput("give --model or --tokenizers, not both", where=arguments.verb)
+    if arguments.tokenizers:
+        return MixedTokenizer.load(Path(arguments.tokenizers))
+    return Bundle.load(arguments.model).tokenizer
 
 
 def as_lines(described: dict[str, Any]) -> str:
@@ -492,19 +506,15 @@ def watching_tokenize() -> Iterator[Watch]:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    from chameleon.bundle import Bundle
     from chameleon.data.ray_engine import ray_engine
     from chameleon.data.tokenize import TokenizeOptions, local
     from chameleon.data.tokenize import tokenize as run
-    from chameleon.tokenizers.mixed import MixedTokenizer
     from chameleon.train.recipe import read_recipe
 
-    if arguments.tokenizers and arguments.model:
-        raise BadInput("give --model or --tokenizers, not both", where="tokenize")
+    if arguments.workers < 0 or (arguments.actors is not None and arguments.actors < 1):
+        raise BadInput("--workers is 0 or more, --actors 1 or more", where="tokenize")
     options = read_recipe(TokenizeOptions, arguments.config, arguments.set)
-    tokenizer = (
-        MixedTokenizer.load(Path(arguments.tokenizers)) if arguments.tokenizers else Bundle.load(arguments.model).tokenizer
-    )
+    tokenizer = tokenizer_of(arguments)
     if arguments.engine == "ray":
         engine = ray_engine(arguments.ray_address, actors=arguments.actors, device=arguments.device)
     else:
@@ -580,6 +590,10 @@ def build_parser() -> Parser:
         )
         sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
+    def tokenizer_options(sub: Parser) -> None:
+        sub.add_argument("--model", metavar="BUNDLE", help="bundle whose tokenizers are used; left out, the shipped one")
+        sub.add_argument("--tokenizers", metavar="DIR", help="folder with both tokenizers, instead of --model")
+
     def sampling_options(sub: Parser, max_new: int) -> None:
         sub.add_argument("--temperature", type=float, help="0 is greedy")
         sub.add_argument("--top-p", type=float, help="mass of the nucleus, 1 keeps all")
@@ -610,8 +624,7 @@ def build_parser() -> Parser:
 
     sub = verb("tokenize", tokenize, "Turns sources into token shards.")
     sub.add_argument("source", nargs="+", help="files, patterns, KIND:PATTERN, or emoji:TASK")
-    sub.add_argument("--model", metavar="BUNDLE", help="bundle whose tokenizers are used")
-    sub.add_argument("--tokenizers", metavar="DIR", help="folder with both tokenizers, instead of --model")
+    tokenizer_options(sub)
     sub.add_argument("--out", required=True, help="folder for the token shards")
     sub.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be used")
     sub.add_argument("--config", metavar="OPTIONS", help="a YAML file of filters, variants …")
@@ -686,7 +699,7 @@ def build_parser() -> Parser:
     sub.add_argument("--show", type=int, metavar="N", help="of token shards, show N documents spread over all")
     sub.add_argument("--html", metavar="FILE", help="show them on a page, with pictures, and masks in colour")
     sub.add_argument("--check", action="store_true", help="verify checksums, offsets and ids of token shards")
-    sub.add_argument("--model", metavar="BUNDLE", help="whose tokenizers made them; left out, the shipped one")
+    tokenizer_options(sub)
     return parser
 
 
