@@ -42,7 +42,7 @@ class Segment:
 def segments(ids: torch.Tensor, vocabulary: Vocabulary) -> Iterator[Segment]:
     """The segments of a document's ids [T], which joined are the ids again."""
     v = vocabulary
-    learned = answer_mask(ids, v)
+    learned = torch.from_numpy(answer_mask(ids.numpy(), v))
     if not bool((ids == v.sep).any()):
         learned = torch.ones_like(learned)
     learned[:1] = False

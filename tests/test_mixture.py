@@ -215,7 +215,7 @@ def test_rows_hold_targets_positions_and_masks(mixture: Mixture) -> None:
             assert document[0] == v.bos and document[-1] == v.eos
             assert torch.equal(document[1:], targets[here])
             if (document == v.sep).any():
-                assert torch.equal(weights[here].bool(), answer_mask(document, v)[1:])
+                assert torch.equal(weights[here].bool(), torch.from_numpy(answer_mask(document.numpy(), v)[1:]))
             else:
                 assert weights[here].all()
 
@@ -245,7 +245,7 @@ def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path
                 place += 1
     assert sorted(found) == list(range(1, len(ids)))
     assert [found[n][0] for n in sorted(found)] == ids[1:]
-    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole, v)[1:].tolist()
+    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole.numpy(), v)[1:].tolist()
 
 
 def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:

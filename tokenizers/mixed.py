@@ -36,11 +36,10 @@ from chameleon.vocabulary import Vocabulary
 Content = Document | Conversation
 
 
-def answer_mask(ids: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Which ids of one sequence [T] belong to answers: from behind `sep` up to and with `eos`. A bool tensor [T]."""
-    after_sep = (ids == vocabulary.sep).long().cumsum(0)
-    ended = (ids == vocabulary.eos).long().cumsum(0) - (ids == vocabulary.eos).long()  # eos itself is still answer
-    return (after_sep > ended) & (ids != vocabulary.sep)
+def answer_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Which ids of one sequence, int64 [T], belong to answers: from behind `sep` up to and with `eos`. bool [T]."""
+    is_sep, is_eos = ids == vocabulary.sep, ids == vocabulary.eos
+    return (np.cumsum(is_sep) > np.cumsum(is_eos) - is_eos) & ~is_sep  # eos itself is still answer
 
 
 @dataclass

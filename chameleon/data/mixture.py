@@ -150,7 +150,7 @@ class PackedSource:
         end = piece.start + piece.size + 1
         if self.config.loss == "answers":
             whole = shard.stretch(within, variant=variant)  # where its answers lie is told by what came before
-            mask = answer_mask(torch.from_numpy(whole), self.vocabulary).numpy()
+            mask = answer_mask(whole, self.vocabulary)
             return whole[piece.start : end], mask[piece.start + 1 : end]
         ids = shard.stretch(within, piece.start, end, variant)
         if self.config.swap_pairs and piece.start == 0:

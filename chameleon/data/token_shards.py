@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ from chameleon.vocabulary import Modality, Vocabulary
 FORMAT = 2
 IDS, OFFSETS, IMAGES, PICTURES, DESCRIPTION = "ids.bin", "offsets.bin", "images.bin", "pictures.bin", "shard.json"
 HASH_BYTES = 16
+OPEN_FILES = 128
 AGAIN = "tokenize this shard again"
 
 
@@ -59,7 +61,7 @@ class ShardWriter:
         self.images.append(whole_pictures(rows[0].numpy(), self.vocabulary) + self.offsets[-1])
         self.offsets.append(self.offsets[-1] + rows.shape[1])
         kinds = self.vocabulary.modality(rows[0])
-        for counts, chosen in ((self.counts, kinds), (self.answers, kinds[answer_mask(rows[0], self.vocabulary)])):
+        for counts, chosen in ((self.counts, kinds), (self.answers, kinds[answer_mask(rows[0].numpy(), self.vocabulary)])):
             found = torch.bincount(chosen, minlength=len(Modality)).tolist()
             counts.update({kind.name.lower(): found[kind] for kind in Modality})
         self.add_pictures(hashes)
@@ -104,14 +106,24 @@ def write_shard(
         write_json(place / DESCRIPTION, {**counts, "fingerprint": fingerprint, **writer.description})
 
 
+@lru_cache(maxsize=OPEN_FILES)
+def mapped(path: str, kind: str, inode: int) -> np.ndarray:
+    """A file of numbers, of which only the pages that are asked for are read.
+
+    `inode` tells it from one that stood at the path before.
+    """
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))
+
+
 class TokenShard:
     """A shard on disk: document i is `shard[i]`, int64 [T].
 
-    No file is held open and nothing but the description is held in memory, so there may be any number of shards.
+    Nothing but the description is held in memory, and `OPEN_FILES` files of all shards are held open, those read last: so
+    there may be any number of shards.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.place = folder, f"{folder}/"
         try:
             self.description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if self.description.get("format") != FORMAT:
@@ -120,8 +132,11 @@ class TokenShard:
             self.variants = self.description["variants"]
             wanted = {OFFSETS: 8 * (self.documents + 1), IMAGES: 8 * self.description["images"]}
             wanted |= {ids_name(number): 4 * self.tokens for number in range(self.variants)}
+            self.inodes: dict[str, int] = {}
             for name, size in wanted.items():
-                if (folder / name).stat().st_size != size:
+                found = (folder / name).stat()
+                self.inodes[name] = found.st_ino
+                if found.st_size != size:
                     raise BadInput(f"{name} does not have the size that {DESCRIPTION} says", where=folder, remedy=AGAIN)
         except FileNotFoundError as error:
             raise BadInput("file is missing", where=error.filename, remedy=AGAIN) from None
@@ -138,10 +153,14 @@ class TokenShard:
 
     def stretch(self, number: int, start: int = 0, end: int | None = None, variant: int = 0) -> np.ndarray:
         """Ids start…end of a document, by default all, of one of its variants: int64 [T]. Nothing else is read."""
-        first, last = np.fromfile(self.folder / OFFSETS, dtype="<u8", count=2, offset=8 * number).tolist()
+        first, last = self.mapped(OFFSETS, "<u8")[number : number + 2].tolist()
         last = last if end is None else first + end
-        path = self.folder / ids_name(variant)
-        return np.fromfile(path, dtype="<u4", count=last - first - start, offset=4 * (first + start)).astype(np.int64)
+        if last <= first + start:
+            return np.empty(0, dtype=np.int64)
+        return self.mapped(ids_name(variant), "<u4")[first + start : last].astype(np.int64)
+
+    def mapped(self, name: str, kind: str) -> np.ndarray:
+        return mapped(self.place + name, kind, self.inodes[name])
 
     @property
     def offsets(self) -> np.ndarray:
