@@ -227,21 +227,21 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
-    from chameleon.data.token_shards import open_shards
+    from chameleon.data.token_shards import open_shards, shard_folders
     from chameleon.shard_view import as_line, as_page, chosen, describe
 
-    if not folder.is_dir():
-        raise BadInput("no such folder", where=folder)
-    shards = open_shards(folder)
-    described = describe_shards(shards)
     if arguments.check:
-        damaged = [error for shard in shards if (error := damage_of(shard)) is not None]
+        places = shard_folders(folder)
+        damaged = [error for place in places if (error := damage_of(place)) is not None]
         for line in damaged:
             say(line)
         if damaged:
             raise BadInput(
-                f"{len(damaged)} of {len(shards)} shards are damaged", where=folder, remedy="tokenize them again"
+                f"{len(damaged)} of {len(places)} shards are damaged", where=folder, remedy="tokenize them again"
             )
+    shards = open_shards(folder)
+    described = describe_shards(shards)
+    if arguments.check:
         described["checked"] = "checksums, offsets and ids are good"
     text = as_lines(described)
     if arguments.show is not None and arguments.show < 1:
@@ -277,10 +277,12 @@ def as_lines(described: dict[str, Any]) -> str:
     return "\n".join(f"{key:<22}{value}" for key, value in described.items())
 
 
-def damage_of(shard: TokenShard) -> str | None:
-    """What is wrong with a shard, or None."""
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a token shard, or None."""
+    from chameleon.data.token_shards import TokenShard
+
     try:
-        shard.verify()
+        TokenShard(folder).verify()
     except BadInput as error:
         return str(error)
     return None
@@ -509,10 +511,14 @@ def tokenize(arguments: argparse.Namespace) -> None:
     from chameleon.data.ray_engine import ray_engine
     from chameleon.data.tokenize import TokenizeOptions, local
     from chameleon.data.tokenize import tokenize as run
+    from chameleon.tensor_files import check_device
     from chameleon.train.recipe import read_recipe
 
     if arguments.workers < 0 or (arguments.actors is not None and arguments.actors < 1):
         raise BadInput("--workers is 0 or more, --actors 1 or more", where="tokenize")
+    if arguments.engine == "local" and (arguments.actors is not None or arguments.ray_address is not None):
+        raise BadInput("--actors and --ray-address are for --engine ray", where="tokenize")
+    check_device(arguments.device)
     options = read_recipe(TokenizeOptions, arguments.config, arguments.set)
     tokenizer = tokenizer_of(arguments)
     if arguments.engine == "ray":
@@ -542,6 +548,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
             f"{key:<16}{value[key]}" for key in ("documents_in", "documents_out", "skipped", "tokens", "duplicate_share")
         ),
     )
+    if not report.documents_out:
+        say(f"chameleon tokenize: of {report.documents_in} samples none is left")
+        raise SystemExit(3)
     if report.skipped_share > arguments.max_skipped:
         say(f"chameleon tokenize: {report.skipped_share:.1%} was skipped, more than --max-skipped {arguments.max_skipped}")
         raise SystemExit(3)

@@ -36,6 +36,14 @@ def nothing(_: int) -> None:
     """Progress that nobody watches."""
 
 
+def check_device(device: str) -> None:
+    """Raises `BadInput` where tensors cannot be put on a device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"cannot be used ({str(error).splitlines()[0]})", where=f"device {device}") from None
+
+
 class Weights(Mapping[str, Tensor]):
     """Names and tensors, each tensor made when it is asked for."""
 

@@ -24,9 +24,9 @@ from PIL import Image as PILImage
 from chameleon.cli import main
 from chameleon.data.filters import Filters
 from chameleon.data.token_shards import TokenShard, open_shards
-from chameleon.data.tokenize import Status, TokenizeOptions, tokenize
+from chameleon.data.tokenize import Status, TokenizeOptions, plan, tokenize
 from chameleon.errors import BadInput
-from chameleon.files import checksum
+from chameleon.files import checksum, is_running
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
@@ -164,7 +164,8 @@ def test_filters(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
         "filter: text is under 2 characters": 1,
         "filter: text is over 100 characters": 1,
         "filter: language is none of en": 2,
-        "filter: score is not 5 or more": 2,
+        "filter: no number score": 1,
+        "filter: score is under 5": 1,
         "filter: a picture's aspect is over 2": 1,
         "filter: a picture's side is under 20": 1,
     }
@@ -223,6 +224,89 @@ def test_options_from_the_command_line(shards: str, bundle_folder: Path, tmp_pat
     assert error.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("variants=", "variants is empty"),
+        ("variants=0", "variants is 0"),
+        ("variants=x", "variants"),
+        ("crop=2", "crop is 2"),
+        ("filters=5", "filters is 5, expected keys and values"),
+        ("filters=[1]", "filters holds 1, expected keys and values"),
+        ("filters.min_side=-3", "min_side is -3"),
+        ("filter.min_side=3", "unknown key filter; did you mean filters?"),
+    ],
+)
+def test_options_that_make_no_sense(change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["tokenize", "emoji:words", "--out", str(tmp_path / "out"), "--set", change])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--workers", "-1"], "--workers is 0 or more"),
+        (["--actors", "2"], "--actors and --ray-address are for --engine ray"),
+        (["--device", "cpux"], "device cpux: cannot be used"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["tokenize", "emoji:words", "--out", str(tmp_path / "out"), *more])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_scores_in_a_csv_and_nothing_left(bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,aesthetic\none,6.5\ntwo,4\nth\xfcree,7\nfour,7\n")
+    command = ["tokenize", str(tmp_path / "a.csv"), "--model", str(bundle_folder), "--out", str(tmp_path / "out")]
+    main([*command, "--set", "filters.min_score={aesthetic: 5}", "--max-skipped", "0.3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["documents_out"] == 2  # the last one too, behind a row that is not UTF-8
+    assert found["skipped"] == {"filter: aesthetic is under 5": 1, "not UTF-8": 1}
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--set", "filters.min_text=1000", "--max-skipped", "1"])
+    assert error.value.code == 3 and "of 4 samples none is left" in capsys.readouterr().err
+
+
+def test_relative_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes elsewhere work in other folders."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    (task,) = plan(["jsonl:a.jsonl?images=pictures"], Path("out"), TokenizeOptions())
+    assert task.raw.path == str(tmp_path / "a.jsonl") and task.folder.parent == tmp_path / "out"
+    assert task.raw.options == {"images": str(tmp_path / "pictures")}
+
+
+def test_workers_end_with_the_process_that_gives_them_work(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    tokenizer.text.save(tmp_path / "tokenizers")
+    tokenizer.image.save(tmp_path / "tokenizers")
+    code = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from chameleon.data.tokenize import tokenize
+from chameleon.tokenizers.mixed import MixedTokenizer
+def watch(status):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    tokenize([sys.argv[1]], MixedTokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), workers=2, watch=watch)
+"""
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "run.py"), shards, str(tmp_path / "tokenizers"), str(tmp_path / "out")]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    workers = [int(number) for number in found.stdout.split()]
+    assert found.returncode == -signal.SIGKILL and len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_sources_given_twice_or_empty(shards: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     with pytest.raises(BadInput, match="given twice"):
         tokenize([shards, str(tmp_path / "00001.tar")], tokenizer, tmp_path / "out")
@@ -234,19 +318,21 @@ def test_sources_given_twice_or_empty(shards: str, tmp_path: Path, tokenizer: Mi
 def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Absent, a page instead of a picture, 300 megapixels, cut short: each is named by its reason, the rest is kept."""
     PILImage.new("1", (20_000, 15_000)).save(tmp_path / "huge.png")
+    odd = ["a\0b.png", "x" * 300, "good.png/x.png", "data:image/png;base64,ééé"]
     (tmp_path / "page.jpg").write_text("<!doctype html><title>404</title>")
     (tmp_path / "cut.png").write_bytes(picture(0, (200, 200))[:5000])
     (tmp_path / "good.png").write_bytes(picture(1))
     (tmp_path / "folder.png").mkdir()
     names = ["good", "absent", "huge", "page", "cut", "folder", "good"]
     lines = [{"image": f"{name}.jpg" if name == "page" else f"{name}.png", "caption": name} for name in names]
+    lines += [{"image": name, "caption": "odd"} for name in odd]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for options in (TokenizeOptions(), TokenizeOptions(filters=Filters(unique_pictures=True, min_side=2))):
         out = tmp_path / f"out{options.filters.unique_pictures}"
         report = tokenize([str(tmp_path / "a.jsonl")], tokenizer, out, options=options)
         kept = 1 if options.filters.unique_pictures else 2
-        assert (report.documents_in, report.documents_out) == (7, kept)
-        assert sum(report.skipped.values()) == 7 - kept and len(report.examples) == 7 - kept
+        assert (report.documents_in, report.documents_out) == (11, kept)
+        assert sum(report.skipped.values()) == 11 - kept and len(report.examples) == 11 - kept
         told = "\n".join(report.examples)
         for line, reason in (
             (2, "no such"),
@@ -309,6 +395,9 @@ def test_looking_at_shards(made: Path, bundle_folder: Path, tmp_path: Path, caps
     assert text.count("<img") == 2 and text.count('class="document"') == 3
     assert '<span class="text ">what &lt;b&gt;?</span>' in text and '<span class="text learned">a heart</span>' in text
     assert "a &amp; b" in text
+    with pytest.raises(SystemExit):
+        main(["info", str(made), "--show", "0", "--model", str(bundle_folder)])
+    assert "--show 0: expected 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:  # the shipped tokenizers did not make them
         main(["info", str(made), "--show", "3"])
     assert error.value.code == 2 and "made with tokenizers" in capsys.readouterr().err
@@ -383,6 +472,9 @@ def test_a_ray_cluster_of_its_own_and_the_errors_of_its_actors(
 
     with pytest.raises(BadInput, match="no picture that can be read"):
         tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine(actors=1), strict=True)
+    with pytest.raises(BadInput, match="actors do not start"):
+        tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine(actors=1, device="cpux"))
+    with pytest.raises(BadInput, match="no Ray cluster answers"):
+        tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine("127.0.0.1:1"))
     report = tokenize([shards], tokenizer, tmp_path / "out", engine=ray_engine(actors=2))
     assert report.documents_out == 267 and len(open_shards(tmp_path / "out")) == 3
-    assert isinstance(open_shards(tmp_path / "out")[0], TokenShard)

@@ -8,7 +8,6 @@ the rest is white border, so that nothing is lost.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import warnings
@@ -109,7 +108,7 @@ def open_bytes(source: str | Path | bytes, name: object) -> io.BytesIO:
         head, _, body = source.partition(",")
         try:
             data = base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's own among them
             raise BadInput(f"data URL is not base64 ({error})", where=name) from None
     else:
         try:
@@ -118,6 +117,10 @@ def open_bytes(source: str | Path | bytes, name: object) -> io.BytesIO:
             raise BadInput("no such picture", where=name) from None
         except IsADirectoryError:
             raise BadInput("is a folder, not a picture", where=name) from None
+        except OSError as error:
+            raise BadInput(f"picture could not be read ({error.strerror})", where=name) from None
+        except ValueError as error:
+            raise BadInput(f"not a path ({error})", where=name) from None
     if not data:
         raise BadInput("empty picture", where=name)
     return io.BytesIO(data)

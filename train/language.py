@@ -6,6 +6,7 @@ then micro-batches add up their gradients. What differs between the two verbs is
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -251,9 +252,15 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
 
 
 def data_fingerprint(mixture: Mixture) -> dict[str, str]:
-    """SHA-256 of the ids of every token shard."""
+    """SHA-256 over the ids of each source's token shards, all variants, by the source's name."""
     return {
-        str(Path(source.config.shards).name) + "/" + shard.folder.name: shard.description["sha256"]["ids.bin"]
+        source.config.called: hashlib.sha256(
+            "".join(
+                digest
+                for shard in source.shards
+                for name, digest in sorted(shard.description["sha256"].items())
+                if name.startswith("ids")
+            ).encode()
+        ).hexdigest()
         for source in mixture.sources
-        for shard in source.shards
     }

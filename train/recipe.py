@@ -175,9 +175,23 @@ def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str]
     parser = ArgumentParser(exit_on_error=False, parser_mode="yaml")
     parser.add_class_arguments(kind)
     try:
-        return kind(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        recipe = kind(**vars(parser.instantiate_classes(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
         raise BadInput(str(error), where=where) from None
+    check_empty(recipe, where, "")
+    return recipe
+
+
+def check_empty(value: Any, where: object, prefix: str) -> None:
+    """Raises `BadInput` naming the first key that is empty (null) where its type does not allow it."""
+    hints = typing.get_type_hints(type(value))
+    for entry in dataclasses.fields(value):
+        found = getattr(value, entry.name)
+        if found is None and type(None) not in typing.get_args(hints[entry.name]):
+            raise BadInput(f"{prefix}{entry.name} is empty", where=where, remedy="give a value, or leave it out")
+        for inner in found if isinstance(found, list) else [found]:
+            if dataclasses.is_dataclass(inner):
+                check_empty(inner, where, f"{prefix}{entry.name}.")
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -206,12 +220,14 @@ def check_keys(values: Any, known: dict[str, Any], where: object, prefix: str) -
     """Raises `BadInput` on the first key that no field has, naming the nearest one that exists."""
     for entry in values if isinstance(values, list) else [values]:
         if not isinstance(entry, dict):
-            continue
+            raise BadInput(f"{prefix.rstrip('.')} holds {entry!r}, expected keys and values", where=where)
         for key, value in entry.items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise BadInput(f"unknown key {prefix}{key}", where=where, remedy=f"did you mean {prefix}{near[0]}?")
             if known[key] is not None:
+                if not isinstance(value, (dict, list)):
+                    raise BadInput(f"{prefix}{key} is {value!r}, expected keys and values", where=where)
                 check_keys(value, dict(fields_of(known[key])), where, f"{prefix}{key}.")
 
 

@@ -85,9 +85,12 @@ def languages(sample: Sample, tags: Sequence[str]) -> str | None:
 
 def min_score(sample: Sample, limits: Mapping[str, float]) -> str | None:
     for name, limit in limits.items():
-        value = sample.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= limit:
-            return f"{name} is not {limit:g} or more"
+        try:
+            value = float(sample.fields[name])  # in a CSV numbers are texts
+        except (KeyError, ValueError):
+            return f"no number {name}"
+        if not value >= limit:
+            return f"{name} is under {limit:g}"
     return None
 
 

@@ -7,6 +7,10 @@ loses nothing but the shard it had under way, which another actor is given.
 from __future__ import annotations
 
 import logging
+import signal
+import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +23,8 @@ from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 TRIES = 3
-"""How often a shard is begun before its loss ends the run."""
+"""How often a shard is begun before its loss ends the run, and an actor before its failure does."""
+PATIENCE = 300  # seconds without an actor
 
 
 class Encoder:
@@ -64,17 +69,33 @@ def run(
         raise BadInput("Ray is not installed", where="--engine ray", remedy='pip install "open-chameleon[ray]"') from None
     begun_here = not ray.is_initialized()
     if begun_here:
-        try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        except ValueError:  # an address takes no settings of a new cluster
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError) as error:
-            raise BadInput(f"no Ray cluster ({error})", where=f"--ray-address {address}") from None
+        connect(ray, address)
     try:
         yield from spread(ray, tasks, tokenizer, options, workers, strict, on_chunk, actors, device)
     finally:
         if begun_here:
             ray.shutdown()
+
+
+def connect(ray: Any, address: str | None) -> None:
+    """Joins a cluster, or starts one. Raises `BadInput` where none answers."""
+    host, sign, port = (address or "").rpartition(":")
+    if sign and port.isdigit() and "/" not in host:  # Ray itself tries for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise BadInput(f"no Ray cluster answers ({error})", where=f"--ray-address {address}") from None
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        settings["include_dashboard"] = False
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address or "local", **settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BadInput(f"no Ray cluster ({error})", where=f"--ray-address {address}") from None
+    if in_main and before is not None:
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own there
 
 
 def spread(
@@ -104,11 +125,16 @@ def spread(
 
     for _ in range(min(count, len(tasks))):
         begin()
-    left = len(tasks)
-    lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+    left, failed, heard = len(tasks), 0, time.monotonic()
+    names = ("RayActorError", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+    lost = tuple(getattr(ray.exceptions, name) for name in names)
     while left:
         done, _ = ray.wait(list(running), num_returns=1, timeout=1)
         on_chunk()
+        if done or any(at is not None for _, at in running.values()):
+            heard = time.monotonic()
+        elif time.monotonic() - heard > PATIENCE:
+            raise BadInput(f"no node had room for an actor in {PATIENCE} s", where="--engine ray", remedy="free some")
         for reference in done:
             actor, at = running.pop(reference)
             try:
@@ -119,10 +145,15 @@ def spread(
                     if tries == TRIES:
                         raise BadInput(f"lost {TRIES} times ({error})", where=tasks[number].raw.path) from None
                     todo.appendleft((number, tries + 1))
+                else:
+                    failed += 1
+                    if failed == TRIES * count:
+                        raise BadInput(f"actors do not start ({error})", where="--engine ray") from None
                 begin()
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
+            failed = 0
             if at is not None:
                 left -= 1
                 yield at[0], report

@@ -138,7 +138,8 @@ def csv_rows(path: Path, on_skip: Skip) -> Iterator[Record]:
     """The rows of a CSV or TSV file under its header; the delimiter is what the ending says."""
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with opened(path) as file:
-        lines = (decode(line, path) + "\n" for line in lines_of(file))
+        # A row that is not UTF-8 is named when its fields are seen, so that those behind it are read.
+        lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines_of(file))
         yield from csv_fields(csv.DictReader(lines, delimiter=delimiter, strict=True), path, on_skip)
 
 
@@ -154,8 +155,19 @@ def csv_fields(rows: csv.DictReader[str], path: Path, on_skip: Skip) -> Iterator
         key = f"{path}, line {rows.line_num}"
         if None in row or None in row.values():
             on_skip(key, "not as many fields as the header")
+        elif not is_utf8("".join((*row, *row.values()))):
+            on_skip(key, "not UTF-8")
         else:
             yield key, row
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text read with `surrogateescape` was UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 FILES = {

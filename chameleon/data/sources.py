@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -139,6 +139,16 @@ def expand(source: str) -> list[RawShard]:
             )
         shards.append(RawShard(found, path, said))
     return shards
+
+
+def absolute(shard: RawShard) -> RawShard:
+    """The same shard with paths that hold in any working folder."""
+    if shard.kind == "emoji":
+        return shard
+    folders: dict[str, str] = {
+        key: os.path.abspath(shard.options[key]) for key in shard.options if key in ("images", "questions")
+    }
+    return replace(shard, path=shard.place, options={**shard.options, **folders})
 
 
 OPTIONS = {**dict.fromkeys((*records.FILES, "coco"), ("images",)), "vqa": ("images", "questions", "prefix")}

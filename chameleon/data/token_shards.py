@@ -98,6 +98,7 @@ def write_shard(
             "tokens": writer.offsets[-1],
             "variants": variants,
             "images": sum(map(len, writer.images)),
+            "pictures": (place / PICTURES).stat().st_size // HASH_BYTES,
             "by_modality": dict(writer.counts),
             "answers_by_modality": dict(writer.answers),
             "sha256": {path.name: checksum(path) for path in sorted(place.iterdir())},
@@ -131,6 +132,7 @@ class TokenShard:
             self.documents, self.tokens = self.description["documents"], self.description["tokens"]
             self.variants = self.description["variants"]
             wanted = {OFFSETS: 8 * (self.documents + 1), IMAGES: 8 * self.description["images"]}
+            wanted[PICTURES] = HASH_BYTES * self.description["pictures"]
             wanted |= {ids_name(number): 4 * self.tokens for number in range(self.variants)}
             self.inodes: dict[str, int] = {}
             for name, size in wanted.items():
@@ -179,7 +181,7 @@ class TokenShard:
 
     def verify(self) -> None:
         """Raises `BadInput` where a file is not what it was when it was written, or offsets or ids make no sense."""
-        for name, wanted in self.description.get("sha256", {}).items():
+        for name, wanted in self.description["sha256"].items():
             if checksum(self.folder / name) != wanted:
                 raise BadInput("checksum does not fit", where=self.folder / name, remedy=AGAIN)
         offsets = self.offsets
@@ -193,15 +195,22 @@ class TokenShard:
                     raise BadInput(f"an id is not below {size}", where=self.folder / ids_name(number), remedy=AGAIN)
 
 
+def shard_folders(folder: Path) -> list[Path]:
+    """The folders of the shards in a folder, sorted by name. Raises `BadInput` where there is none."""
+    if not folder.is_dir():
+        raise BadInput("no such folder", where=folder)
+    found = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}") if not path.parent.name.startswith("."))
+    if not found:
+        raise BadInput("no token shard here", where=folder, remedy="make some with `chameleon tokenize`")
+    return found
+
+
 def open_shards(folder: Path, fingerprint: str | None = None) -> list[TokenShard]:
     """The shards in a folder, sorted by name.
 
     Raises `BadInput` where there is none, or where one was made with tokenizers of another `fingerprint`.
     """
-    found = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}") if not path.parent.name.startswith("."))
-    if not found:
-        raise BadInput("no token shard here", where=folder, remedy="make some with `chameleon tokenize`")
-    shards = [TokenShard(path) for path in found]
+    shards = [TokenShard(path) for path in shard_folders(folder)]
     for shard in shards:
         if fingerprint is not None and shard.description["fingerprint"] != fingerprint:
             raise BadInput(

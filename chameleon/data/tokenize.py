@@ -2,14 +2,18 @@
 
 A shard is one task, and what it becomes depends on nothing but its files, the tokenizers and `TokenizeOptions`: pictures
 go through the network in batches of the shard's own, in its order. So a run may be killed at any point; started again it
-makes what is missing, and the result is the same to the byte, whichever engine ran it on however many processes.
+makes what is missing, and the result is the same to the byte, whichever engine ran it on however many processes. (Other
+processors, or another number of threads, round otherwise, and where two codes are as near a code may differ.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +36,13 @@ from chameleon.data.sources import RawShard, Sample
 from chameleon.data.token_shards import DESCRIPTION, HASH_BYTES, PICTURES, TokenShard, write_shard
 from chameleon.errors import BadInput
 from chameleon.files import remove_left_over, write_json, written_into
-from chameleon.tokenizers.image import BATCH, picture_bytes, picture_hash
-from chameleon.tokenizers.mixed import MixedTokenizer, Prepared, Preparer, View
+from chameleon.tokenizers.image import BATCH, picture_bytes, picture_hash, picture_size
+from chameleon.tokenizers.mixed import MixedTokenizer, Prepared, Preparer, View, turns_of
 
 EXAMPLES = 20  # skipped samples that a report names
 REASONS, OTHER_REASONS = 100, "other reasons"  # that a report counts apart: decoders put numbers into some of theirs
 CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH, 1 << 20  # of what is prepared and encoded together
-AHEAD = 3  # chunks a worker has waiting
+AHEAD = 2  # chunks that wait beside those that workers have in hand
 
 
 @dataclass
@@ -57,8 +61,11 @@ class TokenizeOptions:
 
     def check(self) -> None:
         """Raises `BadInput` for what makes no sense."""
-        if self.variants < 1 or not 0 < self.crop <= 1:
-            raise BadInput("variants must be 1 or more, crop above 0 and at most 1", where="options of tokenize")
+        where = "options of tokenize"
+        if self.variants < 1:
+            raise BadInput(f"variants is {self.variants}, expected 1 or more", where=where)
+        if not 0 < self.crop <= 1:
+            raise BadInput(f"crop is {self.crop}, expected a share above 0 and at most 1", where=where)
         self.filters.check()
 
 
@@ -90,7 +97,8 @@ class Report:
             self.examples.append(f"{where}: {why}")
 
     def count_skipped(self, why: str, count: int) -> None:
-        self.skipped[why if why in self.skipped or len(self.skipped) < REASONS else OTHER_REASONS] += count
+        apart = why in self.skipped or len(self.skipped) < REASONS or why.startswith(FILTERED)
+        self.skipped[why if apart else OTHER_REASONS] += count
 
     @property
     def skipped_share(self) -> float:
@@ -166,14 +174,14 @@ def items_of(raw: RawShard) -> Iterator[Sample | Skipped]:
     yield from skipped
 
 
-def chunks_of(task: Task) -> Iterator[list[tuple[int, Sample | Skipped]]]:
+def chunks_of(task: Task, variants: int) -> Iterator[list[tuple[int, Sample | Skipped]]]:
     """A task's samples with their places, some at a time; one chunk at least, that may be empty."""
     chunk: list[tuple[int, Sample | Skipped]] = []
     pictures = characters = 0
     place = 0
     for item in items_of(task.raw):
         if isinstance(item, Sample):
-            more = (len(item.images), len(item.text))
+            more = (len(item.images) * variants, len(item.text))
             if chunk and (pictures + more[0] > CHUNK_PICTURES or characters + more[1] > CHUNK_CHARACTERS):
                 yield chunk
                 chunk, pictures, characters = [], 0, 0
@@ -233,7 +241,17 @@ in_worker: dict[str, Any] = {}
 
 def start_worker(preparer: Preparer, options: TokenizeOptions) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the process that gives the work, and it this one
+    threading.Thread(target=end_with_parent, daemon=True).start()
     in_worker.update(preparer=preparer, options=options)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that gives it work is gone, however it went."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def prepare_in_worker(
@@ -248,7 +266,7 @@ def prepared_chunks(
     """The number of a task and a chunk of it, in order; worker processes run ahead, into further tasks too."""
     if workers == 0:
         for number, task in enumerate(tasks):
-            for chunk in chunks_of(task):
+            for chunk in chunks_of(task, options.variants):
                 yield number, prepare_chunk(preparer, options, task.duplicates, chunk)
         return
     waiting: deque[tuple[int, Any]] = deque()
@@ -257,10 +275,10 @@ def prepared_chunks(
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=given) as pool:
         try:
             for number, task in enumerate(tasks):
-                for chunk in chunks_of(task):
+                for chunk in chunks_of(task, options.variants):
                     known = {place: task.duplicates[place] for place, _ in chunk if place in task.duplicates}
                     waiting.append((number, pool.submit(prepare_in_worker, known, chunk)))
-                    if len(waiting) > AHEAD * workers:
+                    if len(waiting) > workers + AHEAD:
                         done, future = waiting.popleft()
                         yield done, future.result()
             while waiting:
@@ -397,8 +415,9 @@ def tokenize(
 def plan(patterns: Sequence[str], out: Path, options: TokenizeOptions) -> list[Task]:
     """The tasks of all sources, in order. Raises `BadInput` where one is given twice."""
     raws: dict[str, RawShard] = {}
+    out = out.absolute()  # other processes, on other machines perhaps, work in other folders
     for pattern in patterns:
-        for raw in sources.expand(pattern):
+        for raw in map(sources.absolute, sources.expand(pattern)):
             if raw.name in raws:
                 raise BadInput("given twice", where=raw.path, remedy="name each file in one source only")
             raws[raw.name] = raw
@@ -414,7 +433,8 @@ def plan(patterns: Sequence[str], out: Path, options: TokenizeOptions) -> list[T
 def find_duplicates(raws: Iterable[RawShard], filters: Filters) -> list[dict[int, list[bytes]]]:
     """For each raw shard the samples all of whose pictures came before, in it or in an earlier one.
 
-    What the other filters leave out does not count as having been there.
+    What the other filters leave out does not count as having been there, nor what cannot be used as far as heads of
+    pictures tell.
     """
     seen: set[bytes] = set()
     result: list[dict[int, list[bytes]]] = []
@@ -423,9 +443,13 @@ def find_duplicates(raws: Iterable[RawShard], filters: Filters) -> list[dict[int
         samples = (item for item in items_of(raw) if isinstance(item, Sample))
         for place, sample in enumerate(samples):
             try:
+                turns_of(sample.content)
                 if refusal(sample, filters) is not None:
                     continue
-                hashes = [picture_hash(picture_bytes(image)) for image in sample.images]
+                data = [picture_bytes(image) for image in sample.images]
+                for one in data:
+                    picture_size(one)
+                hashes = list(map(picture_hash, data))
             except BadInput:  # it will be named when it is prepared
                 continue
             if hashes and seen.issuperset(hashes):
@@ -460,6 +484,6 @@ def report_of(task: Task, fingerprint: str) -> Report | None:
             return None
         report = Report.from_json(made.description["report"])
         made.verify()
-    except (BadInput, KeyError, TypeError):
+    except (BadInput, OSError, KeyError, TypeError):
         return None
     return report

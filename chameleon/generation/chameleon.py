@@ -17,6 +17,7 @@ from chameleon.generation.guidance import two_way
 from chameleon.generation.modality import Rules
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.plan import fast_bfloat16
+from chameleon.tensor_files import check_device
 from chameleon.tokenizers.image import Picture
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
@@ -39,10 +40,7 @@ class Chameleon:
         """
         if dtype not in ("auto", *DTYPES):
             raise BadInput(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", where="dtype")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise BadInput(f"cannot be used ({str(error).splitlines()[0]})", where=f"device {device}") from None
+        check_device(device)
         if dtype == "auto":
             dtype = "bfloat16" if fast_bfloat16(device) else "float32"
         return cls(Bundle.load(path, device=device, dtype=DTYPES[dtype]))
