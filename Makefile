@@ -23,6 +23,7 @@ test-all: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/codebooks.py
+	$(BIN)/python benchmarks/data.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -326,13 +326,15 @@ def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: Mix
     names = ["good", "absent", "huge", "page", "cut", "folder", "good"]
     lines = [{"image": f"{name}.jpg" if name == "page" else f"{name}.png", "caption": name} for name in names]
     lines += [{"image": name, "caption": "odd"} for name in odd]
+    lines.append({"texts": ["two pictures", None, None], "images": [None, "good.png", "absent.png"]})
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for options in (TokenizeOptions(), TokenizeOptions(filters=Filters(unique_pictures=True, min_side=2))):
         out = tmp_path / f"out{options.filters.unique_pictures}"
         report = tokenize([str(tmp_path / "a.jsonl")], tokenizer, out, options=options)
         kept = 1 if options.filters.unique_pictures else 2
-        assert (report.documents_in, report.documents_out) == (11, kept)
-        assert sum(report.skipped.values()) == 11 - kept and len(report.examples) == 11 - kept
+        assert (report.documents_in, report.documents_out) == (12, kept)
+        assert sum(report.skipped.values()) == 12 - kept and len(report.examples) == 12 - kept
+        assert "a.jsonl, line 12: picture 2: no such picture" in report.examples[-1] or options.filters.unique_pictures
         told = "\n".join(report.examples)
         for line, reason in (
             (2, "no such"),

@@ -175,9 +175,14 @@ class Preparer:
         squares: list[list[np.ndarray]] = [[] for _ in range(variants)]
         hashes = []
         for number, (fit, part) in enumerate(pictures):
-            data = picture_bytes(part.image)
+            try:
+                data = picture_bytes(part.image)
+                whole = load_picture(data, describe(part.image))
+            except BadInput as error:
+                if len(pictures) == 1:
+                    raise
+                raise BadInput(f"picture {number + 1}: {error.reason}", where=describe(part.image)) from None
             hashes.append(picture_hash(data))
-            whole = load_picture(data, describe(part.image))
             for variant in range(variants):
                 shown = view(whole, number, variant) if view is not None else whole
                 squares[variant].append(np.asarray(fit_square(shown, self.resolution, fit)))

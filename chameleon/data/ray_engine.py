@@ -39,7 +39,8 @@ class Encoder:
         """Returns once the actor runs."""
 
     def make(self, task: Task, workers: int, strict: bool) -> Report:
-        return next(make_shards([task], self.tokenizer, self.options, workers=workers, strict=strict))
+        (report,) = make_shards([task], self.tokenizer, self.options, workers=workers, strict=strict)
+        return report
 
 
 def ray_engine(address: str | None = None, *, actors: int | None = None, device: str = "cpu") -> Engine:

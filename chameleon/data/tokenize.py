@@ -17,10 +17,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
@@ -370,11 +370,9 @@ def tokenize(
     options.check()
     tasks = plan(patterns, out, options)
     fingerprint, began = tokenizer.fingerprint, time.monotonic()
-    reports: dict[int, Report] = {}
-    for number, task in enumerate(tasks):
-        found = report_of(task, fingerprint)
-        if found is not None:
-            reports[number] = found
+    with ThreadPoolExecutor() as pool:  # checksums are taken without the interpreter's lock
+        there = list(pool.map(report_of, tasks, repeat(fingerprint)))
+    reports = {number: found for number, found in enumerate(there) if found is not None}
     open_tasks = [number for number in range(len(tasks)) if number not in reports]
     sizes = [size_of(tasks[number].raw) for number in open_tasks]
     made, done = Report(), 0.0
