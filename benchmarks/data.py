@@ -27,7 +27,7 @@ from chameleon.data.index import RowIndex
 from chameleon.data.mixture import Mixture, SourceConfig
 from chameleon.data.packing import pack
 from chameleon.data.sources import text_blocks
-from chameleon.data.token_shards import DESCRIPTION, FORMAT, IDS, IMAGES, OFFSETS, TokenShard, write_shard
+from chameleon.data.token_shards import DESCRIPTION, FORMAT, IDS, IMAGES, OFFSETS, PICTURES, TokenShard, write_shard
 from chameleon.data.tokenize import tokenize
 from chameleon.files import write_json
 from chameleon.tokenizers.image import ImageTokenizer
@@ -141,9 +141,10 @@ def synthetic(folder: Path, documents: int, per_shard: int) -> None:
         offsets = np.concatenate(([0], np.cumsum(lengths_of(stream, per_shard))))
         offsets.astype("<u8").tofile(place / OFFSETS)
         (place / IMAGES).touch()
+        (place / PICTURES).touch()
         with open(place / IDS, "wb") as file:
             file.truncate(4 * int(offsets[-1]))
-        counts = {"documents": per_shard, "tokens": int(offsets[-1]), "images": 0, "by_modality": {}}
+        counts = {"documents": per_shard, "tokens": int(offsets[-1]), "images": 0, "pictures": 0}
         write_json(
             place / DESCRIPTION,
             {"format": FORMAT, "variants": 1, "vocabulary": vocabulary, "fingerprint": "", "sha256": {}, **counts},

@@ -626,7 +626,7 @@ def build_parser() -> Parser:
     size.add_argument("--pieces", type=int, help="how many text pieces, the 256 bytes included")
     sub.add_argument("--image-codes", type=int, default=8192, help="image codes that --vocab-size counts (default: 8192)")
     sub.add_argument("--out", required=True, help="folder for text_tokenizer.model")
-    sub.add_argument("--sample-mb", type=int, default=64, help="text to learn from, in MiB (default: 64)")
+    sub.add_argument("--sample-mb", type=int, default=64, help="text to learn from, in MiB at most (default: 64)")
     sub.add_argument("--seed", type=int, default=0)
 
     recipe_options(verb("fit-image", fit_image, "Trains the image tokenizer."))
