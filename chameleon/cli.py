@@ -562,6 +562,8 @@ def run_training(arguments: argparse.Namespace) -> None:
 
     kind: type[TrainRecipe] = PretrainRecipe if arguments.verb == "pretrain" else FinetuneRecipe
     recipe = read_recipe(kind, arguments.config, arguments.override)
+    recipe.run.resume |= arguments.resume
+    recipe.run.force |= arguments.force
     _, figures = train(recipe)
     out = f"{recipe.run.out}/bundle"
     show(arguments, {"out": out, **figures}, f"{out}\n{table(figures)}")
@@ -647,8 +649,11 @@ def build_parser() -> Parser:
     sub.add_argument("--actors", type=int, help="Ray actors (default: one a GPU, or one a CPU)")
     sub.add_argument("--max-skipped", type=float, default=0.05, help="share that makes the exit code 3 (default: 0.05)")
 
-    recipe_options(verb("pretrain", run_training, "Trains a model on documents."))
-    recipe_options(verb("finetune", run_training, "Tunes a model on conversations."))
+    for name, text in (("pretrain", "Trains a model on documents."), ("finetune", "Tunes a model on conversations.")):
+        sub = verb(name, run_training, text)
+        recipe_options(sub)
+        sub.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run.out")
+        sub.add_argument("--force", action="store_true", help="go on though keys have changed that make another run")
 
     sub = verb("caption", caption, "Says what pictures show.")
     sub.add_argument("image", nargs="+")

@@ -194,6 +194,8 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
 
     What cannot be read goes to `on_skip` and is passed over.
     """
+    if recipe.run.resume:
+        raise BadInput("a run of the image tokenizer cannot go on from a checkpoint", where="run.resume")
     L.seed_everything(recipe.run.seed, verbose=False)
     module = ImageTokenizerModule(recipe)
     training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip)

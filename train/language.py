@@ -27,6 +27,7 @@ from chameleon.model.loss import TokenLoss, chunked_cross_entropy
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.plan import flops_per_token, matmul_peak
 from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train.checkpoint import Checkpoints, find
 from chameleon.train.codebook_rows import add_codebook_rows, fold_codebook_rows
 from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
@@ -35,17 +36,17 @@ from chameleon.vocabulary import Modality, Vocabulary
 
 
 class StepRows(Dataset[Rows]):
-    """Item s is the batch of step s for one device."""
+    """Item s is the batch of step first + s for one device."""
 
-    def __init__(self, mixture: Mixture, steps: int) -> None:
-        self.mixture, self.steps = mixture, steps
+    def __init__(self, mixture: Mixture, steps: int, first: int = 0) -> None:
+        self.mixture, self.steps, self.first = mixture, steps, first
         self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.first
 
     def __getitem__(self, step: int) -> Rows:
-        return self.mixture.batch(step, self.rank, self.world)
+        return self.mixture.batch(self.first + step, self.rank, self.world)
 
 
 class TimedLoader:
@@ -84,6 +85,8 @@ class LanguageModule(L.LightningModule):
         self.loader: TimedLoader | None = None
         """What training reads from, for the share of time that it waits."""
         self.marks = (0.0, 0.0)
+        self.first = 0
+        """Steps that were done before this module trains."""
         model.blocks[-1].register_forward_hook(self.watch_output)
         if recipe.compile:
             for block in model.blocks:
@@ -117,8 +120,8 @@ class LanguageModule(L.LightningModule):
         """Weights [B, T] with image codes at `image_weight`."""
         return torch.where(modality == Modality.IMAGE, rows.weights * self.recipe.image_weight, rows.weights)
 
-    def training_step(self, rows: Rows, step: int) -> None:
-        started = time.perf_counter()
+    def training_step(self, rows: Rows, number: int) -> None:
+        started, step = time.perf_counter(), self.first + number
         found = self.optimizers()
         optimizers = found if isinstance(found, list) else [found]
         rate = rate_at(step, self.recipe.run.steps, self.recipe.optimizer)
@@ -151,19 +154,29 @@ class LanguageModule(L.LightningModule):
     ) -> None:
         nll, log_z = (torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "log_z"))
         live = rows.weights.flatten() > 0
-        self.log("train/loss", loss, prog_bar=True)
-        for kind in (Modality.TEXT, Modality.IMAGE):
-            chosen = live & (modality.flatten() == kind)
-            if chosen.any():
-                self.log(f"train/{kind.name.lower()}_loss", nll[chosen].mean(), prog_bar=True)
-        tokens = rows.ids.numel() / seconds
         assert self.output_norm is not None
+        chosen = {kind: live & (modality.flatten() == kind) for kind in (Modality.TEXT, Modality.IMAGE)}
+        world = self.trainer.world_size
+        # Sums of this process, which those of all others are added to: what is logged is the step's own, whoever logs it.
+        sums = [loss / world, log_z[live].sum(), live.sum(), self.output_norm / world]
+        for kind in chosen:
+            sums += [nll[chosen[kind]].sum(), chosen[kind].sum()]
+        totals = torch.stack([value.detach().double() for value in sums])
+        if world > 1:
+            totals = torch.as_tensor(self.all_gather(totals)).sum(dim=0)
+        loss, log_z_sum, count, output_norm = totals[:4]
+        self.log("train/loss", loss.float(), prog_bar=True)
+        for place, kind in enumerate(chosen):
+            total, found = totals[4 + 2 * place : 6 + 2 * place]
+            if found:
+                self.log(f"train/{kind.name.lower()}_loss", (total / found).float(), prog_bar=True)
+        tokens = rows.ids.numel() / seconds
         self.log_dict(
             {
-                "train/log_z": log_z[live].mean(),
+                "train/log_z": (log_z_sum / count).float(),
                 "train/gradient_norm": norm,
-                "train/output_norm": self.output_norm,
-                "speed/tokens_per_second": tokens * self.trainer.world_size,
+                "train/output_norm": output_norm.float(),
+                "speed/tokens_per_second": tokens * world,
                 "speed/share_of_matmul_peak": tokens * self.flops / self.peak,
             }
         )
@@ -207,6 +220,8 @@ def start(recipe: TrainRecipe) -> Bundle:
 def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     """Trains as the recipe says, saves a bundle to `run.out`/bundle, and returns it with the last logged figures."""
     L.seed_everything(recipe.run.seed, verbose=False)
+    plain = to_plain(recipe)
+    resumed = find(recipe.run, plain) if recipe.run.resume else None
     bundle = start(recipe)
     context = recipe.context or bundle.model.config.context
     if context > bundle.model.config.context:
@@ -223,9 +238,13 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     )
     if recipe.codebook_rows:
         add_codebook_rows(bundle.model, bundle.tokenizer.image.network.quantize.codebook(), bundle.vocabulary)
+    if resumed is not None:
+        bundle.model.load_state_dict(resumed.state["model"])
     module = LanguageModule(bundle.model, bundle.vocabulary, recipe, context)
-    trainer = build_trainer(recipe.run)
-    training = StepRows(mixture, recipe.run.steps)
+    checkpoints = Checkpoints(recipe.run, plain, resumed)
+    module.first = checkpoints.first
+    trainer = build_trainer(recipe.run, callbacks=[checkpoints])
+    training = StepRows(mixture, recipe.run.steps, checkpoints.first)
     training.rank, training.world = trainer.global_rank, trainer.world_size
     held_out, sources = None, mixture.sources
     if recipe.validation:
@@ -241,7 +260,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle, dict[str, float]]:
     figures = fit(trainer, module, loader, held_out, recipe.run)
     fold_codebook_rows(bundle.model)
     bundle.prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
-    stage = {"recipe": to_plain(recipe), "figures": figures, "data": data_fingerprint(mixture)}
+    stage = {"recipe": plain, "figures": figures, "data": data_fingerprint(mixture)}
     kept = {key: value for key, value in bundle.provenance.items() if key not in ("version", "sha256")}
     bundle.provenance = {**kept, "training": [*kept.get("training", []), stage]}
     if trainer.is_global_zero:

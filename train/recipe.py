@@ -47,6 +47,16 @@ class RunConfig:
     validate_every: int = 0
     """Steps between two validations; 0 validates at the end only."""
     progress: bool = True
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 leaves them to `checkpoint_minutes`."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints; 0 leaves them to `checkpoint_every`."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the latest checkpoint in `out`."""
+    force: bool = False
+    """Go on though keys of the recipe have changed that make another run."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -28,14 +29,16 @@ def usable_precision(run: RunConfig) -> str:
     return run.precision
 
 
-def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) -> L.Trainer:
+def build_trainer(
+    run: RunConfig, *, parts_unused: bool = False, callbacks: Sequence[Callback] = (), **more: Any
+) -> L.Trainer:
     """A trainer for one pass over a loader that holds one batch a step. Logs CSV and TensorBoard under `run.out`.
 
     `parts_unused`: a backward pass may leave out some parameters, which several processes must know of beforehand.
     """
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*No device id.*"):
         warnings.filterwarnings("ignore", text)
-    bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if run.progress else []
+    bar = [RichProgressBar(console_kwargs={"stderr": True})] if run.progress else []
     devices = run.devices
     if devices == "auto" and run.accelerator in ("auto", "gpu", "cuda"):
         devices = max(1, torch.cuda.device_count())
@@ -49,7 +52,7 @@ def build_trainer(run: RunConfig, *, parts_unused: bool = False, **more: Any) ->
         logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
         log_every_n_steps=run.log_every,
         val_check_interval=validation_interval(run),
-        callbacks=bar,
+        callbacks=[*bar, *callbacks],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=run.progress,

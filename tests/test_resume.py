@@ -1,0 +1,127 @@
+"""A run that is killed and goes on ends as one that was not, to the bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe_file
+
+from chameleon.cli import main
+from chameleon.errors import BadInput
+from chameleon.tensor_files import SafetensorsFiles
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train.language import train
+from chameleon.train.recipe import PretrainRecipe, read_recipe
+
+CODE = """
+import os, sys
+from chameleon.cli import main
+from chameleon.train import language
+steps = language.LanguageModule.training_step
+def step(module, rows, number):
+    if module.first + number == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return steps(module, rows, number)
+language.LanguageModule.training_step = step
+main(sys.argv[3:])
+"""
+CHANGES = ["run.steps=14", "run.checkpoint_every=3", "run.log_every=1", "model.dropout=0.1", "micro_rows=2"]
+
+
+def run(recipe: Path, out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
+    """Trains in a process of its own, which is sent a signal at a step."""
+    command = ["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, *more]
+    start = ["-c", CODE, str(step), str(int(sign))] if sign else ["-m", "chameleon.cli"]
+    done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL, 2, 143), done.stderr
+    return done.returncode
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(SafetensorsFiles.of_folder(out / "bundle", "model").items())
+
+
+def losses(out: Path) -> list[tuple[str, ...]]:
+    names = ("step", "train/loss", "train/text_loss", "train/gradient_norm", "train/output_norm", "rate")
+    with open(out / "log" / "metrics.csv", encoding="utf-8") as file:
+        return [tuple(row.get(name, "") for name in names) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = recipe_file(tmp_path, tokenizer, optimizer={"rate": 0.01, "warmup": 2, "eps": 1e-8, "kind": kind})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(recipe, whole) == 0
+    assert run(recipe, killed, step=7, sign=signal.SIGKILL) == -signal.SIGKILL
+    kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000006"]
+    assert run(recipe, killed, "--resume", step=10, sign=signal.SIGKILL) == -signal.SIGKILL
+    state = killed / "checkpoints" / "step-00000009" / "state.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)  # so the one before it serves
+    assert run(recipe, killed, "--resume") == 0
+    mine, wanted = weights(killed), weights(whole)
+    assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in wanted)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 14
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = recipe_file(tmp_path, tokenizer)
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert run(recipe, whole, "run.checkpoint_every=0") == 0
+    run(recipe, ended, "run.checkpoint_every=0", step=4, sign=signal.SIGTERM)
+    assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
+    assert not (ended / "bundle").exists()
+    assert run(recipe, ended, "run.checkpoint_every=0", "--resume") == 0
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
+    assert losses(ended) == losses(whole)
+
+
+def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_file(tmp_path, tokenizer)
+    out = tmp_path / "run"
+    run(recipe, out, step=5, sign=signal.SIGKILL)
+    command = ["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, "--resume"]
+    with pytest.raises(SystemExit) as error:
+        main([*command[:4], *CHANGES, "optimizer.rate=0.5", "run.log_every=2", "--resume"])
+    found = capsys.readouterr().err
+    assert error.value.code == 2 and "optimizer.rate from 0.01 to 0.5" in found and "--force" in found
+    with pytest.warns(UserWarning, match=r"run\.log_every from 1 to 2"):
+        main([*command[:4], *CHANGES, "run.log_every=2", "--resume"])
+    description = json.loads((out / "bundle" / "provenance.json").read_text())
+    assert description["training"][-1]["recipe"]["run"]["steps"] == 14
+
+
+def test_nothing_to_resume(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=2", "run.resume=true"])
+    with pytest.warns(UserWarning, match="no checkpoint in"):
+        train(recipe)
+    recipe.run.checkpoint_every, recipe.run.steps, recipe.run.resume = 1, 3, False
+    train(recipe)
+    recipe.run.resume, recipe.rows = True, 6
+    with pytest.raises(BadInput, match="rows from 4 to 6"):
+        train(recipe)
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Two processes until step 6, then one: the losses are those of one process all the way."""
+    recipe = recipe_file(tmp_path, tokenizer)
+    plain = ["model.dropout=0", "micro_rows=0", "run.accelerator=cpu"]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert run(recipe, whole, *plain) == 0
+    assert run(recipe, changed, *plain, "run.devices=2", "run.keep=9") == 0
+    for late in ("step-00000009", "step-00000012"):
+        shutil.rmtree(changed / "checkpoints" / late)
+    assert run(recipe, changed, *plain, "run.keep=9", "--resume") == 0
+    ours, wanted = ([[float(value or 0) for value in row] for row in losses(out)] for out in (changed, whole))
+    assert len(ours) == len(wanted) == 14
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
