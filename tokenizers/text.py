@@ -34,10 +34,10 @@ RESERVED = re.compile("[\t\x00\u2585\u2581]+")
 def chunks(text: str) -> Iterator[str]:
     """The text in pieces of at most `CHUNK_BYTES` bytes, cut behind newlines where there are any."""
     for run in RESERVED.split(text):
-        size = CHUNK_BYTES if run.isascii() else CHUNK_BYTES // 4
         start = 0
         while start < len(run):
-            end = start + size
+            is_ascii = run[start : start + CHUNK_BYTES].isascii()
+            end = start + (CHUNK_BYTES if is_ascii else CHUNK_BYTES // 4)
             if end < len(run):
                 newline = run.rfind("\n", start, end)
                 end = newline + 1 if newline > start else end
