@@ -60,8 +60,9 @@ def library_text(limit: int) -> str:
 
 def apart(code: str, *arguments: object) -> str:
     """What a process of its own prints: so its memory is its own too."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-c", f"import sys, data; {code}", *map(str, arguments)]
+    here = Path(__file__).parent  # where such a process looks for modules first
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # --- fitting a text tokenizer ----------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def fit() -> None:
                 while left > 0:
                     file.write(text[:left])
                     left -= len(text)
-            seconds, memory = apart("import data; data.fit_one(sys.argv[1], 4000, 4)", path).split()
+            seconds, memory = apart("data.fit_one(sys.argv[1], 4000, 4)", path).split()
             print(f"| {size} MiB | {float(seconds):.1f} | {float(memory):.0f} MiB |", flush=True)
     beside_hugging_face(text)
 
@@ -171,7 +172,7 @@ def index() -> None:
     for documents, per_shard in ((1_000_000, 10_000), (100_000_000, 100_000), (100_000_000, 10_000)):
         with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
             synthetic(Path(folder), documents, per_shard)
-            found = json.loads(apart("import data; data.index_one(sys.argv[1])", folder))
+            found = json.loads(apart("data.index_one(sys.argv[1])", folder))
         print("| {:,} | {:,} | {:,} | {:.2%} | {:.1f} s | {:.0f} MiB | {:.0f} µs |".format(*found), flush=True)
 
 

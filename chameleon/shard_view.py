@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def chosen(shards: Sequence[TokenShard], count: int) -> list[tuple[TokenShard, i
     wanted = [place * firsts[-1] // count for place in range(count)]
     return [
         (shard, number - first)
-        for shard, first, end in zip(shards, firsts, firsts[1:], strict=False)
+        for shard, (first, end) in zip(shards, pairwise(firsts), strict=True)
         for number in wanted
         if first <= number < end
     ]

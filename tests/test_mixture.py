@@ -21,8 +21,8 @@ from chameleon.data.mixture import (
     PackedSource,
     SourceConfig,
     StageConfig,
-    mixed,
     shuffled,
+    splitmix,
     stage_weights,
 )
 from chameleon.data.packing import cut, pack
@@ -355,7 +355,7 @@ def test_shuffling_looks_random() -> None:
         lambda key: shuffled(0, count, key),
         lambda key: (shuffled(1, count, key) - shuffled(0, count, key)) % count - 1,
     ):
-        values = np.bincount([function(mixed(7, key)) for key in range(keys)])
+        values = np.bincount([function(splitmix(7, key)) for key in range(keys)])
         expected = keys / len(values)
         degrees = len(values) - 1
         assert ((values - expected) ** 2 / expected).sum() < degrees + 5 * np.sqrt(2 * degrees)

@@ -125,3 +125,12 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, tokenizer: MixedTok
     ours, wanted = ([[float(value or 0) for value in row] for row in losses(out)] for out in (changed, whole))
     assert len(ours) == len(wanted) == 14
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
+
+
+def test_a_finished_run_that_goes_on_ends_the_same(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe, out = recipe_file(tmp_path, tokenizer), tmp_path / "run"
+    assert run(recipe, out, "run.checkpoint_every=7") == 0
+    before, rows = weights(out), losses(out)
+    assert run(recipe, out, "run.checkpoint_every=7", "--resume") == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+    assert losses(out) == rows

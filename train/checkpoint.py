@@ -59,10 +59,11 @@ def find(run: RunConfig, recipe: dict[str, Any]) -> Resumed | None:
             if checksum(folder / STATE) != description["sha256"]:
                 raise BadInput("checksum does not fit", where=folder / STATE)
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            before = description["recipe"]
         except (BadInput, OSError, KeyError) as error:
             warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
             continue
-        compare(description["recipe"], recipe, folder, force=run.force)
+        compare(before, recipe, folder, force=run.force)
         return Resumed(state["step"], state, logged(Path(run.out), state["step"]))
     warnings.warn(f"no checkpoint in {Path(run.out) / FOLDER}: the run begins anew", stacklevel=2)
     return None
@@ -139,9 +140,12 @@ class Checkpoints(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = self.first + batch_idx + 1
+        if done == self.run.steps:  # what comes next is the bundle
+            return
         every, minutes = self.run.checkpoint_every, self.run.checkpoint_minutes
-        late = trainer.strategy.broadcast(bool(minutes) and time.monotonic() - self.last > 60 * minutes)
-        if (every and done % every == 0) or late or trainer.received_sigterm:
+        late = bool(minutes) and time.monotonic() - self.last > 60 * minutes
+        # Clocks and signals are the first process's: all have to decide alike.
+        if (every and done % every == 0) or trainer.strategy.broadcast(late or trainer.received_sigterm):
             self.save(trainer, module, done)
             self.last = time.monotonic()
 

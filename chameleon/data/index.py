@@ -40,7 +40,7 @@ class RowIndex:
         documents = self.firsts[-1]
         sizes = np.zeros(documents, dtype=np.uint16 if context < 1 << 16 else np.uint32)  # 0: cut, or nothing to predict
         pieces: list[tuple[np.ndarray, ...]] = []
-        for shard, first in zip(shards, self.firsts, strict=False):
+        for shard, first in zip(shards, self.firsts[:-1], strict=True):
             offsets = shard.offsets
             lengths = np.diff(offsets)
             long = np.flatnonzero(lengths > context + 1)

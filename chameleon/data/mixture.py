@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 M64 = (1 << 64) - 1
 
 
-def mixed(*numbers: int) -> int:
+def splitmix(*numbers: int) -> int:
     """64 bits that look random, from integers: the finaliser of SplitMix64 over each in turn (Steele et al. 2014)."""
     state = 0
     for number in numbers:
@@ -102,7 +102,7 @@ def shuffled(place: int, count: int, key: int) -> int:
     while True:
         left, right = place >> half, place & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (mixed(key, turn, right) & mask)
+            left, right = right, left ^ (splitmix(key, turn, right) & mask)
         place = left << half | right
         if place < count:
             return place
@@ -136,7 +136,7 @@ class PackedSource:
     def swapped(self, ids: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
         """`bos picture text eos` as `bos text picture eos` in half of the cases; anything else as it is."""
         v, block = self.vocabulary, self.vocabulary.block_length
-        if len(ids) <= block + 2 or ids[1] != v.boi or ids[-1] != v.eos or mixed(*seed) & 1:
+        if len(ids) <= block + 2 or ids[1] != v.boi or ids[-1] != v.eos or splitmix(*seed) & 1:
             return ids
         if not bool(v.is_text(torch.from_numpy(ids[1 + block : -1])).all()):
             return ids
@@ -265,7 +265,7 @@ class Mixture:
         source, drawn = self.stages[bisect_right(self.stage_firsts, number) - 1].locate(number)
         count = len(self.sources[source])
         epoch, place = divmod(drawn, count)
-        return source, epoch, shuffled(place, count, mixed(self.seed, source, epoch))
+        return source, epoch, shuffled(place, count, splitmix(self.seed, source, epoch))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Rows:
         """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T].

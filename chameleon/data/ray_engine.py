@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,21 +50,12 @@ def ray_engine(address: str | None = None, *, actors: int | None = None, device:
     `actors`: how many; by default one for each GPU where `device` is `cuda`, else for each CPU of the cluster. Raises
     `BadInput` where Ray is not installed or no cluster answers.
     """
-    return partial(run, address=address, actors=actors, device=device)
+    return partial(spread, address=address, actors=actors, device=device)
 
 
-def run(
-    tasks: Sequence[Task],
-    tokenizer: MixedTokenizer,
-    options: TokenizeOptions,
-    *,
-    workers: int,
-    strict: bool,
-    on_chunk: Callable[[], None],
-    address: str | None,
-    actors: int | None,
-    device: str,
-) -> Iterator[tuple[int, Report]]:
+@contextmanager
+def cluster(address: str | None) -> Iterator[Any]:
+    """The library, joined to a cluster; one begun here ends with the block. Raises `BadInput` where none answers."""
     try:
         import ray
     except ImportError:
@@ -72,7 +64,7 @@ def run(
     if begun_here:
         connect(ray, address)
     try:
-        yield from spread(ray, tasks, tokenizer, options, workers, strict, on_chunk, actors, device)
+        yield ray
     finally:
         if begun_here:
             ray.shutdown()
@@ -100,66 +92,70 @@ def connect(ray: Any, address: str | None) -> None:
 
 
 def spread(
-    ray: Any,
     tasks: Sequence[Task],
     tokenizer: MixedTokenizer,
     options: TokenizeOptions,
+    *,
     workers: int,
     strict: bool,
     on_chunk: Callable[[], None],
+    address: str | None,
     actors: int | None,
     device: str,
 ) -> Iterator[tuple[int, Report]]:
     """The tasks over actors, each actor one at a time."""
-    on_gpu = device.startswith("cuda")
-    count = actors or int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0))
-    if not count:
-        raise BadInput(f"the cluster has no {'GPU' if on_gpu else 'CPU'}", where="--engine ray")
-    kind = ray.remote(Encoder).options(num_cpus=1, num_gpus=int(on_gpu))
-    held = ray.put(tokenizer)
-    todo: deque[tuple[int, int]] = deque((number, 1) for number in range(len(tasks)))  # and which try it is
-    running: dict[Any, tuple[Any, tuple[int, int] | None]] = {}  # what is awaited → its actor, and what that is at
+    if not tasks:
+        return
+    with cluster(address) as ray:
+        on_gpu = device.startswith("cuda")
+        count = actors or int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0))
+        if not count:
+            raise BadInput(f"the cluster has no {'GPU' if on_gpu else 'CPU'}", where="--engine ray")
+        kind = ray.remote(Encoder).options(num_cpus=1, num_gpus=int(on_gpu))
+        held = ray.put(tokenizer)
+        todo: deque[tuple[int, int]] = deque((number, 1) for number in range(len(tasks)))  # and which try it is
+        running: dict[Any, tuple[Any, tuple[int, int] | None]] = {}  # what is awaited → its actor, and what that is at
 
-    def begin() -> None:
-        actor = kind.remote(held, options, device, 1 + workers)
-        running[actor.ready.remote()] = (actor, None)
+        def begin() -> None:
+            actor = kind.remote(held, options, device, 1 + workers)
+            running[actor.ready.remote()] = (actor, None)
 
-    for _ in range(min(count, len(tasks))):
-        begin()
-    left, failed, heard = len(tasks), 0, time.monotonic()
-    names = ("RayActorError", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
-    lost = tuple(getattr(ray.exceptions, name) for name in names)
-    while left:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=1)
-        on_chunk()
-        if done or any(at is not None for _, at in running.values()):
-            heard = time.monotonic()
-        elif time.monotonic() - heard > PATIENCE:
-            raise BadInput(f"no node had room for an actor in {PATIENCE} s", where="--engine ray", remedy="free some")
-        for reference in done:
-            actor, at = running.pop(reference)
-            try:
-                report = ray.get(reference)
-            except lost as error:
+        for _ in range(min(count, len(tasks))):
+            begin()
+        left, failed, heard = len(tasks), 0, time.monotonic()
+        names = ("RayActorError", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+        lost = tuple(getattr(ray.exceptions, name) for name in names)
+        while left:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=1)
+            on_chunk()
+            if done or any(at is not None for _, at in running.values()):
+                heard = time.monotonic()
+            elif time.monotonic() - heard > PATIENCE:
+                raise BadInput(f"no node had room for an actor in {PATIENCE} s", where="--engine ray", remedy="free some")
+            for reference in done:
+                actor, at = running.pop(reference)
+                try:
+                    report = ray.get(reference)
+                except lost as error:
+                    if at is not None:
+                        number, tries = at
+                        if tries == TRIES:
+                            raise BadInput(f"lost {TRIES} times ({error})", where=tasks[number].raw.path) from None
+                        todo.appendleft((number, tries + 1))
+                    else:
+                        failed += 1
+                        if failed == TRIES * count:
+                            raise BadInput(f"actors do not start ({error})", where="--engine ray") from None
+                    begin()
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                failed = 0
                 if at is not None:
-                    number, tries = at
-                    if tries == TRIES:
-                        raise BadInput(f"lost {TRIES} times ({error})", where=tasks[number].raw.path) from None
-                    todo.appendleft((number, tries + 1))
+                    left -= 1
+                    yield at[0], report
+                if todo:
+                    at = todo.popleft()
+                    running[actor.make.remote(tasks[at[0]], workers, strict)] = (actor, at)
                 else:
-                    failed += 1
-                    if failed == TRIES * count:
-                        raise BadInput(f"actors do not start ({error})", where="--engine ray") from None
-                begin()
-                continue
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            failed = 0
-            if at is not None:
-                left -= 1
-                yield at[0], report
-            if todo:
-                at = todo.popleft()
-                running[actor.make.remote(tasks[at[0]], workers, strict)] = (actor, at)
-            else:
-                ray.kill(actor)
+                    ray.kill(actor)

@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from chameleon.data.webdataset import Skip
+from chameleon.document import unicode
 from chameleon.errors import BadInput
 
 Record = tuple[str, Any]
@@ -155,19 +156,13 @@ def csv_fields(rows: csv.DictReader[str], path: Path, on_skip: Skip) -> Iterator
         key = f"{path}, line {rows.line_num}"
         if None in row or None in row.values():
             on_skip(key, "not as many fields as the header")
-        elif not is_utf8("".join((*row, *row.values()))):
+            continue
+        try:
+            unicode("".join((*row, *row.values())), key)
+        except BadInput:
             on_skip(key, "not UTF-8")
-        else:
-            yield key, row
-
-
-def is_utf8(text: str) -> bool:
-    """Whether text read with `surrogateescape` was UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            continue
+        yield key, row
 
 
 FILES = {
