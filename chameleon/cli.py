@@ -335,7 +335,7 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
         path = Path(recipe.bundle) / CONFIG_FILE
         config = ModelConfig.from_json(read_json(path).get("model", {}), where=path)
     else:
-        config = named_size(recipe.size, **recipe.model)
+        config = named_size(recipe.size or "mini", **recipe.model)
         if recipe.tokenizers is not None and Path(recipe.tokenizers).is_dir():
             from chameleon.tokenizers.mixed import MixedTokenizer
 

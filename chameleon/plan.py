@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
 from chameleon.model.loss import CHUNK
+from chameleon.model.recompute import Checkpointing, products_per_token
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -43,7 +44,6 @@ RESERVED = 2e9
 """Bytes of a device left to its runtime and to gaps between allocations: an allowance, not a measurement."""
 
 Sharding = Literal["none", "ddp", "fsdp"]
-Checkpointing = Literal["none", "full"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Setup:
     sharding: Sharding = "none"
     """`fsdp`: parameters, gradients and optimiser split over the devices block by block (arXiv 2304.11277)."""
     checkpointing: Checkpointing = "none"
-    """`full`: a block's activations are computed again in the backward pass (arXiv 1604.06174)."""
+    """`full`: a block's activations are computed again in the backward pass; `selective`: all but products'."""
     devices: int = 1
     utilisation: float = 0.4
     """Share of the devices' peak that training reaches."""
@@ -69,7 +69,7 @@ class Setup:
             ("precision", self.precision, tuple(PRECISIONS)),
             ("optimizer", self.optimizer, ("adamw", "muon")),
             ("sharding", self.sharding, ("none", "ddp", "fsdp")),
-            ("checkpointing", self.checkpointing, ("none", "full")),
+            ("checkpointing", self.checkpointing, ("none", "selective", "full")),
         ):
             if value not in known:
                 raise BadInput(f"{name} {value!r} is not known", where="plan", remedy=f"one of {', '.join(known)}")
@@ -222,8 +222,11 @@ def activation_bytes(config: ModelConfig, setup: Setup) -> int:
     block, ends = two - one, 2 * one - two
     if setup.checkpointing == "none":
         return ends + config.layers * block
-    between = setup.rows * setup.context * config.width * PRECISIONS[setup.precision][0].itemsize
-    return ends + config.layers * between + block
+    ids, (stored, low) = setup.rows * setup.context, PRECISIONS[setup.precision]
+    kept = ids * config.width * stored.itemsize
+    if setup.checkpointing == "selective":
+        kept += ids * products_per_token(config) * low.itemsize
+    return ends + config.layers * kept + block
 
 
 def traced_bytes(config: ModelConfig, setup: Setup) -> int:

@@ -28,7 +28,7 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.quantizer import MovingAverageCodebook, build_quantizer, nearest
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
-from chameleon.train.codebook_rows import add_codebook_rows, fold_codebook_rows
+from chameleon.train.adapters import add_codebook_rows, fold
 from chameleon.train.image_tokenizer import StepPictures, fit_image
 from chameleon.train.language import train
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
@@ -106,14 +106,14 @@ def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
     ids = torch.randint(0, v.size, (2, 9))
     before = model.logits(model(ids)).detach()
     names = set(random_model(v.size).state_dict())
-    fold_codebook_rows(model)
+    fold(model)
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model.logits(model(ids)).detach(), before)
 
 
 def test_muon_and_codebook_rows_end_in_a_plain_bundle(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
-    trained, figures = train(read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon"]))
+    trained, figures = train(read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon", "run.steps=60"]))
     again = Bundle.load(tmp_path / "run" / "bundle", dtype=torch.float32).model.state_dict()
     assert set(again) == set(Transformer(trained.model.config).state_dict())
     for name, value in trained.model.state_dict().items():

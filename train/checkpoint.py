@@ -1,9 +1,10 @@
-"""Checkpoints of a run, from which it goes on bit for bit: weights, optimisers' states, random numbers, the step.
+"""Checkpoints of a run, from which it goes on bit for bit: weights, optimisers' states, and two counts.
 
-RUN/checkpoints/step-00001000/state.pt         what is restored, read as tensors alone
-RUN/checkpoints/step-00001000/checkpoint.json  the step, the recipe, SHA-256 of state.pt
+RUN/checkpoints/step-00001000/*.safetensors    each process's part of the tensors, in PyTorch's distributed format
+RUN/checkpoints/step-00001000/checkpoint.json  the counts, the recipe, SHA-256 of each file
 
-A checkpoint is written whole or not at all. The order of the data is a function of the step, so nothing of it is kept.
+A checkpoint is written whole or not at all, and read by any number of processes, however they divide the model. The order
+of the data and all random numbers are functions of the counts, so nothing of them is kept.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
 from chameleon.files import checksum, read_json, write_json, written_whole
 from chameleon.train.recipe import RunConfig
+from chameleon.train.steps import StepModule
 
-FOLDER, STATE, DESCRIPTION = "checkpoints", "state.pt", "checkpoint.json"
-HARMLESS = ("run.", "workers", "micro_rows", "verify", "compile", "validation")
+FOLDER, DESCRIPTION = "checkpoints", "checkpoint.json"
+HARMLESS = ("run.", "workers", "micro_rows", "verify", "compile", "checkpointing", "attention", "monitors", "validation")
 """What the recipe's keys begin with that may change when a run goes on, but for those below."""
 HARMFUL = ("run.steps", "run.seed", "run.precision")
 
@@ -36,9 +43,13 @@ HARMFUL = ("run.steps", "run.seed", "run.precision")
 class Resumed:
     """What a run goes on from."""
 
+    folder: Path
     step: int
     """Steps that were done."""
-    state: dict[str, Any]
+    batches: int
+    """Batches that were seen."""
+    tensor_parallel: int
+    """In whose order the rows of fused matrices lie."""
     rows: list[dict[str, str]]
     """Rows of the log until then."""
 
@@ -48,25 +59,42 @@ def folders(out: Path) -> list[Path]:
     return sorted((out / FOLDER).glob("step-*"), reverse=True)
 
 
+def verified(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises `BadInput` where it is not whole."""
+    description = read_json(folder / DESCRIPTION)
+    try:
+        for name, wanted in description["sha256"].items():
+            if checksum(folder / name) != wanted:
+                raise BadInput("checksum does not fit", where=folder / name)
+        return {key: description[key] for key in ("step", "batches", "tensor_parallel", "recipe", "sha256")}
+    except (OSError, KeyError, AttributeError) as error:
+        raise BadInput(f"not whole ({error})", where=folder) from None
+
+
+def latest(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The latest whole checkpoint of a run with what it says of itself; those that are not whole are passed over."""
+    for folder in folders(out):
+        try:
+            return folder, verified(folder)
+        except BadInput as error:
+            warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
+    return None
+
+
 def find(run: RunConfig, recipe: dict[str, Any]) -> Resumed | None:
     """What the run in `run.out` goes on from: its latest whole checkpoint; None where there is none.
 
     Raises `BadInput` where the recipe has changed in a way that would make another run of it, unless `run.force`.
     """
-    for folder in folders(Path(run.out)):
-        try:
-            description = read_json(folder / DESCRIPTION)
-            if checksum(folder / STATE) != description["sha256"]:
-                raise BadInput("checksum does not fit", where=folder / STATE)
-            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-            before = description["recipe"]
-        except (BadInput, OSError, KeyError) as error:
-            warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
-            continue
-        compare(before, recipe, folder, force=run.force)
-        return Resumed(state["step"], state, logged(Path(run.out), state["step"]))
-    warnings.warn(f"no checkpoint in {Path(run.out) / FOLDER}: the run begins anew", stacklevel=2)
-    return None
+    out = Path(run.out)
+    found = latest(out)
+    if found is None:
+        warnings.warn(f"no checkpoint in {out / FOLDER}: the run begins anew", stacklevel=2)
+        return None
+    folder, description = found
+    compare(description["recipe"], recipe, folder, force=run.force)
+    step = description["step"]
+    return Resumed(folder, step, description["batches"], description["tensor_parallel"], logged(out, step))
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,45 +130,97 @@ def logged(out: Path, step: int) -> list[dict[str, str]]:
     return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
 
 
+def tensors_of(module: StepModule, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name: `module.…`, `optimizer.PARAMETER.KEY`, `extra.…`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    found = {f"module.{name}": value.detach() for name, value in module.weights_kept().items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            found |= {f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    return found | {f"extra.{name}": value for name, value in module.extras().items()}
+
+
+def is_alone() -> bool:
+    """Whether this process trains by itself."""
+    return not (distributed.is_available() and distributed.is_initialized())
+
+
+def write(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes this process's part of the tensors into a folder that all processes see."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being alone
+        # A view into a larger storage would be refused, and two names of one storage written once.
+        tensors = {name: value if isinstance(value, DTensor) else value.clone() for name, value in tensors.items()}
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True), no_dist=is_alone())
+
+
+def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Restores module and optimisers from a checkpoint, each process its own part. Raises `BadInput` for another shape."""
+    reader = HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata
+    targets: dict[str, Tensor] = {f"module.{name}": value.detach() for name, value in module.weights_kept().items()}
+    for name, target in targets.items():
+        if name not in stored or stored[name].size != target.shape:  # type: ignore[union-attr]
+            found = list(stored[name].size) if name in stored else "nothing"  # type: ignore[union-attr]
+            raise BadInput(f"{name} is {found} there, here {list(target.shape)}", where=folder)
+    named = dict(module.named_parameters())
+    places = {}
+    for name, about in stored.items():
+        if name in targets:
+            continue
+        owner = named.get(name.removeprefix("optimizer.").rpartition(".")[0]) if name.startswith("optimizer.") else None
+        size, dtype = about.size, about.properties.dtype  # type: ignore[union-attr]
+        if owner is not None and size == owner.shape:
+            targets[name] = torch.zeros_like(owner, dtype=dtype)
+        else:
+            targets[name] = torch.zeros(size, dtype=dtype)
+        if owner is not None:
+            places[name] = owner
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(targets, storage_reader=reader, no_dist=is_alone())
+    own = {parameter: optimizer for optimizer in optimizers for g in optimizer.param_groups for parameter in g["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for name, parameter in places.items():
+        value = targets[name]
+        if parameter in own:
+            fused = value.ndim == 0 and own[parameter].defaults.get("fused")
+            own[parameter].state[parameter][name.rpartition(".")[2]] = value.to(parameter.device) if fused else value
+    module.restore_extras({n.removeprefix("extra."): v for n, v in targets.items() if n.startswith("extra.")})
+
+
 class Checkpoints(Callback):
-    """Writes checkpoints while a run trains, and restores the one that it goes on from."""
+    """Writes checkpoints while a run trains, restores the one that it goes on from, and goes back where it must."""
 
     def __init__(self, run: RunConfig, recipe: dict[str, Any], resumed: Resumed | None) -> None:
         self.run, self.recipe, self.resumed = run, recipe, resumed
         self.last = time.monotonic()
-        if resumed is None:
-            shutil.rmtree(Path(run.out) / FOLDER, ignore_errors=True)  # of an earlier run in this folder
-
-    @property
-    def first(self) -> int:
-        """Steps that were done before."""
-        return self.resumed.step if self.resumed else 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, StepModule)
         self.last = time.monotonic()
         if self.resumed is None:
+            if trainer.is_global_zero:
+                shutil.rmtree(Path(self.run.out) / FOLDER, ignore_errors=True)  # of an earlier run in this folder
             return
-        for optimizer, state in zip(trainer.optimizers, self.resumed.state["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        trainer.fit_loop.epoch_loop._batches_that_stepped = self.first  # what log rows are numbered by
+        read(self.resumed.folder, module, trainer.optimizers)
+        module.done, module.batches = self.resumed.step, self.resumed.batches
+        module.reorder_rows(self.resumed.tensor_parallel, self.run.tensor_parallel, trainer.optimizers)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
                 rows: Any = self.resumed.rows
                 logger.experiment.metrics.extend({**row, "step": int(row["step"])} for row in rows)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0 and self.resumed is not None:  # making the loader has drawn some numbers
-            random = self.resumed.state["random"]
-            torch.set_rng_state(random["cpu"])
-            if random["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(random["cuda"])
-            self.resumed.state.clear()
-
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = self.first + batch_idx + 1
-        if done == self.run.steps:  # what comes next is the bundle
+        assert isinstance(module, StepModule)
+        if module.guard.gives_up:
+            self.go_back(trainer, module)
+            return
+        done = module.done + 1  # callbacks are asked before the module counts
+        if done >= self.run.steps or module.guard.in_a_row:  # what comes next is the result; or it may have to go back
             return
         every, minutes = self.run.checkpoint_every, self.run.checkpoint_minutes
         late = bool(minutes) and time.monotonic() - self.last > 60 * minutes
@@ -149,25 +229,91 @@ class Checkpoints(Callback):
             self.save(trainer, module, done)
             self.last = time.monotonic()
 
-    def save(self, trainer: L.Trainer, module: Any, done: int) -> None:
-        """Writes the checkpoint of `done` steps, then removes all but the last `run.keep`."""
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.save()
-            state = {
-                "step": done,
-                "model": module.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-                "random": {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                },
-            }
-            out = Path(self.run.out)
+    def go_back(self, trainer: L.Trainer, module: StepModule) -> None:
+        """To the latest checkpoint, and on behind the batches that were seen. Raises `BadInput` where there is none."""
+        found = trainer.strategy.broadcast(latest(Path(self.run.out)))
+        told = f"{module.guard.in_a_row} steps in a row were left out"
+        if found is None or module.guard.returns >= self.run.keep + 1:
+            raise BadInput(
+                f"{told} until step {module.done}" + ("" if found else ", and there is no checkpoint to go back to"),
+                where=self.run.out,
+                remedy="lower optimizer.rate, or look at the data named above",
+            )
+        folder, description = found
+        module.events.tell(module.done, "going back", f"{told}: on from step {description['step']} with later batches")
+        kept = (module.guard.skipped, module.guard.returns)
+        read(folder, module, trainer.optimizers)
+        module.guard.skipped, module.guard.returns = kept
+        module.guard.went_back()
+        module.done = description["step"] - 1  # the module counts this batch as one more
+
+    def save(self, trainer: L.Trainer, module: StepModule, done: int) -> None:
+        """Writes the checkpoint of `done` steps, then removes all but the last `run.keep`.
+
+        Raises `BadInput` where the disk is full; the checkpoints before it stay.
+        """
+        out = Path(self.run.out)
+        tensors = tensors_of(module, trainer.optimizers)
+        if is_alone():
             with written_whole(out / FOLDER / f"step-{done:08}") as place:
-                torch.save(state, place / STATE)
-                description = {"step": done, "sha256": checksum(place / STATE), "recipe": self.recipe}
-                write_json(place / DESCRIPTION, description)
-            for old in folders(out)[self.run.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+                self.check_space(out, tensors)
+                write(place, tensors)
+                self.describe(place, trainer, module, done)
+            self.tidy(out, trainer)
+            return
+        # Several processes write into one folder, which the first one makes and names when all are through.
+        place = out / FOLDER / f".step-{done:08}.partial-all"
+        problem: str | None = None
+        if trainer.is_global_zero:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
         trainer.strategy.barrier()
+        try:
+            self.check_space(out, tensors)
+            write(place, tensors)
+        except Exception as error:
+            problem = str(error)
+        problems: list[Any] = [None] * trainer.world_size
+        distributed.all_gather_object(problems, problem)
+        told = next((text for text in problems if text), None)
+        if told is not None:
+            if trainer.is_global_zero:
+                shutil.rmtree(place, ignore_errors=True)
+            raise BadInput(f"could not be written ({told})", where=out / FOLDER, remedy="make room; earlier ones are kept")
+        if trainer.is_global_zero:
+            self.describe(place, trainer, module, done)
+            target = out / FOLDER / f"step-{done:08}"
+            shutil.rmtree(target, ignore_errors=True)
+            place.rename(target)
+        self.tidy(out, trainer)
+        trainer.strategy.barrier()
+
+    def check_space(self, out: Path, tensors: dict[str, Tensor]) -> None:
+        """Raises `BadInput` where this process's part has no room, before a byte is written."""
+        parts = (value.to_local() if isinstance(value, DTensor) else value for value in tensors.values())
+        needed, free = sum(part.numel() * part.element_size() for part in parts), shutil.disk_usage(out).free
+        if needed > free:
+            raise BadInput(
+                f"a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                where=out / FOLDER,
+                remedy=f"make room, then go on with --resume; the last {self.run.keep} checkpoints are kept",
+            )
+
+    def describe(self, place: Path, trainer: L.Trainer, module: StepModule, done: int) -> None:
+        description = {
+            "step": done,
+            "batches": module.batches + 1,
+            "tensor_parallel": self.run.tensor_parallel,
+            "processes": trainer.world_size,
+            "sha256": {path.name: checksum(path) for path in sorted(place.glob("*.safetensors"))},
+            "recipe": self.recipe,
+        }
+        write_json(place / DESCRIPTION, description)
+
+    def tidy(self, out: Path, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        for old in folders(out)[self.run.keep :]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -20,10 +20,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 from chameleon.data.mixture import SourceConfig, StageConfig
 from chameleon.errors import BadInput
 from chameleon.model.loss import Z_LOSS
+from chameleon.model.recompute import Checkpointing
 from chameleon.tokenizers.quantizer import CodebookKind
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGANConfig
+from chameleon.train.adapters import LoraConfig
+from chameleon.train.objective import AttentionKind, LossKind
 from chameleon.train.optimizer import OptimizerConfig
+from chameleon.train.stability import StabilityConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
 R = TypeVar("R")
@@ -40,13 +44,21 @@ class RunConfig:
     precision: str = "bf16-mixed"
     """Lightning's name of it; on processors that are slow in bfloat16, 32-true is taken instead."""
     devices: int | str = "auto"
-    """How many, or `auto`; on CPUs each is a process with its share of the threads."""
+    """How many on each node, or `auto`; on CPUs each is a process with its share of the threads."""
+    nodes: int = 1
+    """Started on each by torchrun or SLURM."""
     accelerator: str = "auto"
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """What several devices share: `ddp`, the batch; `fsdp`, parameters, gradients and optimiser too (FSDP2)."""
+    tensor_parallel: int = 1
+    """Devices that split each matrix between them, with `fsdp`; they should be of one node."""
     log_every: int = 10
     """Steps between two rows of the log."""
     validate_every: int = 0
     """Steps between two validations; 0 validates at the end only."""
     progress: bool = True
+    wandb: str | None = None
+    """Project at Weights & Biases to log to as well; WANDB_MODE=offline keeps it here."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 leaves them to `checkpoint_minutes`."""
     checkpoint_minutes: float = 10.0
@@ -74,6 +86,13 @@ class FitImageRecipe:
     discriminator: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(rate=2e-4, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.0, warmup=0)
     )
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    ema: float = 0.0
+    """Share of the old in a moving average of the weights, which is then what is validated and saved; 0 keeps none."""
+    weight_field: str | None = None
+    """Field of the samples' records that says how often a picture is drawn, such as faces twice as often (RECIPE 2.1)."""
+    smallest_usage: float = 0.1
+    """Share of the codebook that is in use below which a warning says that it collapses."""
     batch: int = 32
     """Pictures a step, over all devices."""
     workers: int = 0
@@ -96,10 +115,15 @@ class TrainRecipe:
     """Folder with both tokenizers' files (or a bundle) for a new model."""
     bundle: str | None = None
     """Bundle whose weights and tokenizers training starts from, instead of a new model."""
-    size: str = "mini"
-    """Named size of a new model, see `chameleon.model.config.SIZES`."""
+    size: str | None = None
+    """Named size of a new model, see `chameleon.model.config.SIZES`; `mini` where it is left out. With a bundle, what its
+    size has to be."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the model that differ from the named size."""
+    learn: Literal["all", "lora", "image_head"] = "all"
+    """`lora`: low-rank adapters alone, folded into the weights at the end; `image_head`: the head's rows of image ids
+    alone, which teaches a model to draw that only its head keeps from drawing."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     codebook_rows: bool = False
     """While training, add a learned projection of the codebook to the rows of image ids in embedding and head, so that
     codes that look alike learn alike; folded into plain rows in the bundle."""
@@ -114,6 +138,17 @@ class TrainRecipe:
     image_weight: float = 1.0
     """Weight of image codes in the loss, against 1 for text and structure."""
     z_loss: float = Z_LOSS
+    loss: LossKind = "chunked"
+    """`cut`: the kernels of cut cross-entropy (arXiv 2411.09009), by the package of that name, on GPUs."""
+    attention: AttentionKind = "auto"
+    """`flex`: FlexAttention, which passes over blocks between documents; `dense`: a mask. `auto`: `flex` on GPUs."""
+    checkpointing: Checkpointing = "none"
+    """Activations that are computed again in the backward pass: all, or all but those of products and attention."""
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    monitors: bool = True
+    """At logged steps also measure attention logits and how far the weights move."""
+    samples: int = 2
+    """Captions and drawings in TensorBoard at each validation; 0 draws none."""
     verify: bool = True
     """Check the SHA-256 of all token shards before the first step."""
     compile: bool = False

@@ -9,8 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from chameleon.errors import BadInput
 from chameleon.plan import fast_bfloat16
 from chameleon.train.recipe import RunConfig
 
@@ -20,13 +22,77 @@ def validation_interval(run: RunConfig) -> int | None:
     return min(run.validate_every, run.steps) or None
 
 
+def is_on_gpus(run: RunConfig) -> bool:
+    """Whether the run wants GPUs, there or not."""
+    return run.accelerator in ("gpu", "cuda") or (run.accelerator == "auto" and torch.cuda.is_available())
+
+
 def usable_precision(run: RunConfig) -> str:
     """The recipe's precision; single precision where the processor that trains has no fast bfloat16."""
-    on_cpu = run.accelerator == "cpu" or (run.accelerator == "auto" and not torch.cuda.is_available())
-    if on_cpu and run.precision.startswith("bf16") and not fast_bfloat16():
+    if not is_on_gpus(run) and run.precision.startswith("bf16") and not fast_bfloat16():
         warnings.warn(f"this processor is slow in bfloat16: 32-true instead of {run.precision}", stacklevel=2)
         return "32-true"
     return run.precision
+
+
+def low_dtype(run: RunConfig) -> torch.dtype | None:
+    """The dtype that FSDP2 gathers parameters in: bfloat16 where the recipe mixes it in, else their own."""
+    return torch.bfloat16 if usable_precision(run) == "bf16-mixed" else None
+
+
+def device_count(run: RunConfig) -> int:
+    """Devices on each node. Raises `BadInput` where the recipe wants more, or other, than there are."""
+    there = torch.cuda.device_count() if is_on_gpus(run) else None
+    if run.devices == "auto":
+        return max(1, there or 1)
+    if not isinstance(run.devices, int) or run.devices < 1:
+        raise BadInput(f"devices {run.devices!r} is neither auto nor a number of 1 or more", where="run.devices")
+    if there is not None and run.devices > there:
+        raise BadInput(
+            f"the recipe wants {run.devices} GPUs, there {'is' if there == 1 else 'are'} {there}",
+            where="run.devices",
+            remedy=f"give run.devices={max(there, 1)}" + ("" if there else " run.accelerator=cpu"),
+        )
+    return run.devices
+
+
+def strategy_of(run: RunConfig, parts_unused: bool) -> Any:
+    """Lightning's strategy, or None for its own choice. Raises `BadInput` where the world does not divide."""
+    world = device_count(run) * run.nodes
+    if run.sharding == "fsdp":
+        if run.tensor_parallel < 1 or world % run.tensor_parallel:
+            raise BadInput(
+                f"{world} devices do not divide by {run.tensor_parallel}",
+                where="run.tensor_parallel",
+                remedy="change it, or run.devices",
+            )
+        if usable_precision(run) not in ("bf16-mixed", "32-true", "bf16-true"):
+            raise BadInput(f"{run.precision} cannot be sharded", where="run.precision", remedy="use bf16-mixed")
+        return ModelParallelStrategy(
+            data_parallel_size=world // run.tensor_parallel,
+            tensor_parallel_size=run.tensor_parallel,
+        )
+    if run.tensor_parallel != 1:
+        raise BadInput("tensor_parallel needs fsdp", where="run.tensor_parallel", remedy="set run.sharding=fsdp")
+    if world == 1:
+        return None
+    return "ddp_find_unused_parameters_true" if parts_unused else "ddp"
+
+
+def loggers(run: RunConfig) -> list[Logger]:
+    """CSV and TensorBoard under `run.out`/log, and Weights & Biases where the recipe names a project."""
+    found: list[Logger] = [
+        CSVLogger(run.out, name="", version="log"),
+        TensorBoardLogger(run.out, name="", version="log"),
+    ]
+    if run.wandb:
+        try:
+            found.append(WandbLogger(project=run.wandb, save_dir=run.out))
+        except ModuleNotFoundError:
+            raise BadInput(
+                "wandb is not installed", where="run.wandb", remedy="pip install 'open-chameleon[wandb]'"
+            ) from None
+    return found
 
 
 def build_trainer(
@@ -39,17 +105,18 @@ def build_trainer(
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*No device id.*"):
         warnings.filterwarnings("ignore", text)
     bar = [RichProgressBar(console_kwargs={"stderr": True})] if run.progress else []
-    devices = run.devices
-    if devices == "auto" and run.accelerator in ("auto", "gpu", "cuda"):
-        devices = max(1, torch.cuda.device_count())
-    if parts_unused and devices not in ("auto", 1):
-        more["strategy"] = "ddp_find_unused_parameters_true"
+    precision, strategy = usable_precision(run), strategy_of(run, parts_unused)
+    if strategy is not None:
+        more["strategy"] = strategy
+    if run.sharding == "fsdp" and precision == "bf16-mixed":
+        precision = "32-true"  # FSDP2 does the mixing: see `low_dtype`
     return L.Trainer(
         accelerator=run.accelerator,
-        devices=devices,
-        precision=usable_precision(run),  # type: ignore[arg-type]
+        devices=device_count(run),
+        num_nodes=run.nodes,
+        precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
-        logger=[CSVLogger(run.out, name="", version="log"), TensorBoardLogger(run.out, name="", version="log")],
+        logger=loggers(run),
         log_every_n_steps=run.log_every,
         val_check_interval=validation_interval(run),
         callbacks=[*bar, *callbacks],
@@ -66,8 +133,17 @@ def build_trainer(
 def fit(
     trainer: L.Trainer, module: L.LightningModule, training: Any, validation: Any | None, run: RunConfig
 ) -> dict[str, float]:
-    """Trains, and returns the last logged figures; those of validation are always of the trained weights."""
-    trainer.fit(module, training, validation)
+    """Trains, and returns the last logged figures; those of validation are always of the trained weights.
+
+    Raises `BadInput` where the memory is not enough.
+    """
+    try:
+        trainer.fit(module, training, validation)
+    except torch.OutOfMemoryError as error:
+        told = str(error).split(". ")[0]
+        raise BadInput(
+            f"out of memory ({told})", where="recipe", remedy="lower micro_rows, set checkpointing=full, or shard over more"
+        ) from None
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     interval = validation_interval(run)
     if validation is not None and interval and run.steps % interval:

@@ -267,13 +267,17 @@ class Mixture:
         epoch, place = divmod(drawn, count)
         return source, epoch, shuffled(place, count, splitmix(self.seed, source, epoch))
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Rows:
-        """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T].
-
-        Raises `BadInput` where the rows do not divide: devices with fewer would leave the others waiting.
-        """
+    def check_parts(self, world: int) -> None:
+        """Raises `BadInput` where the rows do not divide by `world`: devices with fewer would leave the others waiting."""
         if self.rows % world:
-            raise BadInput(f"rows {self.rows} do not divide by {world} devices", where="recipe.rows")
+            near = max(world, self.rows // world * world)
+            raise BadInput(
+                f"rows {self.rows} do not divide by {world} devices", where="recipe.rows", remedy=f"{near} rows do"
+            )
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Rows:
+        """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T]; see `check_parts`."""
+        self.check_parts(world)
         chosen = []
         for number in range(step * self.rows + rank, (step + 1) * self.rows, world):
             source, epoch, row = self.locate(number)

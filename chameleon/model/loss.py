@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chameleon.errors import BadInput
+
 Z_LOSS = 1e-5
 CHUNK = 1024  # rows whose logits exist at one time
 
@@ -91,3 +93,28 @@ def chunked_cross_entropy(
         torch.zeros(len(weights), device=hidden.device).index_copy(0, live, nll),
         torch.zeros(len(weights), device=hidden.device).index_copy(0, live, log_z),
     )
+
+
+def cut_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, z_loss: float = Z_LOSS
+) -> TokenLoss:
+    """The same by the kernels of cut cross-entropy (arXiv 2411.09009), which never hold logits in memory at all.
+
+    On GPUs, by the package of its authors. Raises `BadInput` where that is missing.
+    """
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        raise BadInput(
+            "cut_cross_entropy is not installed",
+            where="recipe.loss",
+            remedy="pip install 'open-chameleon[cut]', or use chunked",
+        ) from None
+    live = weights.nonzero().squeeze(1)
+    implementation = "cce" if hidden.device.type == "cuda" else "torch_compile"
+    rows, low_head, chosen = hidden[live], head.to(hidden.dtype), targets[live]
+    nll = linear_cross_entropy(rows, low_head, chosen, reduction="none", impl=implementation).float()
+    log_z = nll + (rows * low_head[chosen]).float().sum(1)  # −log p = log Z − logit
+    loss = (weights[live].float() * (nll + z_loss * log_z.square())).sum()
+    empty = torch.zeros(len(weights), device=hidden.device)
+    return TokenLoss(loss, empty.index_copy(0, live, nll.detach()), empty.index_copy(0, live, log_z.detach()))

@@ -13,16 +13,22 @@ Shapes: B rows, T ids a row, S slots of cache, D width, H heads, K kv heads, C h
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from chameleon.model.cache import KVCache
 from chameleon.model.config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]
+Mask = Tensor | BlockMask
 
 
 def rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
@@ -45,6 +51,35 @@ def packed_mask(document_ids: Tensor) -> Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
 
 
+def packed_blocks(document_ids: Tensor) -> BlockMask:
+    """The same as `packed_mask`, for FlexAttention (arXiv 2412.05496): blocks that nobody may look at cost nothing."""
+
+    def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
+
+    rows, length = document_ids.shape
+    return create_block_mask(mask, rows, None, length, length, device=str(document_ids.device))
+
+
+@functools.cache
+def flex(device: str) -> Callable[..., Any]:
+    """FlexAttention; on GPUs only the compiled one is fast, and compiled it does not learn on CPUs."""
+    chosen: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return chosen
+
+
+class Attend(nn.Module):
+    """Softmax attention. A module of its own so that hooks can see queries and keys."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        """q [B, H, T, C], k and v [B, K, S, C] to [B, H, T, C]; with no mask causal."""
+        grouped = q.shape[1] != k.shape[1]
+        if isinstance(mask, BlockMask):
+            return flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
 class HeadNorm(nn.Module):
     """LayerNorm over each head's C features; row s of the weights serves the s-th share of the heads."""
 
@@ -59,10 +94,9 @@ class HeadNorm(nn.Module):
         shards, width = self.weight.shape
         if shards == 1:
             return F.layer_norm(x, (width,), self.weight[0].to(x.dtype), self.bias[0].to(x.dtype), self.eps)
-        heads = x.shape[2] // shards
-        weight = self.weight.repeat_interleave(heads, dim=0).to(x.dtype)  # [H, C]
-        bias = self.bias.repeat_interleave(heads, dim=0).to(x.dtype)
-        return F.layer_norm(x, (width,), eps=self.eps) * weight + bias
+        weight, bias = self.weight.to(x.dtype).unsqueeze(1), self.bias.to(x.dtype).unsqueeze(1)  # [shards, 1, C]
+        normed = F.layer_norm(x, (width,), eps=self.eps).unflatten(2, (shards, -1))
+        return (normed * weight + bias).flatten(2, 3)
 
 
 class Attention(nn.Module):
@@ -76,11 +110,12 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
             self.k_norm = HeadNorm(config.k_norm_shards, config.head_width, config.norm_eps)
+        self.attend = Attend()
 
     def forward(
-        self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None, seen: int
+        self, x: Tensor, turn: Rotation, mask: Mask | None, cache: KVCache | None, slots: Tensor | None, seen: int
     ) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
         if hasattr(self, "q_norm"):
@@ -91,10 +126,7 @@ class Attention(nn.Module):
             assert slots is not None
             cache.write(self.layer, k, v, slots)
             k, v = cache.read(self.layer, batch, seen)  # [B, K, S, C]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -126,7 +158,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         turn: Rotation,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         seen: int = 0,
@@ -152,27 +184,25 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal weights of deviation 0.02, those that end a branch shrunk by √(2 · layers) (GPT-2's rule)."""
+    def init_weights(self, seed: int = 0) -> None:
+        """Puts every parameter to its `initial` value."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2 and "_norm" not in name:
-                ends_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
-                deviation = 0.02 / math.sqrt(2 * self.config.layers) if ends_branch else 0.02
-                nn.init.normal_(parameter, std=deviation)
+            parameter.copy_(initial(name, parameter.shape, self.config, seed))
 
     def forward(
         self,
         ids: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         seen: int | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] behind the last norm.
 
         ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query may
-        look; by default causal. cache: keys and values are written to the slots `positions` and the first `seen` slots
-        (default: T) are attended to; give a mask unless these are one id of one row, or a prompt from position 0.
+        look, or blocks for FlexAttention; by default causal. cache: keys and values are written to the slots `positions`
+        and the first `seen` slots (default: T) are attended to; give a mask unless these are one id of one row, or a
+        prompt from position 0.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
@@ -185,3 +215,16 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """hidden [..., D] to logits [..., n] of the `n` ids in the slice (default: all)."""
         return F.linear(hidden, self.head.weight[ids])
+
+
+def initial(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """What the parameter of that name starts from, float32, whoever holds which part of it.
+
+    Normal numbers of deviation 0.02, those that end a branch shrunk by √(2 · layers) (GPT-2's rule); norms are 1, biases 0.
+    """
+    if "norm" in name:
+        return torch.zeros(*shape) if name.endswith("bias") else torch.ones(*shape)
+    ends_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
+    deviation = 0.02 / math.sqrt(2 * config.layers) if ends_branch else 0.02
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.empty(*shape).normal_(std=deviation, generator=generator)
