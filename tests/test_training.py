@@ -113,7 +113,9 @@ def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
 
 def test_muon_and_codebook_rows_end_in_a_plain_bundle(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
-    trained, figures = train(read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon", "run.steps=60"]))
+    trained, figures = train(
+        read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon", "run.steps=60"])
+    )
     again = Bundle.load(tmp_path / "run" / "bundle", dtype=torch.float32).model.state_dict()
     assert set(again) == set(Transformer(trained.model.config).state_dict())
     for name, value in trained.model.state_dict().items():

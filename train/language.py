@@ -34,8 +34,8 @@ from chameleon.train.checkpoint import Checkpoints, find
 from chameleon.train.memory import check_memory
 from chameleon.train.monitors import AttentionWatch, UpdateWatch
 from chameleon.train.objective import Objective
-from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
-from chameleon.train.parallel import fill, gradient_norm, parallelize, put, row_order, whole
+from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate, whole
+from chameleon.train.parallel import fill, parallelize, put, row_order
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
 from chameleon.train.stability import Alarm
 from chameleon.train.steps import StepModule
@@ -253,7 +253,7 @@ class LanguageModule(StepModule):
         weights = weights / total.clamp(min=1e-6)
         watch = AttentionWatch(self.model) if self.is_logged and self.recipe.monitors else None
         micro = self.recipe.micro_rows or len(rows.ids)
-        loss, parts = torch.zeros((), device=self.device), []
+        loss, parts, norms = torch.zeros((), device=self.device), [], []
         for begin in range(0, len(rows.ids), micro):
             part = slice(begin, begin + micro)
             cut = Rows(*(column[part] for column in rows))
@@ -263,16 +263,17 @@ class LanguageModule(StepModule):
                 self.manual_backward(result.loss)
             loss += result.loss.detach()
             parts.append(result)
+            assert self.output_norm is not None
+            norms.append(self.output_norm * len(cut.ids) / len(rows.ids))
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = gradient_norm(learning)
         loss = self.on_all(loss) / self.parts[1]
-        self.log_step(rows, modality, parts, loss, norm)
+        self.log_step(rows, modality, parts, loss, norm, torch.stack(norms).sum())
         if self.leaves_out(loss, norm):
             for optimizer in optimizers:
                 optimizer.zero_grad()
         else:
-            if self.recipe.optimizer.clip:
-                torch.nn.utils.clip_grads_with_norm_(learning, self.recipe.optimizer.clip, norm)
+            clip_gradients(learning, self.recipe.optimizer.clip, norm)
             update = UpdateWatch(self.model) if watch is not None else None
             for optimizer in optimizers:
                 set_rate(optimizer.optimizer, rate)
@@ -291,12 +292,13 @@ class LanguageModule(StepModule):
         blocked = getattr(self.trainer.strategy, "block_backward_sync", None)
         return blocked() if blocked is not None and self.recipe.run.sharding == "ddp" else nullcontext()
 
-    def log_step(self, rows: Rows, modality: Tensor, parts: list[TokenLoss], loss: Tensor, norm: Tensor) -> None:
+    def log_step(
+        self, rows: Rows, modality: Tensor, parts: list[TokenLoss], loss: Tensor, norm: Tensor, output_norm: Tensor
+    ) -> None:
         nll, log_z = (torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "log_z"))
         live = rows.weights.flatten() > 0
-        assert self.output_norm is not None
         # Sums of this process, which those of all others are added to: what is logged is the step's own, whoever logs it.
-        sums = [self.output_norm]
+        sums = [output_norm]
         for kind in KINDS:
             chosen = live & (modality.flatten() == kind)
             sums += [chosen.sum(), nll[chosen].sum(), log_z[chosen].sum()]
@@ -307,11 +309,10 @@ class LanguageModule(StepModule):
         of_source = torch.zeros(2, len(self.mixture.sources), device=self.device).index_add(1, of_row, by_row.float())
         own = torch.cat((torch.stack([value.detach().double() for value in sums]), of_source.double().flatten()))
         totals = self.on_all(own).tolist()
-        output_norm = totals[0] / world
         count = max(1.0, sum(totals[1 + 3 * place] for place in range(len(KINDS))))
         log_z_mean = sum(totals[3 + 3 * place] for place in range(len(KINDS))) / count
         self.log("train/loss", loss, prog_bar=True)
-        warnings = [self.alarm.output_norm(output_norm)]
+        warnings = [self.alarm.output_norm(totals[0] / world)]
         for place, kind in enumerate(KINDS):
             found, nll_sum, log_z_sum = totals[1 + 3 * place : 4 + 3 * place]
             if found:
@@ -325,7 +326,7 @@ class LanguageModule(StepModule):
             for source, found, nll_sum in zip(self.mixture.sources, counts, losses, strict=True):
                 if found:
                     self.log(f"source/{source.config.called}_loss", nll_sum / found)
-        self.log_dict({"train/log_z": log_z_mean, "train/gradient_norm": norm, "train/output_norm": output_norm})
+        self.log_dict({"train/log_z": log_z_mean, "train/gradient_norm": norm, "train/output_norm": totals[0] / world})
         self.warn(warnings)
 
     def log_attention(self, watch: AttentionWatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon.model.transformer import Attend, Transformer
-from chameleon.train.parallel import whole
+from chameleon.train.optimizer import whole
 
 QUERIES = 256  # queries whose logits exist at one time
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
 
@@ -72,8 +74,9 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
             )
         )
     groups = [
-        {"params": [p for n, p in named.items() if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
+        {"params": same, "weight_decay": config.weight_decay if which else 0.0}
+        for which in (True, False)
+        for same in by_mesh(p for n, p in named.items() if decays(n, p) is which)
     ]
     betas = (config.betas[0], config.betas[1])
     result.append(torch.optim.AdamW(groups, lr=config.rate, betas=betas, eps=config.eps, fused=True))
@@ -84,3 +87,29 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, of which a device may hold a part; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that lie on the same devices together, since operations on many at once need that."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm over all gradients, on all devices: float32 scalar."""
+    grads = [[p.grad for p in same if p.grad is not None] for same in by_mesh(parameters)]
+    norms = [whole(nn.utils.get_total_norm(same)).float() for same in grads if same]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Shrinks gradients of the given norm to the largest one allowed; 0 allows all."""
+    for same in by_mesh(parameters) if largest else []:
+        nn.utils.clip_grads_with_norm_(same, largest, norm)

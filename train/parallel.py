@@ -6,7 +6,7 @@ values once each device holds no more than its part, so that no process ever hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,18 +136,3 @@ def put(target: Tensor, whole: Tensor) -> None:
         target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(whole)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, of which a device may hold a part; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm over all gradients, on all devices: float32 scalar."""
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [whole(nn.utils.get_total_norm(grads)).float() for grads in groups.values()]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

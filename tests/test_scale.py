@@ -1,0 +1,77 @@
+"""One model on several processes, divided in whatever way, learns what it learns on one."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe_file
+
+from chameleon.cli import main
+from chameleon.tensor_files import SafetensorsFiles
+from chameleon.tokenizers.mixed import MixedTokenizer
+
+SHAPE = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 32}
+STEPS = 20
+RUN = [f"run.steps={STEPS}", "run.checkpoint_every=10", "run.log_every=1", "run.accelerator=cpu"]
+RUN += ["optimizer.clip=0.3", "optimizer.rate=0.003"]
+WAYS = {
+    "two, ddp, accumulating": ["run.devices=2", "micro_rows=1"],
+    "two, fsdp, accumulating": ["run.devices=2", "run.sharding=fsdp", "micro_rows=1", "checkpointing=full"],
+    "two, tensor parallel": ["run.devices=2", "run.sharding=fsdp", "run.tensor_parallel=2", "checkpointing=selective"],
+    "four, ddp": ["run.devices=4"],
+    "four, fsdp": ["run.devices=4", "run.sharding=fsdp", "checkpointing=selective"],
+    "four, fsdp and tensor parallel": ["run.devices=4", "run.sharding=fsdp", "run.tensor_parallel=2"],
+}
+SEEN = ("train/loss", "train/text_loss", "train/image_loss", "train/log_z", "train/gradient_norm", "train/output_norm")
+
+
+def run(recipe: Path, out: Path, *more: str, code: int = 0) -> str:
+    """Trains in processes of its own; what they said."""
+    command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(recipe), f"run.out={out}", *RUN, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def log(out: Path) -> torch.Tensor:
+    with open(out / "log" / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    return torch.tensor([[float(row[name]) for name in SEEN] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) -> Path:
+    """The folder of a recipe, which was run on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    recipe_file(folder, tokenizer, model=SHAPE)
+    run(folder / "recipe.yaml", folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_are_those_of_one_process(way: str, alone: Path, tmp_path: Path) -> None:
+    """And one process goes on from the checkpoint that they wrote on the way."""
+    run(alone / "recipe.yaml", tmp_path, *WAYS[way])
+    wanted, found = log(alone / "run"), log(tmp_path)
+    assert wanted.shape == (STEPS, len(SEEN)) and wanted[0, 0] > wanted[-1, 0] + 0.5
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    weights = [SafetensorsFiles.of_folder(out / "bundle") for out in (alone / "run", tmp_path)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
+    with pytest.warns(UserWarning, match="changed since the checkpoint"):
+        main(["pretrain", "--config", str(alone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "--resume"])
+    torch.testing.assert_close(log(tmp_path), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["two, fsdp, accumulating", "four, fsdp and tensor parallel"])
+def test_several_processes_go_on_from_one(way: str, alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "run" / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(alone / "run" / "log", tmp_path / "log")
+    run(alone / "recipe.yaml", tmp_path, *WAYS[way], "--resume")
+    torch.testing.assert_close(log(tmp_path), log(alone / "run"), atol=1e-5, rtol=1e-5)
