@@ -468,6 +468,7 @@ def fit_image(arguments: argparse.Namespace) -> None:
     from chameleon.train.recipe import FitImageRecipe, read_recipe
 
     recipe = read_recipe(FitImageRecipe, arguments.config, arguments.override)
+    take_resuming(arguments, recipe.run)
     report = Report()
     _, figures = run(recipe, report.skip)
     say_skipped(report)
@@ -556,14 +557,18 @@ def tokenize(arguments: argparse.Namespace) -> None:
         raise SystemExit(3)
 
 
+def take_resuming(arguments: argparse.Namespace, run: Any) -> None:
+    run.resume |= arguments.resume
+    run.force |= arguments.force
+
+
 def run_training(arguments: argparse.Namespace) -> None:
     from chameleon.train.language import train
     from chameleon.train.recipe import FinetuneRecipe, PretrainRecipe, TrainRecipe, read_recipe
 
     kind: type[TrainRecipe] = PretrainRecipe if arguments.verb == "pretrain" else FinetuneRecipe
     recipe = read_recipe(kind, arguments.config, arguments.override)
-    recipe.run.resume |= arguments.resume
-    recipe.run.force |= arguments.force
+    take_resuming(arguments, recipe.run)
     _, figures = train(recipe)
     out = f"{recipe.run.out}/bundle"
     show(arguments, {"out": out, **figures}, f"{out}\n{table(figures)}")
@@ -617,6 +622,12 @@ def build_parser() -> Parser:
         sub.add_argument("--config", required=True, metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
         sub.add_argument("override", nargs="*", metavar="key=value", help="keys of the recipe to change")
 
+    def resuming_options(sub: Parser) -> None:
+        sub.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run.out")
+        sub.add_argument(
+            "--force", action="store_true", help="go on though keys have changed that make another run, or memory is short"
+        )
+
     sub = verb("demo", demo, "The whole road on the embedded set, and a gallery page.")
     sub.add_argument("--recipe", default="demo", help="demo (minutes) or emoji (the shipped model, hours)")
     sub.add_argument("--out", default="runs/demo", help="folder of the run (default: runs/demo)")
@@ -631,7 +642,9 @@ def build_parser() -> Parser:
     sub.add_argument("--sample-mb", type=int, default=64, help="text to learn from, in MiB at most (default: 64)")
     sub.add_argument("--seed", type=int, default=0)
 
-    recipe_options(verb("fit-image", fit_image, "Trains the image tokenizer."))
+    sub = verb("fit-image", fit_image, "Trains the image tokenizer.")
+    recipe_options(sub)
+    resuming_options(sub)
 
     sub = verb("tokenize", tokenize, "Turns sources into token shards.")
     sub.add_argument("source", nargs="+", help="files, patterns, KIND:PATTERN, or emoji:TASK")
@@ -652,8 +665,7 @@ def build_parser() -> Parser:
     for name, text in (("pretrain", "Trains a model on documents."), ("finetune", "Tunes a model on conversations.")):
         sub = verb(name, run_training, text)
         recipe_options(sub)
-        sub.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run.out")
-        sub.add_argument("--force", action="store_true", help="go on though keys have changed that make another run")
+        resuming_options(sub)
 
     sub = verb("caption", caption, "Says what pictures show.")
     sub.add_argument("image", nargs="+")
@@ -719,7 +731,12 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; exits with 2 for wrong input, 130 for an interrupt."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "override") and all("=" in text and text[0] != "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.override += rest  # keys that stand behind an option
     try:
         arguments.run(arguments)
     except BadInput as error:

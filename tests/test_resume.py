@@ -24,13 +24,13 @@ from chameleon.train.recipe import PretrainRecipe, read_recipe
 CODE = """
 import os, sys
 from chameleon.cli import main
-from chameleon.train import language
-steps = language.LanguageModule.training_step
-def step(module, rows, number):
+from chameleon.train.steps import StepModule
+begin = StepModule.on_train_batch_start
+def step(module, batch, number):
     if module.done == int(sys.argv[1]):
         os.kill(os.getpid(), int(sys.argv[2]))
-    return steps(module, rows, number)
-language.LanguageModule.training_step = step
+    return begin(module, batch, number)
+StepModule.on_train_batch_start = step
 main(sys.argv[3:])
 """
 CHANGES = ["run.steps=14", "run.checkpoint_every=3", "run.log_every=1", "model.dropout=0.1", "micro_rows=2"]
@@ -38,10 +38,13 @@ CHANGES = ["run.steps=14", "run.checkpoint_every=3", "run.log_every=1", "model.d
 
 def run(recipe: Path, out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
     """Trains in a process of its own, which is sent a signal at a step."""
-    command = ["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, *more]
+    return command(["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, *more], step, sign)
+
+
+def command(arguments: list[str], step: int = -1, sign: int = 0) -> int:
     start = ["-c", CODE, str(step), str(int(sign))] if sign else ["-m", "chameleon.cli"]
-    done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL, 2, 143), done.stderr
+    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL, 143), done.stderr
     return done.returncode
 
 
@@ -134,3 +137,44 @@ def test_a_finished_run_that_goes_on_ends_the_same(tmp_path: Path, tokenizer: Mi
     assert run(recipe, out, "run.checkpoint_every=7", "--resume") == 0
     assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
     assert losses(out) == rows
+
+
+def log_of(out: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    with open(out / "log" / "metrics.csv", encoding="utf-8") as file:
+        return [tuple(row.get(name, "") for name in names) for row in csv.DictReader(file)]
+
+
+IMAGE = ["model.resolution=16", "model.channels=8", "model.multipliers=[1,2]", "model.res_blocks=1", "model.norm_groups=4"]
+IMAGE += ["model.latent_channels=8", "model.codebook_size=16", "model.codebook_width=4", "batch=4", "run.progress=false"]
+IMAGE += ["loss.adversarial=0.5", "loss.adversarial_start=5", "loss.discriminator_channels=8", "ema=0.9"]
+IMAGE += ["loss.discriminator_layers=1", "run.precision=32-true", "run.accelerator=cpu", "run.log_every=1"]
+
+
+def image_run(out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
+    arguments = ["fit-image", "--config", "emoji-image", *IMAGE, "run.steps=10", "run.checkpoint_every=2", *more]
+    return command([*arguments, "sources=['emoji:pairs?concepts=20']", "validation=[]", f"run.out={out}"], step, sign)
+
+
+@pytest.mark.parametrize("when", [5, 8])
+def test_an_image_tokenizer_goes_on_to_the_bit(when: int, tmp_path: Path) -> None:
+    """Both optimisers, the moving average and the codebook, killed before and after the discriminator has begun."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert image_run(whole) == 0
+    assert image_run(killed, step=when, sign=signal.SIGKILL) == -signal.SIGKILL
+    assert image_run(killed, "--resume") == 0
+    names = ("step", "train/loss", "train/discriminator", "train/adaptive_weight", "train/perplexity", "train/revived")
+    assert log_of(killed, names) == log_of(whole, names) and len(log_of(whole, names)) == 10
+    assert any(row[2] for row in log_of(whole, names))
+    mine, wanted = (SafetensorsFiles.of_folder(out, "image_tokenizer") for out in (killed, whole))
+    assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+
+
+def test_processes_that_share_pictures_log_what_one_does(tmp_path: Path) -> None:
+    for devices in (1, 2):
+        assert image_run(tmp_path / str(devices), f"run.devices={devices}", "optimizer.rate=0.0003") == 0
+    names = ("train/loss", "train/psnr", "train/adaptive_weight", "train/perplexity", "train/gradient_norm")
+    one, two = (
+        torch.tensor([[float(value or 0) for value in row] for row in log_of(tmp_path / devices, names)])
+        for devices in "12"
+    )
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)

@@ -50,6 +50,12 @@ def over_all(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_all(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes that train together."""
+    world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return over_all(values) / world
+
+
 def of_first(values: Tensor) -> Tensor:
     """The first process's `values`, on every process that trains with it."""
     if distributed.is_available() and distributed.is_initialized():
@@ -87,7 +93,7 @@ class VectorQuantizer(nn.Module):
         chosen = F.embedding(codes, codebook)
         codebook_loss = F.mse_loss(chosen, flat.detach())
         commitment_loss = F.mse_loss(flat, chosen.detach())
-        if self.training:
+        if self.training and not over_all((~flat.isfinite()).sum()):  # one bad batch would spoil the averages
             self.observe(flat.detach(), codes)
         chosen = flat + (chosen - flat).detach()
         return Quantized(
@@ -113,11 +119,14 @@ class PlainCodebook(VectorQuantizer):
         super().__init__(size, width)
         self.decay, self.revive_below = decay, revive_below
         self.register_buffer("uses", torch.ones(size), persistent=True)
+        self.revived = 0
+        """Codes that were dead, and set to latents, in the last step."""
 
     def observe(self, latent: Tensor, codes: Tensor) -> None:
         counts = over_all(torch.bincount(codes, minlength=len(self.uses)).to(self.uses.dtype))
         self.uses.lerp_(counts, 1 - self.decay)
         dead = (self.uses < self.revive_below).nonzero().flatten()
+        self.revived = len(dead)
         if len(dead):
             pick = torch.randint(len(latent), (len(dead),), device=latent.device)
             self.place(dead, of_first(latent[pick]))

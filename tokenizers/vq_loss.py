@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chameleon.errors import BadInput
+from chameleon.tokenizers.quantizer import mean_over_all
 
 
 @dataclass
@@ -67,9 +68,12 @@ def hinge_discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|∇ reconstruction| / |∇ adversarial| at `last_layer`, within [0, 1e4] (arXiv 2012.09841, eq. 7): a scalar."""
-    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    given = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    """|∇ reconstruction| / |∇ adversarial| at `last_layer`, within [0, 1e4] (arXiv 2012.09841, eq. 7): a scalar.
+
+    The gradients are those of the whole batch, over all processes that train together.
+    """
+    grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    wanted, given = (mean_over_all(grad).norm() for grad in grads)
     return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image as PILImage
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.sources import PictureEntry, read_pictures
@@ -20,45 +20,72 @@ from chameleon.data.webdataset import Skip, stop
 from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import perplexity, psnr
 from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
-from chameleon.tokenizers.quantizer import build_quantizer, over_all
+from chameleon.tokenizers.quantizer import PlainCodebook, build_quantizer, mean_over_all, over_all
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
-from chameleon.train.optimizer import build_optimizers, rate_at, set_rate
-from chameleon.train.recipe import FitImageRecipe
+from chameleon.train.checkpoint import Checkpoints, find
+from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate
+from chameleon.train.recipe import FitImageRecipe, to_plain
+from chameleon.train.steps import StepModule
 from chameleon.train.trainer import build_trainer, fit
 
 TRIES = 100  # pictures drawn for one place before a source counts as unreadable
+SETTLED = 200  # steps after which the codebook's usage says something
+SPARE = 2  # times the batches that a run needs, so that it may go back
 
 
 class StepPictures(Dataset[Tensor]):
-    """Batch of step s: a pure function of (seed, s). Each row draws a group of pictures, then one of the group."""
+    """Batch n: a pure function of (seed, n). Each row draws a group of pictures, then one of the group."""
 
-    def __init__(self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: Skip = stop) -> None:
+    def __init__(
+        self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: Skip = stop, first: int = 0
+    ) -> None:
+        """Item n is batch first + n."""
         groups: dict[str, list[PictureEntry]] = {}
         for entry in entries:
             groups.setdefault(entry.group, []).append(entry)
         self.groups = [groups[name] for name in sorted(groups)]
-        self.recipe, self.on_skip = recipe, on_skip
+        self.recipe, self.on_skip, self.first = recipe, on_skip, first
+        weights = [max(self.weight(entry) for entry in group) for group in self.groups]
+        self.edges = np.cumsum(weights) if recipe.weight_field else None
         self.bad: set[str] = set()
         self.rank, self.world = 0, 1
 
-    def __len__(self) -> int:
-        return self.recipe.run.steps
+    def weight(self, entry: PictureEntry) -> float:
+        """How often a picture is drawn, relative to others. Raises `BadInput` where its record says no such number."""
+        value = entry.fields.get(self.recipe.weight_field, 1.0) if self.recipe.weight_field else 1.0
+        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise BadInput(f"{self.recipe.weight_field} is {value!r}, expected a number above 0", where=entry.name)
+        return float(value)
 
-    def __getitem__(self, step: int) -> Tensor:
-        """float32 [batch / devices, 3, R, R] in [-1, 1]. Raises `BadInput` where the batch does not divide by devices."""
-        if self.recipe.batch % self.world:
-            raise BadInput(f"batch {self.recipe.batch} does not divide by {self.world} devices", where="recipe.batch")
+    def __len__(self) -> int:
+        return SPARE * self.recipe.run.steps
+
+    def __getitem__(self, number: int) -> Tensor:
+        """float32 [batch / devices, 3, R, R] in [-1, 1]."""
+        self.check_parts(self.world)
         pictures = []
         for row in range(self.rank, self.recipe.batch, self.world):
-            stream = np.random.default_rng((self.recipe.run.seed, step, row))
+            stream = np.random.default_rng((self.recipe.run.seed, self.first + number, row))
             pictures.append(self.draw(stream))
         return to_tensor(pictures)
+
+    def check_parts(self, world: int) -> None:
+        """Raises `BadInput` where the batch does not divide by `world`."""
+        if self.recipe.batch % world:
+            near = max(world, self.recipe.batch // world * world)
+            raise BadInput(
+                f"batch {self.recipe.batch} does not divide by {world} devices", where="recipe.batch", remedy=f"{near} does"
+            )
 
     def draw(self, stream: np.random.Generator) -> PILImage.Image:
         """A picture by the stream; one that cannot be read is reported once, and another drawn in its place."""
         for _ in range(TRIES):
-            group = self.groups[stream.integers(len(self.groups))]
+            if self.edges is None:
+                group = self.groups[stream.integers(len(self.groups))]
+            else:
+                place = np.searchsorted(self.edges, stream.random() * self.edges[-1], side="right")
+                group = self.groups[min(int(place), len(self.groups) - 1)]
             entry = group[stream.integers(len(group))]
             if entry.name in self.bad:
                 continue
@@ -79,12 +106,11 @@ class StepPictures(Dataset[Tensor]):
         return moved(picture, zoom, shift, mirror)
 
 
-class ImageTokenizerModule(L.LightningModule):
-    """VQGAN and, where the recipe wants one, its discriminator."""
+class ImageTokenizerModule(StepModule):
+    """VQGAN and, where the recipe wants them, its discriminator and a moving average of its weights."""
 
     def __init__(self, recipe: FitImageRecipe) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(recipe.run, recipe.stability)
         self.recipe = recipe
         model = recipe.model
         self.network = VQGAN(model, build_quantizer(recipe.codebook, model.codebook_size, model.codebook_width))
@@ -93,11 +119,28 @@ class ImageTokenizerModule(L.LightningModule):
         self.discriminator = (
             PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers) if loss.adversarial else None
         )
-        self.register_buffer("counts", torch.zeros(model.codebook_size), persistent=False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        if not 0 <= recipe.ema < 1:
+            raise BadInput(f"{recipe.ema} is not in [0, 1)", where="recipe.ema")
+        self.average = (
+            AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).requires_grad_(False)
+            if recipe.ema
+            else None
+        )
+        self.register_buffer("counts", torch.zeros(model.codebook_size))
+        self.collapsed = False
 
     counts: Tensor
-    step: Tensor
+
+    def weights_kept(self) -> dict[str, Tensor]:
+        """All but the perceptual network, which does not learn; codebooks may learn without gradients."""
+        named = self.state_dict(keep_vars=True).items()
+        return {name: value for name, value in named if not name.startswith("perceptual.")}
+
+    @property
+    def result(self) -> VQGAN:
+        """The network that is validated and saved."""
+        averaged: Any = self.average.module if self.average is not None else self.network
+        return averaged
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = build_optimizers(self.network, self.recipe.optimizer)
@@ -119,7 +162,7 @@ class ImageTokenizerModule(L.LightningModule):
         self.network.quantize.start_from(latent[order])  # type: ignore[operator]
 
     def training_step(self, pictures: Tensor, index: int) -> None:
-        step, weights = int(self.step), self.recipe.loss
+        step, weights = self.done, self.recipe.loss
         optimizers = self.optimizers()
         network_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         set_rate(network_optimizer.optimizer, rate_at(step, self.recipe.run.steps, self.recipe.optimizer))
@@ -145,9 +188,16 @@ class ImageTokenizerModule(L.LightningModule):
             self.log_dict({"train/adversarial": adversarial, "train/adaptive_weight": balance})
         network_optimizer.zero_grad()
         self.manual_backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip or math.inf)
-        network_optimizer.step()
-        if fights and self.discriminator is not None:
+        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        norm = gradient_norm(learning)
+        shown = mean_over_all(torch.stack((loss.detach().float(), psnr(drawn.detach(), pictures).mean())))
+        taken = not self.leaves_out(shown[0], norm)
+        if taken:
+            clip_gradients(learning, self.recipe.optimizer.clip, norm)
+            network_optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.network)
+        if taken and fights and self.discriminator is not None:
             set_rate(others[0].optimizer, rate_at(step, self.recipe.run.steps, self.recipe.discriminator))
             judged = hinge_discriminator_loss(self.discriminator(pictures), self.discriminator(drawn.detach()))
             others[0].zero_grad()
@@ -155,24 +205,39 @@ class ImageTokenizerModule(L.LightningModule):
             others[0].step()
             self.log("train/discriminator", judged)
         self.counts.mul_(0.99).add_(over_all(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))))
-        self.step += 1
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/psnr", psnr(drawn.detach(), pictures).mean(), prog_bar=True)
+        usage, quantizer = (self.counts > 0.01).float().mean(), self.network.quantize
+        self.watch_codebook(float(usage))
+        self.log("train/loss", shown[0], prog_bar=True)
+        self.log("train/psnr", shown[1], prog_bar=True)
         self.log_dict(
             {
                 "train/commitment": quantized.commitment_loss,
                 "train/gradient_norm": norm,
-                "train/usage": (self.counts > 0.01).float().mean(),
+                "train/usage": usage,
+                "train/revived": float(
+                    quantizer.revived if isinstance(quantizer := self.network.quantize, PlainCodebook) else 0
+                ),
+                "stability/skipped": float(self.guard.skipped),
                 "train/perplexity": perplexity(self.counts).float(),
                 "rate": network_optimizer.optimizer.param_groups[0]["lr"],
             }
         )
 
+    def watch_codebook(self, usage: float) -> None:
+        """Warns once where hardly any code is in use any more."""
+        if self.done >= SETTLED and usage < self.recipe.smallest_usage and not self.collapsed:
+            self.collapsed = True
+            self.events.tell(
+                self.done,
+                "alarm",
+                f"{usage:.0%} of the codebook is in use: it collapses (lower the rate, or use codebook=moving_average)",
+            )
+
     def on_validation_epoch_start(self) -> None:
         self.seen = torch.zeros_like(self.counts)
 
     def validation_step(self, pictures: Tensor, index: int) -> None:
-        drawn, quantized = self.network(pictures)
+        drawn, quantized = self.result(pictures)
         self.seen += torch.bincount(quantized.codes.flatten(), minlength=len(self.seen))
         self.log(
             "validation/psnr", psnr(drawn.float().clamp(-1, 1), pictures).mean(), prog_bar=True, batch_size=len(pictures)
@@ -185,7 +250,7 @@ class ImageTokenizerModule(L.LightningModule):
     def tokenizer(self) -> ImageTokenizer:
         """The trained tokenizer, its codebook folded into the released format."""
         network = VQGAN(self.recipe.model)
-        network.load_state_dict(self.network.released_state_dict())
+        network.load_state_dict(self.result.released_state_dict())
         return ImageTokenizer(network)
 
 
@@ -194,13 +259,16 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
 
     What cannot be read goes to `on_skip` and is passed over.
     """
-    if recipe.run.resume:
-        raise BadInput("a run of the image tokenizer cannot go on from a checkpoint", where="run.resume")
     L.seed_everything(recipe.run.seed, verbose=False)
+    plain = to_plain(recipe)
+    resumed = find(recipe.run, plain) if recipe.run.resume else None
     module = ImageTokenizerModule(recipe)
-    training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip)
-    module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
-    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial))
+    training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip, resumed.batches if resumed else 0)
+    if resumed is None:
+        module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
+    callbacks = [Checkpoints(recipe.run, plain, resumed)]
+    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=callbacks)
+    training.check_parts(trainer.world_size)
     training.rank, training.world = trainer.global_rank, trainer.world_size
     loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
     held_out = []

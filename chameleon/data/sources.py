@@ -501,6 +501,8 @@ class PictureEntry:
     source: bytes | Path | str
     group: str
     may_mirror: bool = True
+    fields: Mapping[str, str | float] = field(default_factory=dict)
+    """What the picture's record says besides."""
 
 
 def read_pictures(sources: Iterable[str], on_skip: Skip = stop) -> list[PictureEntry]:
@@ -518,7 +520,7 @@ def read_pictures(sources: Iterable[str], on_skip: Skip = stop) -> list[PictureE
                         for number, image in enumerate(sample.content.images, 1):
                             assert isinstance(image, (str, Path))
                             name = f"{sample.key}, picture {number}" if len(sample.content.images) > 1 else sample.key
-                            result.append(PictureEntry(name, image, name))
+                            result.append(PictureEntry(name, image, name, fields=sample.fields))
     if not result:
         raise BadInput("no picture in any source", where=", ".join(sources))
     return result
