@@ -215,8 +215,12 @@ def table(figures: dict[str, Any]) -> str:
 
 def info(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import PROVENANCE_FILE, SHIPPED
+    from chameleon.run_view import RECORD
 
     folder = Path(arguments.folder) if arguments.folder else SHIPPED
+    if (folder / RECORD).is_file():
+        info_of_run(arguments, folder)
+        return
     if (folder / PROVENANCE_FILE).is_file():
         if arguments.check or arguments.show is not None or arguments.html:
             raise BadInput("--check, --show and --html are for token shards", where=folder)
@@ -224,6 +228,25 @@ def info(arguments: argparse.Namespace) -> None:
         show(arguments, described, as_lines(described))
     else:
         info_of_shards(arguments, folder)
+
+
+def info_of_run(arguments: argparse.Namespace, folder: Path) -> None:
+    from chameleon.run_view import describe as describe_run
+    from chameleon.run_view import draw_curves
+
+    if arguments.check or arguments.show is not None or arguments.html:
+        raise BadInput("--check, --show and --html are for token shards", where=folder)
+    described = describe_run(folder)
+    curves = Path(arguments.curves) if arguments.curves else folder / "curves.png"
+    check_picture_path(curves)
+    with written_file(curves) as path:
+        draw_curves(folder, path)
+    described["curves"] = str(curves)
+    lists = {key: described[key] for key in ("checkpoints", "events")}
+    text = as_lines({key: value for key, value in described.items() if key not in lists})
+    for key, values in lists.items():
+        text += "".join(f"\n{key if not number else '':<22}{value}" for number, value in enumerate(values))
+    show(arguments, described, text)
 
 
 def info_of_shards(arguments: argparse.Namespace, folder: Path) -> None:
@@ -274,7 +297,8 @@ def tokenizer_of(arguments: argparse.Namespace) -> MixedTokenizer:
 
 
 def as_lines(described: dict[str, Any]) -> str:
-    return "\n".join(f"{key:<22}{value}" for key, value in described.items())
+    width = max(22, *(len(key) + 2 for key in described))
+    return "\n".join(f"{key:<{width}}{value}" for key, value in described.items())
 
 
 def damage_of(folder: Path) -> str | None:
@@ -563,8 +587,8 @@ def take_resuming(arguments: argparse.Namespace, run: Any) -> None:
 
 
 def run_training(arguments: argparse.Namespace) -> None:
-    from chameleon.train.language import train
     from chameleon.train.recipe import FinetuneRecipe, PretrainRecipe, TrainRecipe, read_recipe
+    from chameleon.train.run import train
 
     kind: type[TrainRecipe] = PretrainRecipe if arguments.verb == "pretrain" else FinetuneRecipe
     recipe = read_recipe(kind, arguments.config, arguments.override)
@@ -720,10 +744,11 @@ def build_parser() -> Parser:
     sub.add_argument("--shards", type=int, help="files of Meta's weights (default: as many as they came in)")
     sub.add_argument("--prompting", choices=("conversation", "document"), help="default: conversation, or the bundle's own")
 
-    sub = verb("info", info, "Says what a bundle or a folder of token shards holds.")
+    sub = verb("info", info, "Says what a bundle, a run or a folder of token shards holds.")
     sub.add_argument("folder", nargs="?", help="left out, the shipped bundle")
     sub.add_argument("--show", type=int, metavar="N", help="of token shards, show N documents spread over all")
     sub.add_argument("--html", metavar="FILE", help="show them on a page, with pictures, and masks in colour")
+    sub.add_argument("--curves", metavar="FILE", help="of a run, where its curves go (default: RUN/curves.png)")
     sub.add_argument("--check", action="store_true", help="verify checksums, offsets and ids of token shards")
     tokenizer_options(sub)
     return parser

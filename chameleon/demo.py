@@ -17,8 +17,8 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.train.image_tokenizer import fit_image
-from chameleon.train.language import train
 from chameleon.train.recipe import FinetuneRecipe, FitImageRecipe, PretrainRecipe, RoadRecipe, TrainRecipe, read_recipe
+from chameleon.train.run import train
 
 LANGUAGE_CURVES = {
     "train/loss": "loss",

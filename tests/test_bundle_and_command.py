@@ -29,7 +29,6 @@ from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match
 from chameleon.generation.chameleon import Chameleon, whole_characters
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.language import train
 from chameleon.train.optimizer import OptimizerConfig, rate_at
 from chameleon.train.recipe import (
     SHIPPED as RECIPES,
@@ -42,6 +41,7 @@ from chameleon.train.recipe import (
     RunConfig,
     read_recipe,
 )
+from chameleon.train.run import train
 from chameleon.train.trainer import usable_precision
 
 

@@ -31,6 +31,7 @@ FLOORS = {
     "chameleon.gallery": 7,
     "chameleon.demo": 8,
     "chameleon.shard_view": 8,
+    "chameleon.run_view": 8,
     "chameleon.cli": 9,
     "chameleon": 10,
 }

@@ -18,8 +18,8 @@ from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.tensor_files import SafetensorsFiles
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.language import train
 from chameleon.train.recipe import PretrainRecipe, read_recipe
+from chameleon.train.run import train
 
 CODE = """
 import os, sys

@@ -30,9 +30,9 @@ from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.adapters import add_codebook_rows, fold
 from chameleon.train.image_tokenizer import StepPictures, fit_image
-from chameleon.train.language import train
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
+from chameleon.train.run import train
 from chameleon.vocabulary import Modality
 
 

@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor
 from chameleon.errors import BadInput
 from chameleon.files import checksum, read_json, write_json, written_whole
 from chameleon.train.recipe import RunConfig
-from chameleon.train.steps import StepModule
+from chameleon.train.steps import EVENTS, StepModule
 
-FOLDER, DESCRIPTION = "checkpoints", "checkpoint.json"
+FOLDER, DESCRIPTION, RECORD = "checkpoints", "checkpoint.json", "run.json"
 HARMLESS = ("run.", "workers", "micro_rows", "verify", "compile", "checkpointing", "attention", "monitors", "validation")
 """What the recipe's keys begin with that may change when a run goes on, but for those below."""
 HARMFUL = ("run.steps", "run.seed", "run.precision")
@@ -200,8 +200,15 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StepModule)
         self.last = time.monotonic()
+        if trainer.is_global_zero:
+            kind = "fit_image" if "sources" in self.recipe else "training"
+            write_json(
+                Path(self.run.out) / RECORD,
+                {"kind": kind, "processes": trainer.world_size, "started": time.time(), "recipe": self.recipe},
+            )
         if self.resumed is None:
             if trainer.is_global_zero:
+                (Path(self.run.out) / EVENTS).unlink(missing_ok=True)
                 shutil.rmtree(Path(self.run.out) / FOLDER, ignore_errors=True)  # of an earlier run in this folder
             return
         read(self.resumed.folder, module, trainer.optimizers)

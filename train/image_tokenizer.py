@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
+from lightning.pytorch.callbacks import Callback
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,6 +26,7 @@ from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS,
 from chameleon.tokenizers.vqgan import VQGAN
 from chameleon.train.checkpoint import Checkpoints, find
 from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate
+from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import FitImageRecipe, to_plain
 from chameleon.train.steps import StepModule
 from chameleon.train.trainer import build_trainer, fit
@@ -266,7 +268,8 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
     training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip, resumed.batches if resumed else 0)
     if resumed is None:
         module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
-    callbacks = [Checkpoints(recipe.run, plain, resumed)]
+    callbacks: list[Callback] = [Checkpoints(recipe.run, plain, resumed)]
+    callbacks += [ProgressLine(recipe.run.steps)] if recipe.run.progress else []
     trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=callbacks)
     training.check_parts(trainer.world_size)
     training.rank, training.world = trainer.global_rank, trainer.world_size

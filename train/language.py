@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from chameleon.bundle import Bundle, Prompting, read_header, stored_names
-from chameleon.data.mixture import Mixture, Rows
+from chameleon.bundle import Prompting, read_header, stored_names
+from chameleon.data.mixture import Mixture, PackedSource, Rows
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig, named_size
 from chameleon.model.loss import TokenLoss
@@ -30,19 +29,16 @@ from chameleon.plan import flops_per_token, matmul_peak
 from chameleon.tensor_files import SafetensorsFiles
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.adapters import add_codebook_rows, add_lora, fold, initial_adapter, open_image_head, plain_name
-from chameleon.train.checkpoint import Checkpoints, find
-from chameleon.train.memory import check_memory
 from chameleon.train.monitors import AttentionWatch, UpdateWatch
 from chameleon.train.objective import Objective
 from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate, whole
 from chameleon.train.parallel import fill, parallelize, put, row_order
-from chameleon.train.recipe import FinetuneRecipe, TrainRecipe, to_plain
+from chameleon.train.recipe import FinetuneRecipe, TrainRecipe
 from chameleon.train.stability import Alarm
 from chameleon.train.steps import StepModule
-from chameleon.train.trainer import build_trainer, fit, low_dtype
+from chameleon.train.trainer import low_dtype
 from chameleon.vocabulary import Modality, Vocabulary
 
-SPARE = 2  # times the batches that a run needs, so that it may go back
 KINDS = (Modality.TEXT, Modality.IMAGE)
 
 
@@ -152,20 +148,24 @@ def adapt(model: Transformer, start: Start, recipe: TrainRecipe) -> None:
 class LanguageModule(StepModule):
     """The Transformer with its loss, optimiser and monitors."""
 
-    def __init__(self, start: Start, recipe: TrainRecipe, mixture: Mixture, context: int) -> None:
+    def __init__(self, begun: Start, recipe: TrainRecipe, mixture: Mixture, context: int) -> None:
         super().__init__(recipe.run, recipe.stability)
-        self.start, self.recipe, self.mixture = start, recipe, mixture
-        self.vocabulary: Vocabulary = start.tokenizer.vocabulary
+        self.begun, self.recipe, self.mixture = begun, recipe, mixture
+        self.vocabulary: Vocabulary = begun.tokenizer.vocabulary
         with torch.device("meta"):
-            model = Transformer(start.config)
-        adapt(model, start, recipe)
+            model = Transformer(begun.config)
+        adapt(model, begun, recipe)
         self.objective = Objective(model, z_loss=recipe.z_loss, attention=recipe.attention, loss=recipe.loss)
-        self.flops = flops_per_token(start.config, context)
+        self.flops = flops_per_token(begun.config, context)
         self.peak = 0.0
         self.output_norm: Tensor | None = None
         self.loader: TimedLoader | None = None
         """What training reads from, for the share of time that it waits."""
         self.marks = (0.0, 0.0)
+        self.prompting: Prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
+        """How the trained model is prompted."""
+        self.sample_sources: Sequence[PackedSource] = mixture.sources
+        """Where samples are taken from that show what the model makes."""
 
     @property
     def model(self) -> Transformer:
@@ -186,7 +186,7 @@ class LanguageModule(StepModule):
             low=low_dtype(run) if mesh is not None else None,
         )
         fill(self.objective, self.value, real, torch.device("cpu") if mesh is None else self.trainer.strategy.root_device)
-        if self.start.config.tied_head:
+        if self.begun.config.tied_head:
             self.model.head.weight = self.model.embed.weight
         self.model.blocks[-1].register_forward_hook(self.watch_output)
 
@@ -196,15 +196,15 @@ class LanguageModule(StepModule):
         if ".lora_" in name:
             shape = dict(self.objective.named_parameters())[name].shape
             return initial_adapter(name, shape, self.recipe.run.seed + zlib.crc32(plain.encode()))
-        value = self.start.values(plain)
-        order = row_order(plain, self.start.config, self.recipe.run.tensor_parallel)
+        value = self.begun.values(plain)
+        order = row_order(plain, self.begun.config, self.recipe.run.tensor_parallel)
         return value if order is None else value[order]
 
     def reorder_rows(self, before: int, now: int, optimizers: list[torch.optim.Optimizer]) -> None:
         if before == now:
             return
         for name, parameter in self.named_parameters():
-            old, new = (row_order(plain_name(name), self.start.config, size) for size in (before, now))
+            old, new = (row_order(plain_name(name), self.begun.config, size) for size in (before, now))
             if old is None and new is None:
                 continue
             states = [state for o in optimizers for state in o.state.get(parameter, {}).values()]
@@ -369,75 +369,18 @@ class LanguageModule(StepModule):
         for name, value in self.model.state_dict(keep_vars=True).items():
             full = whole(value.detach())
             if self.trainer.is_global_zero:
-                order = row_order(plain_name(name), self.start.config, self.recipe.run.tensor_parallel)
+                order = row_order(plain_name(name), self.begun.config, self.recipe.run.tensor_parallel)
                 state[name] = (full if order is None else full[order.argsort()]).cpu().clone()
         if not self.trainer.is_global_zero:
             return None
         with torch.device("meta"):
-            model = Transformer(self.start.config)
-        adapt(model, self.start, self.recipe)
+            model = Transformer(self.begun.config)
+        adapt(model, self.begun, self.recipe)
         model.load_state_dict(state, assign=True)
-        if self.start.config.tied_head:
+        if self.begun.config.tied_head:
             model.head.weight = model.embed.weight
         fold(model)
         return model.requires_grad_(False).eval()
-
-
-def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
-    """Trains as the recipe says, saves a bundle to `run.out`/bundle, and returns it with the last logged figures.
-
-    Of several processes only the first has the bundle; the others get None.
-    """
-    L.seed_everything(recipe.run.seed, verbose=False)
-    plain = to_plain(recipe)
-    resumed = find(recipe.run, plain) if recipe.run.resume else None
-    begun = start(recipe)
-    context = recipe.context or begun.config.context
-    if context > begun.config.context:
-        raise BadInput(f"context {context} exceeds the model's {begun.config.context}", where="recipe.context")
-    vocabulary = begun.tokenizer.vocabulary
-    fixed = {"context": context, "vocabulary": vocabulary, "fingerprint": begun.tokenizer.fingerprint}
-    mixture = Mixture(
-        recipe.mixture,
-        rows=recipe.rows,
-        seed=recipe.run.seed,
-        stages=recipe.stages,
-        steps=recipe.run.steps,
-        balance_modalities=recipe.balance_modalities,
-        **fixed,  # type: ignore[arg-type]
-    )
-    module = LanguageModule(begun, recipe, mixture, context)
-    trainer = build_trainer(recipe.run, callbacks=[Checkpoints(recipe.run, plain, resumed)])
-    mixture.check_parts(trainer.world_size // recipe.run.tensor_parallel)
-    check_memory(begun.config, recipe, context, trainer.world_size)
-    first = resumed.batches if resumed else 0
-    training = StepRows(mixture, SPARE * recipe.run.steps, first)
-    training.rank, training.world = (
-        place // recipe.run.tensor_parallel for place in (trainer.global_rank, trainer.world_size)
-    )
-    held_out, sources = None, mixture.sources
-    if recipe.validation:
-        validation = Mixture(recipe.validation, rows=recipe.rows, seed=0, **fixed)  # type: ignore[arg-type]
-        sources = sources + validation.sources
-        count = max(1, sum(map(len, validation.sources)) // recipe.rows)
-        held_out = DataLoader(StepRows(validation, count), batch_size=None)
-    if recipe.verify:
-        for shard in (shard for source in sources for shard in source.shards):
-            shard.verify()
-    loader = TimedLoader(DataLoader(training, batch_size=None, num_workers=recipe.workers))
-    module.loader = loader
-    figures = fit(trainer, module, loader, held_out, recipe.run)
-    model = module.trained()
-    bundle = None
-    if model is not None:
-        kept = {key: value for key, value in begun.provenance.items() if key not in ("version", "sha256")}
-        stage = {"recipe": plain, "figures": figures, "data": data_fingerprint(mixture)}
-        prompting: Prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
-        provenance = {**kept, "training": [*kept.get("training", []), stage]}
-        bundle = Bundle(model, begun.tokenizer, prompting, provenance)
-        bundle.save(Path(recipe.run.out) / "bundle")
-    trainer.strategy.barrier()
-    return bundle, figures
 
 
 def data_fingerprint(mixture: Mixture) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -104,7 +104,6 @@ def build_trainer(
     """
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*No device id.*"):
         warnings.filterwarnings("ignore", text)
-    bar = [RichProgressBar(console_kwargs={"stderr": True})] if run.progress else []
     precision, strategy = usable_precision(run), strategy_of(run, parts_unused)
     if strategy is not None:
         more["strategy"] = strategy
@@ -119,10 +118,10 @@ def build_trainer(
         logger=loggers(run),
         log_every_n_steps=run.log_every,
         val_check_interval=validation_interval(run),
-        callbacks=[*bar, *callbacks],
+        callbacks=list(callbacks),
         num_sanity_val_steps=0,
         enable_checkpointing=False,
-        enable_progress_bar=run.progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run.out,
