@@ -7,6 +7,7 @@ then micro-batches add up their gradients. What differs between the two verbs is
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,6 +146,11 @@ def adapt(model: Transformer, start: Start, recipe: TrainRecipe) -> None:
         open_image_head(model, start.values("head.weight"), vocabulary)
 
 
+def share(total: float, count: float) -> float:
+    """A mean; NaN, which the log shows as such, where a batch has none of what is counted."""
+    return total / count if count else math.nan
+
+
 class LanguageModule(StepModule):
     """The Transformer with its loss, optimiser and monitors."""
 
@@ -222,7 +228,7 @@ class LanguageModule(StepModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.alarm = Alarm(self.recipe.stability)
+        self.alarm = Alarm(self.recipe.stability, self.recipe.optimizer.warmup)
         self.peak = matmul_peak(self.device)
         self.marks = (time.perf_counter(), self.loader.waited if self.loader else 0.0)
 
@@ -269,6 +275,7 @@ class LanguageModule(StepModule):
         norm = gradient_norm(learning)
         loss = self.on_all(loss) / self.parts[1]
         self.log_step(rows, modality, parts, loss, norm, torch.stack(norms).sum())
+        moved: Tensor | float = 0.0
         if self.leaves_out(loss, norm):
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -280,8 +287,9 @@ class LanguageModule(StepModule):
                 optimizer.step()
                 optimizer.zero_grad()
             if update is not None:
-                self.log("monitor/update_share", update.share())
+                moved = update.share()
         if watch is not None:
+            self.log("monitor/update_share", moved)
             self.log_attention(watch)
         self.log("rate", rate)
         self.log("stability/skipped", float(self.guard.skipped))
@@ -312,20 +320,18 @@ class LanguageModule(StepModule):
         count = max(1.0, sum(totals[1 + 3 * place] for place in range(len(KINDS))))
         log_z_mean = sum(totals[3 + 3 * place] for place in range(len(KINDS))) / count
         self.log("train/loss", loss, prog_bar=True)
-        warnings = [self.alarm.output_norm(totals[0] / world)]
+        warnings = [self.alarm.output_norm(self.done, totals[0] / world)]
         for place, kind in enumerate(KINDS):
             found, nll_sum, log_z_sum = totals[1 + 3 * place : 4 + 3 * place]
-            if found:
-                name = kind.name.lower()
-                self.log(f"train/{name}_loss", nll_sum / found, prog_bar=True)
-                self.log(f"train/{name}_log_z", log_z_sum / found)
-                warnings.append(self.alarm.log_z(log_z_sum / found, name))
+            name = kind.name.lower()
+            self.log(f"train/{name}_loss", share(nll_sum, found), prog_bar=True)
+            self.log(f"train/{name}_log_z", share(log_z_sum, found))
+            warnings.append(self.alarm.log_z(share(log_z_sum, found), name))
         if len(self.mixture.sources) > 1:
             half = 1 + 3 * len(KINDS) + len(self.mixture.sources)
             counts, losses = totals[1 + 3 * len(KINDS) : half], totals[half:]
             for source, found, nll_sum in zip(self.mixture.sources, counts, losses, strict=True):
-                if found:
-                    self.log(f"source/{source.config.called}_loss", nll_sum / found)
+                self.log(f"source/{source.config.called}_loss", share(nll_sum, found))
         self.log_dict({"train/log_z": log_z_mean, "train/gradient_norm": norm, "train/output_norm": totals[0] / world})
         self.warn(warnings)
 

@@ -28,7 +28,7 @@ class StabilityConfig:
     """Warn of growing output norms and of the other signs."""
     output_growth: float = 3.0
     """Times its lowest median at which the output norm's growth is a sign (arXiv 2405.09818, fig. 5a), and again each time
-    it has grown as much."""
+    it has grown as much. Looked at once warm-up and two windows are over: until then every model's norm grows."""
     largest_attention_logit: float = 100.0
     """An attention logit beyond which the softmax is as good as one-hot (arXiv 2309.14322)."""
     largest_log_z: float = 30.0
@@ -88,16 +88,17 @@ class Guard:
 class Alarm:
     """Names the signs that the paper saw before a loss blew up."""
 
-    def __init__(self, config: StabilityConfig) -> None:
+    def __init__(self, config: StabilityConfig, warmup: int = 0) -> None:
         self.config = config
+        self.settled = warmup + 2 * config.window
         self.norms: list[float] = []
         self.lowest = math.inf
         self.told = {"attention": False, "log_z": False}
 
-    def output_norm(self, norm: float) -> str | None:
+    def output_norm(self, step: int, norm: float) -> str | None:
         """A warning where the last block's output norm has grown; to be told the norm of every step."""
         self.norms = [*self.norms, norm][-self.config.window :]
-        if not self.config.alarms or len(self.norms) < self.config.window:
+        if not self.config.alarms or step < self.settled or len(self.norms) < self.config.window:
             return None
         usual = statistics.median(self.norms)
         if math.isnan(usual) or usual <= self.config.output_growth * self.lowest:

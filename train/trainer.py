@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -148,4 +149,4 @@ def fit(
     if validation is not None and interval and run.steps % interval:
         trainer.validate(module, validation, verbose=False)
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return figures
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
