@@ -31,13 +31,8 @@ from chameleon.generation.chameleon import Chameleon, whole_characters
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.optimizer import OptimizerConfig, rate_at
 from chameleon.train.recipe import (
-    SHIPPED as RECIPES,
-)
-from chameleon.train.recipe import (
     FinetuneRecipe,
-    FitImageRecipe,
     PretrainRecipe,
-    RoadRecipe,
     RunConfig,
     read_recipe,
 )
@@ -133,14 +128,6 @@ def test_bfloat16_is_used_where_it_is_fast(bundle_folder: Path, monkeypatch: pyt
     assert usable_precision(replace(run, precision="16-mixed")) == "16-mixed"
 
 
-def test_every_shipped_recipe_parses() -> None:
-    kinds = {"image": FitImageRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
-    found = sorted(RECIPES.glob("*.yaml"))
-    assert len(found) >= 8
-    for path in found:
-        read_recipe(kinds.get(path.stem.rsplit("-", 1)[-1], RoadRecipe), path)  # type: ignore[arg-type]
-
-
 def test_unknown_and_wrong_keys_are_named(tmp_path: Path) -> None:
     for key, near in (("rwos", "rows"), ("run.stepz", "run.steps"), ("optimizer.rat", "optimizer.rate")):
         with pytest.raises(BadInput, match=f"unknown key {key}; did you mean {near}"):
@@ -167,8 +154,9 @@ def test_rates_follow_the_paper() -> None:
 
 def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
-    whole, figures = train(read_recipe(PretrainRecipe, path))
-    parted, _ = train(read_recipe(PretrainRecipe, path, ["micro_rows=1", f"run.out={tmp_path / 'parted'}"]))
+    whole, figures = train(read_recipe(PretrainRecipe, path, ["run.steps=60"]))
+    changes = ["run.steps=60", "micro_rows=1", f"run.out={tmp_path / 'parted'}"]
+    parted, _ = train(read_recipe(PretrainRecipe, path, changes))
     chance = math.log(tokenizer.vocabulary.size)
     assert figures["train/image_loss"] < chance / 2
     assert figures["train/text_loss"] < chance / 2

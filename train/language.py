@@ -101,8 +101,9 @@ def start(recipe: TrainRecipe) -> Start:
     assert recipe.tokenizers is not None
     if "vocab_size" in recipe.model:
         raise BadInput("the tokenizers give the number of ids; leave vocab_size out", where="recipe.model")
+    config = named_size(recipe.size or "mini", **recipe.model)
     tokenizer = MixedTokenizer.load(Path(recipe.tokenizers))
-    config = replace(named_size(recipe.size or "mini", **recipe.model), vocab_size=tokenizer.vocabulary.size)
+    config = replace(config, vocab_size=tokenizer.vocabulary.size)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in Transformer(config).named_parameters()}
     return Start(config, tokenizer, lambda name: initial(name, shapes[name], config, recipe.run.seed))
