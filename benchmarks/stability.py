@@ -5,6 +5,9 @@ What counts is how much the final loss depends on the rate: learning-rate sensit
 arXiv 2309.14322), the mean over the rates of min(loss, loss at the start) minus the best loss. What a model without image
 codes in its loss ends at cannot be compared with the others' loss, so the losses here are those of text ids alone.
 
+Beside the sweep each variant is trained once with a rate that grows a thousandfold, without clipping, until it blows up:
+at which rate it does, and how many steps before that the alarms are heard.
+
     chameleon tokenize "emoji:pairs?split=train" --out SHARDS/pairs      # and drawing, captioning, words
     python benchmarks/stability.py SHARDS --out runs/stability [--jobs 2]
     python benchmarks/stability.py SHARDS --out runs/stability --report benchmarks/stability
@@ -28,6 +31,7 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0,)
 STEPS = 200
 EVERY = 4  # steps between two rows of the log
+RAMP, RAMP_STEPS = "ramp", 300
 LAST = 6
 """Rows of the log that a final loss is the mean of."""
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn_width": 352, "context": 240}
@@ -61,16 +65,21 @@ def recipe(shards: Path, bundle: Path) -> dict[str, Any]:
     }
 
 
-def folder(out: Path, variant: str, rate: float, seed: int) -> Path:
-    return out / variant.replace(" ", "-").replace(",", "") / f"rate-{rate:g}-seed-{seed}"
+def folder(out: Path, variant: str, rate: float | str, seed: int) -> Path:
+    return out / variant.replace(" ", "-").replace(",", "") / f"rate-{rate}-seed-{seed}"
 
 
-def train(out: Path, config: Path, variant: str, rate: float, seed: int) -> None:
+def train(out: Path, config: Path, variant: str, rate: float | str, seed: int) -> None:
     """One run, in a process of its own with one thread; one that is there already is left."""
     place = folder(out, variant, rate, seed)
     if (place / "bundle").is_dir():
         return
-    settings = {**VARIANTS[variant], "optimizer.rate": rate, "run.seed": seed, "run.out": str(place)}
+    settings = {**VARIANTS[variant], "run.seed": seed, "run.out": str(place)}
+    if rate == RAMP:
+        growing = {"rate": 1e-3, "final": 1000.0, "schedule": "exponential", "warmup": 10, "eps": 1e-8, "clip": 0.0}
+        settings |= {"optimizer": growing, "run.steps": RAMP_STEPS, "stability.window": 20}
+    else:
+        settings["optimizer.rate"] = rate
     command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(config)]
     command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread())
@@ -120,11 +129,15 @@ def figures(place: Path) -> dict[str, Any]:
 
 
 def collect(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Variant → rate → figures of each seed."""
+    """Variant → rate → figures of each seed; the ramp is a rate of its own."""
     return {
-        variant: {f"{rate:g}": [figures(folder(out, variant, rate, seed)) for seed in SEEDS] for rate in RATES}
+        variant: {str(rate): [figures(folder(out, variant, rate, seed)) for seed in SEEDS] for rate in (*RATES, RAMP)}
         for variant in VARIANTS
     }
+
+
+def told(step: int | None) -> str:
+    return "never" if step is None else str(step)
 
 
 def mean(runs: list[dict[str, Any]], name: str) -> float:
@@ -145,7 +158,8 @@ def report(results: dict[str, Any], place: Path) -> str:
     place.mkdir(parents=True, exist_ok=True)
     (place / "stability.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5.2))
-    for place_of, (variant, runs) in enumerate(results.items()):
+    sweeps = {variant: {rate: runs[rate] for rate in map(str, RATES)} for variant, runs in results.items()}
+    for place_of, (variant, runs) in enumerate(sweeps.items()):
         style = {
             "marker": "o",
             "markersize": 4,
@@ -168,23 +182,21 @@ def report(results: dict[str, Any], place: Path) -> str:
     figure.savefig(place / "stability.png", dpi=110)
     lines = ["| variant | " + " | ".join(f"{rate:g}" for rate in RATES) + " | best loss | at rate | sensitivity |"]
     lines.append("| --- " * (len(RATES) + 4) + "|")
-    for variant, runs in results.items():
+    for variant, runs in sweeps.items():
         best, rate, spread = sensitivity(runs)
         cells = []
         for seeds in runs.values():
             blown = sum(run["blown_at"] is not None for run in seeds)
             cells.append(f"{mean(seeds, 'final'):.2f}" + (f" ({blown} of {len(seeds)} blew up)" if blown else ""))
         lines.append(f"| {variant} | {' | '.join(cells)} | {best:.2f} | {rate:g} | {spread:.2f} |")
-    every = [run for runs in results.values() for seeds in runs.values() for run in seeds]
-    blown = [run for run in every if run["blown_at"] is not None]
-    calm = [run for run in every if run["blown_at"] is None]
-    for name, key in (("any sign", "alarm_at"), ("the output norm's growth", "output_norm_alarm_at")):
-        before = [run["blown_at"] - run[key] for run in blown if run[key] is not None and run[key] < run["blown_at"]]
-        ahead = f", a median of {statistics.median(before):.0f} steps ahead" if before else ""
-        false = sum(run[key] is not None for run in calm)
-        lines.append(
-            f"\nAlarm of {name}: before {len(before)} of {len(blown)} blow-ups{ahead}; in {false} of {len(calm)} others."
-        )
+    lines += ["", "| variant, growing rate | loss blows up at step | at rate | alarm | ahead | of the output norm |"]
+    lines.append("| --- " * 6 + "|")
+    for variant, runs in results.items():
+        (run,) = runs[RAMP]
+        blown, alarm, norm = run["blown_at"], run["alarm_at"], run["output_norm_alarm_at"]
+        rate = "" if blown is None else f"{1e-3 * 1000 ** ((blown - 10) / (RAMP_STEPS - 10)):.2g}"
+        ahead = "" if None in (blown, alarm) else str(blown - alarm)
+        lines.append(f"| {variant} | {told(blown)} | {rate} | {told(alarm)} | {ahead} | {told(norm)} |")
     return "\n".join(lines)
 
 
@@ -207,7 +219,7 @@ def main() -> None:
     config = options.out / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe(options.shards, options.bundle)), encoding="utf-8")
     with ThreadPoolExecutor(options.jobs) as pool:  # the most telling variants first, every seed of them
-        todo = [(variant, rate, seed) for seed in SEEDS for variant in VARIANTS for rate in RATES]
+        todo = [(variant, rate, seed) for seed in SEEDS for variant in VARIANTS for rate in (*RATES, RAMP)]
         for each in [pool.submit(train, options.out, config, *one) for one in todo]:
             each.result()
 

@@ -168,7 +168,7 @@ def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokeni
         read_recipe(
             FinetuneRecipe,
             path,
-            ["tokenizers=null", "size=tiny", "model={}", f"bundle={tmp_path / 'run' / 'bundle'}", "run.steps=2"],
+            ["tokenizers=null", "size=null", "model={}", f"bundle={tmp_path / 'run' / 'bundle'}", "run.steps=2"],
         )
     )
     assert tuned.prompting == "conversation"
