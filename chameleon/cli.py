@@ -319,8 +319,8 @@ def plan(arguments: argparse.Namespace) -> None:
     for name in chosen:
         named_device(name)
     config, recipe = what_to_plan(arguments.what)
-    given = {key: getattr(arguments, key) for key in ("sharding", "checkpointing", "devices", "utilisation")}
-    for key in ("rows", "context", "precision", "optimizer"):
+    given = {key: getattr(arguments, key) for key in ("devices", "utilisation")}
+    for key in ("rows", "context", "precision", "optimizer", "sharding", "checkpointing"):
         value = getattr(arguments, key)
         given[key] = recipe[key] if value is None else value
     found = make_plan(config, Setup(**given))
@@ -349,7 +349,8 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
 
     if name in SIZES:
         config = SIZES[name]
-        return config, {"rows": 1, "context": config.context, "precision": "bf16-mixed", "optimizer": "adamw"}
+        usual = {"precision": "bf16-mixed", "optimizer": "adamw", "sharding": "none", "checkpointing": "none"}
+        return config, {"rows": 1, "context": config.context, **usual}
     try:
         find_recipe(name)
     except BadInput as error:
@@ -371,6 +372,8 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
         "context": recipe.context or config.context,
         "precision": recipe.run.precision,
         "optimizer": recipe.optimizer.kind,
+        "sharding": recipe.run.sharding,
+        "checkpointing": recipe.checkpointing,
     }
 
 
@@ -728,8 +731,10 @@ def build_parser() -> Parser:
     sub.add_argument("--context", type=int, help="ids a row (default: the recipe's, else the model's)")
     sub.add_argument("--precision", help="bf16-mixed, bf16-true, 16-mixed, 16-true, 32-true (default: the recipe's)")
     sub.add_argument("--optimizer", help="adamw or muon (default: the recipe's)")
-    sub.add_argument("--sharding", default="none", help="none, ddp or fsdp (default: none)")
-    sub.add_argument("--checkpointing", default="none", help="none, or full: blocks computed again (default: none)")
+    sub.add_argument("--sharding", help="none, ddp or fsdp (default: the recipe's, else none)")
+    sub.add_argument(
+        "--checkpointing", help="none, selective or full: what is computed again (default: the recipe's, else none)"
+    )
     sub.add_argument("--devices", type=int, default=1, help="how many (default: 1)")
     sub.add_argument("--device", help="one kind of device (default: a table of them)")
     sub.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")

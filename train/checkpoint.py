@@ -36,6 +36,8 @@ from chameleon.train.steps import EVENTS, StepModule
 FOLDER, DESCRIPTION, RECORD = "checkpoints", "checkpoint.json", "run.json"
 HARMLESS = ("run.", "workers", "micro_rows", "verify", "compile", "checkpointing", "attention", "monitors", "validation")
 """What the recipe's keys begin with that may change when a run goes on, but for those below."""
+STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+"""What optimisers keep of a parameter."""
 HARMFUL = ("run.steps", "run.seed", "run.precision")
 
 
@@ -179,14 +181,17 @@ def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimize
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(targets, storage_reader=reader, no_dist=is_alone())
-    own = {parameter: optimizer for optimizer in optimizers for g in optimizer.param_groups for parameter in g["params"]}
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for name, parameter in places.items():
+        states.setdefault(parameter, {})[name.rpartition(".")[2]] = targets[name]
     for optimizer in optimizers:
         optimizer.state.clear()
-    for name, parameter in places.items():
-        value = targets[name]
-        if parameter in own:
-            fused = value.ndim == 0 and own[parameter].defaults.get("fused")
-            own[parameter].state[parameter][name.rpartition(".")[2]] = value.to(parameter.device) if fused else value
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            state = states.get(parameter, {})
+            if set(state) == STATES[type(optimizer)]:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            elif state:
+                warnings.warn(f"{folder} is of another optimizer, whose state is left behind", stacklevel=2)
     module.restore_extras({n.removeprefix("extra."): v for n, v in targets.items() if n.startswith("extra.")})
 
 

@@ -17,7 +17,7 @@ from chameleon.train.memory import check_memory
 from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import TrainRecipe, to_plain
 from chameleon.train.samples import Samples
-from chameleon.train.trainer import build_trainer, fit
+from chameleon.train.trainer import build_trainer, fit, is_on_gpus
 
 SPARE = 2  # times the batches that a run needs, so that it may go back
 
@@ -30,6 +30,8 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     L.seed_everything(recipe.run.seed, verbose=False)
     plain = to_plain(recipe)
     resumed = find(recipe.run, plain) if recipe.run.resume else None
+    if recipe.attention == "flex" and not is_on_gpus(recipe.run):
+        raise BadInput("flex needs a GPU", where="recipe.attention", remedy="use auto")
     begun = start(recipe)
     context = recipe.context or begun.config.context
     if context > begun.config.context:

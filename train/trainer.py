@@ -44,15 +44,17 @@ def low_dtype(run: RunConfig) -> torch.dtype | None:
 def device_count(run: RunConfig) -> int:
     """Devices on each node. Raises `BadInput` where the recipe wants more, or other, than there are."""
     there = torch.cuda.device_count() if is_on_gpus(run) else None
+    if there == 0:
+        raise BadInput("there is no GPU here", where="run.accelerator", remedy="give run.accelerator=cpu")
     if run.devices == "auto":
-        return max(1, there or 1)
+        return there or 1
     if not isinstance(run.devices, int) or run.devices < 1:
         raise BadInput(f"devices {run.devices!r} is neither auto nor a number of 1 or more", where="run.devices")
     if there is not None and run.devices > there:
         raise BadInput(
             f"the recipe wants {run.devices} GPUs, there {'is' if there == 1 else 'are'} {there}",
             where="run.devices",
-            remedy=f"give run.devices={max(there, 1)}" + ("" if there else " run.accelerator=cpu"),
+            remedy=f"give run.devices={there}",
         )
     return run.devices
 

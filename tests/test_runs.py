@@ -1,0 +1,169 @@
+"""What one sees of a run, and what is said where one cannot be: memory, devices, disk, other optimisers."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, recipe_file
+from PIL import Image as PILImage
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from chameleon.cli import main
+from chameleon.errors import BadInput
+from chameleon.model.recompute import recompute
+from chameleon.model.transformer import packed_blocks, packed_mask
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train import checkpoint, memory, progress, trainer
+from chameleon.train.recipe import PretrainRecipe, read_recipe
+from chameleon.train.run import train
+
+
+def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
+    tmp_path: Path, tokenizer: MixedTokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, width=400))
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    path = recipe_file(tmp_path, tokenizer)
+    shutil.copytree(tmp_path / "shards", tmp_path / "others")
+    mixture = f"mixture=[{{shards: {tmp_path}/shards}}, {{shards: {tmp_path}/others}}]"
+    settings = ["run.steps=12", "run.log_every=2", "run.validate_every=4", "run.checkpoint_every=5", "run.progress=true"]
+    main(["pretrain", "--config", str(path), *settings, mixture, f"validation=[{{shards: {tmp_path}/shards}}]"])
+    run = tmp_path / "run"
+    lines = shown.getvalue().splitlines()
+    assert len(lines) == 12 and lines[4].startswith("step 5 of 12, loss ")
+    assert all(word in lines[4] for word in ("text ", "image ", "tokens/s", "left", "validation text"))
+    capsys.readouterr()
+    main(["info", str(run), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["step"]) == ("finished", "12 of 12")
+    assert told["checkpoints"] == ["step-00000005", "step-00000010"]
+    assert {"source/shards_loss", "source/others_loss", "train/image_log_z", "validation/text_loss"} <= told.keys()
+    with PILImage.open(told["curves"]) as picture:
+        assert picture.width > 1000 and len(set(picture.convert("L").getdata())) > 50
+    log = EventAccumulator(str(run / "log"))
+    log.Reload()
+    assert log.Tags()["images"] == ["samples/drawing_0", "samples/drawing_1"]
+    drawn = log.Images("samples/drawing_0")
+    assert [event.step for event in drawn] == [4, 8, 12] and (drawn[0].width, drawn[0].height) == (32, 16)
+    assert "samples/caption_1/text_summary" in log.Tags()["tensors"]
+    shutil.rmtree(run / "bundle")
+    main(["info", str(run)])
+    assert "not finished" in capsys.readouterr().out
+    (run / "log" / "metrics.csv").unlink()
+    with pytest.raises(SystemExit):
+        main(["info", str(run)])
+    assert "nothing is logged yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["run.devices=3", "run.accelerator=cpu"], r"rows 4 do not divide by 3 devices; 3 rows do"),
+        (
+            ["run.devices=3", "run.accelerator=cpu", "run.sharding=fsdp", "run.tensor_parallel=2"],
+            "3 devices do not divide by 2",
+        ),
+        (["run.tensor_parallel=2"], "tensor_parallel needs fsdp"),
+        (["attention=flex", "run.accelerator=cpu"], "flex needs a GPU"),
+        (["run.devices=0"], "neither auto nor a number"),
+        (["run.accelerator=gpu"], "no GPU here; give run.accelerator=cpu"),
+        (["run.sharding=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),
+        (["run.sharding=fsdp", "run.precision=16-mixed"], "16-mixed cannot be sharded"),
+    ],
+)
+def test_devices_that_are_not_there_or_do_not_divide(
+    changes: list[str], told: str, tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(trainer, "is_on_gpus", lambda run: run.accelerator == "gpu")
+    with pytest.raises(BadInput, match=told):
+        train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes))
+
+
+def test_more_gpus_than_there_are(tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.accelerator=gpu", "run.devices=8"])
+    with pytest.raises(BadInput, match=r"the recipe wants 8 GPUs, there are 2; give run\.devices=2"):
+        train(recipe)
+
+
+def test_what_does_not_fit_says_by_how_much(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_of", lambda *_: 1e6)
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=1"])
+    with pytest.raises(BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_rows=2, checkpointing=full, run"):
+        train(recipe)
+    recipe.run.force = True
+    train(recipe)
+
+
+def test_out_of_memory_is_one_line(tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr("chameleon.train.language.LanguageModule.training_step", full)
+    with pytest.raises(BadInput, match=r"out of memory \(CUDA out of memory\); lower micro_rows"):
+        train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer)))
+
+
+def test_no_room_for_a_checkpoint_keeps_what_is_there(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=9", "run.checkpoint_every=2"])
+    usage = namedtuple("usage", "total used free")
+    calls: list[int] = []
+
+    def free(_: object) -> usage:
+        calls.append(1)
+        return usage(0, 0, 10**9 if len(calls) < 3 else 1000)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
+    with pytest.raises(BadInput, match=r"a checkpoint takes .* GB, 0\.00 GB are free; make room, then go on with --resume"):
+        train(recipe)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+
+
+def test_another_optimizer_goes_on_by_force(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=3"])
+    train(recipe)
+    recipe.run.resume, recipe.optimizer.kind = True, "muon"
+    with pytest.raises(BadInput, match=r"optimizer\.kind from adamw to muon"):
+        train(recipe)
+    recipe.run.force = True
+    with pytest.warns(UserWarning, match="another optimizer"):
+        bundle, _ = train(recipe)
+    assert bundle is not None
+
+
+def test_blocks_attend_as_the_mask_does() -> None:
+    """FlexAttention over blocks, run uncompiled, gives what the dense mask gives; it learns on GPUs only."""
+    model = random_model(30, kv_heads=2)
+    ids = torch.randint(0, 30, (2, 300))
+    documents = torch.randint(0, 3, (2, 300)).sort(dim=1).values
+    with torch.no_grad():
+        one, other = (model(ids, mask=mask) for mask in (packed_mask(documents), packed_blocks(documents)))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_what_is_computed_again_gives_the_same_gradients(how: str) -> None:
+    ids = torch.randint(0, 30, (2, 9))
+    grads = []
+    for kind in ("none", how):
+        model = random_model(30, dropout=0.3).requires_grad_(True).train()
+        for block in model.blocks:
+            recompute(block, kind)  # type: ignore[arg-type]
+        torch.manual_seed(5)
+        model(ids).square().sum().backward()
+        grads.append([parameter.grad for name, parameter in model.named_parameters() if name != "head.weight"])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
