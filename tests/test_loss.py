@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon.model.loss import chunked_cross_entropy
+from chameleon.model.loss import chunked_cross_entropy, cut_cross_entropy
 
 
 def plain(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, z: float) -> torch.Tensor:
@@ -84,3 +84,18 @@ def test_never_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     head = torch.randn(64, 8, requires_grad=True)
     chunked_cross_entropy(hidden, head, torch.zeros(1000, dtype=torch.int64), torch.ones(1000), chunk=100)
     assert largest == 100 * 64
+
+
+@pytest.mark.slow
+def test_cut_cross_entropy_is_the_same() -> None:
+    """By the package's own implementation for CPUs; its kernels need a GPU."""
+    pytest.importorskip("cut_cross_entropy")
+    torch.manual_seed(0)
+    hidden, head = torch.randn(200, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    targets, weights = torch.randint(0, 300, (200,)), torch.rand(200) * (torch.arange(200) % 3 > 0)
+    ours, theirs = (f(hidden, head, targets, weights, z_loss=1e-2) for f in (chunked_cross_entropy, cut_cross_entropy))
+    for name in ("nll", "log_z"):
+        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), atol=1e-4, rtol=1e-4)
+    grads = [torch.autograd.grad(result.loss, (hidden, head)) for result in (ours, theirs)]
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)

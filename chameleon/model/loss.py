@@ -15,7 +15,7 @@ from torch import Tensor
 from chameleon.errors import BadInput
 
 Z_LOSS = 1e-5
-CHUNK = 1024  # rows whose logits exist at one time
+CHUNK = 512  # rows whose logits exist at one time
 
 
 class TokenLoss(NamedTuple):
