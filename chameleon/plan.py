@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
-from chameleon.model.loss import CHUNK
+from chameleon.model.loss import rows_at_once
 from chameleon.model.recompute import Checkpointing, products_per_token
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -200,7 +200,9 @@ def training_bytes(model: Transformer, setup: Setup) -> TrainingBytes:
     elif setup.sharding == "ddp":
         communication = gradients
     ids, head = setup.rows * setup.context, config.vocab_size * config.width
-    logits = min(CHUNK, ids) * config.vocab_size * (4 + low) + head * (4 + low + (low if low != size else 0))
+    logits = min(rows_at_once(config.vocab_size), ids) * config.vocab_size * (4 + low) + head * (
+        4 + low + (low if low != size else 0)
+    )
     logits += 2 * ids * config.width * low  # hidden states that count, and their gradient
     return TrainingBytes(
         parameters=parameters,

@@ -15,7 +15,8 @@ from torch import Tensor
 from chameleon.errors import BadInput
 
 Z_LOSS = 1e-5
-CHUNK = 512  # rows whose logits exist at one time
+LOGITS = 3 * 2**22  # logits that exist at one time
+BLOCK = 8192  # ids whose part of the head's gradient is computed at one time
 
 
 class TokenLoss(NamedTuple):
@@ -29,8 +30,13 @@ class TokenLoss(NamedTuple):
     """float32 [N]; 0 where the weight is 0."""
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Rows whose logits exist at one time."""
+    return max(128, LOGITS // vocabulary)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradients too, chunk by chunk; backward only scales them."""
+    """Forward computes the gradients too, chunk by chunk; backward only scales them, in place: it goes back once."""
 
     @staticmethod
     def forward(
@@ -57,7 +63,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ low_head
             if grad_head is not None:
-                grad_head += grad.t() @ h
+                for block in range(0, len(head), BLOCK):  # so that the product needs no memory of the head's size
+                    grad_head[block : block + BLOCK] += grad[:, block : block + BLOCK].t() @ h
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         loss = (weights * (nll + z_loss * log_z.square())).sum()
@@ -69,8 +76,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grads[0]
         return (
-            grad_hidden * scale.to(grad_hidden.dtype) if grad_hidden is not None else None,
-            (grad_head * scale).to(ctx.head_dtype) if grad_head is not None else None,
+            grad_hidden.mul_(scale) if grad_hidden is not None else None,
+            grad_head.mul_(scale).to(ctx.head_dtype) if grad_head is not None else None,
             None,
             None,
             None,
@@ -79,13 +86,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, z_loss: float = Z_LOSS, chunk: int = CHUNK
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, z_loss: float = Z_LOSS, chunk: int | None = None
 ) -> TokenLoss:
     """Weighted cross-entropy with z-loss of hidden states against the head.
 
     hidden: float [N, D]. head: float [V, D]. targets: int64 [N]. weights: float32 [N]; rows of weight 0 cost nothing,
-    and the loss is a plain sum, so weights carry the normalisation (1 / number of tokens in the whole batch).
+    and the loss is a plain sum, so weights carry the normalisation (1 / number of tokens in the whole batch). chunk: rows
+    at one time, by default `rows_at_once`.
     """
+    chunk = chunk or rows_at_once(len(head))
     live = weights.nonzero().squeeze(1)
     loss, nll, log_z = ChunkedCrossEntropy.apply(hidden[live], head, targets[live], weights[live].float(), z_loss, chunk)
     return TokenLoss(
