@@ -34,8 +34,18 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-# Of several processes that train together the first one speaks; Lightning numbers those it starts.
-SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+def is_first() -> bool:
+    """Whether this is the first of several processes that train together: it speaks for all.
+
+    torchrun and SLURM number them all; Lightning numbers nodes and those it starts on one.
+    """
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+SPEAKS = is_first()
 
 
 def say(text: str) -> None:

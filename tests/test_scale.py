@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -74,4 +75,29 @@ def test_several_processes_go_on_from_one(way: str, alone: Path, tmp_path: Path)
     shutil.copytree(alone / "run" / "checkpoints", tmp_path / "checkpoints")
     shutil.copytree(alone / "run" / "log", tmp_path / "log")
     run(alone / "recipe.yaml", tmp_path, *WAYS[way], "--resume")
+    torch.testing.assert_close(log(tmp_path), log(alone / "run"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("started", ["torchrun", "slurm"])
+def test_the_same_recipe_started_by_a_cluster(started: str, alone: Path, tmp_path: Path) -> None:
+    """By torchrun, and as SLURM starts its tasks: two processes that know of each other by their environment."""
+    arguments = ["pretrain", "--config", str(alone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2", "--json"]
+    if started == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+        commands = [([*start, "-m", "chameleon.cli", *arguments], {})]
+    else:
+        job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
+        job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1"}
+        job |= {"MASTER_PORT": "29618"}
+        commands = [
+            ([sys.executable, "-m", "chameleon.cli", *arguments], {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+            for rank in "01"
+        ]
+    running = [
+        subprocess.Popen(command, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command, more in commands
+    ]
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), said
+    assert sum(len(out.splitlines()) for out, _ in said) == 1  # one of the processes speaks
     torch.testing.assert_close(log(tmp_path), log(alone / "run"), atol=1e-5, rtol=1e-5)
