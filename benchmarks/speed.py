@@ -10,7 +10,6 @@ Run with nothing else running:
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import platform
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.plan import flops_per_token, matmul_peak
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
+from chameleon.train.allocator import keep_memory
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.vocabulary import Vocabulary
 
@@ -105,96 +105,181 @@ def their_model(vocabulary: Vocabulary, options: Any) -> Any:
 def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     """A step of 4×512 ids: forward, loss, backward, clipping, AdamW; bf16 autocast over float32 weights.
 
-    Ours as training has it: packed rows whose attention stays inside documents (two a row), weighted targets, z-loss,
-    logits in chunks. Theirs with its own loss over whole logits, one causal document a row.
+    Ours as training has it: blocks compiled (`compile: true`), memory kept between steps (`keep_memory`), packed rows
+    whose attention stays inside documents (two a row), weighted targets, z-loss, logits in chunks. Theirs in the usual
+    loop: eager, its own loss over whole logits, one causal document a row; and once more with memory kept as well.
     """
-    ours, theirs = our_model(vocabulary, options), their_model(vocabulary, options)
-    assert sum(p.numel() for p in ours.parameters()) == sum(
-        p.numel() for n, p in theirs.named_parameters() if "vqmodel" not in n
-    ) + qk_difference(ours)
-    theirs.model.vqmodel.requires_grad_(False)
-    optimizers = {
-        "ours": build_optimizers(ours, OptimizerConfig()),
-        "theirs": [torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-4, fused=True)],
-    }
+    result = in_turn("training step", ("ours", "theirs", "theirs, memory kept"), ROWS * LENGTH, options)
+    result["ratio, memory kept on both sides"] = result["ours"] / result["theirs, memory kept"]
+    flops = flops_per_token(named_size("base", vocab_size=vocabulary.size, context=1024), LENGTH // 2)
+    peak = matmul_peak(options.device)
+    for side in ("ours", "theirs"):
+        result[f"{side}_share_of_matmul_peak"] = result[side] * flops / peak
+    return result
+
+
+def in_turn(name: str, sides: Sequence[str], work: float, options: Any) -> dict[str, Any]:
+    """Medians of the sides of a part, each a process of its own that is asked for its calls in turn."""
+    running = {side: SideProcess(name, side, options) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side, process in running.items():
+            times[side].append(process.call())
+    for process in running.values():
+        process.close()
+    result: dict[str, Any] = {"unit": "tokens/s"}
+    for side, values in times.items():
+        result[side] = work / statistics.median(values)
+        result[f"{side}_range"] = [work / max(values), work / min(values)]
+    result["ratio"] = result["ours"] / result["theirs"]
+    shown = (f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
+    print(f"{name:24}", *shown, file=sys.stderr, flush=True)
+    return result
+
+
+class SideProcess:
+    """One side of a part in a process that waits to be asked."""
+
+    def __init__(self, name: str, side: str, options: Any) -> None:
+        command = [sys.executable, __file__, "--serve", name, side, "--device", str(options.device)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> float:
+        assert self.process.stdout is not None
+        return float(self.process.stdout.readline())
+
+    def call(self) -> float:
+        """Seconds of a call."""
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(name: str, side: str, vocabulary: Vocabulary, options: Any) -> None:
+    """Makes a call for each line of stdin, and says its seconds on stdout; three before the first are not counted."""
+    if side.startswith("ours") or side.endswith("memory kept"):
+        keep_memory()
+    if name == "training step":
+        call = our_step(vocabulary, options) if side == "ours" else their_step(vocabulary, options)
+    else:
+        call = our_tiny(options, compiled=side.endswith("compiled")) if side.startswith("ours") else their_tiny(options)
+    for _ in range(3):
+        call()
+    print(0.0, flush=True)
+    for _ in sys.stdin:
+        print(seconds(call, options.device), flush=True)
+
+
+def our_step(vocabulary: Vocabulary, options: Any) -> Side:
+    model = our_model(vocabulary, options)
+    for block in model.blocks:
+        block.compile()
+    optimizers = build_optimizers(model, OptimizerConfig())
     ids = torch.randint(vocabulary.text_start, vocabulary.size, (ROWS, LENGTH + 1), device=options.device)
     documents = (torch.arange(LENGTH, device=options.device) >= LENGTH // 2).long().expand(ROWS, LENGTH)
     positions = torch.arange(LENGTH, device=options.device).remainder(LENGTH // 2).expand(ROWS, LENGTH)
     weights = torch.full((ROWS * LENGTH,), 1 / (ROWS * LENGTH), device=options.device)
 
-    def finish(side: str, model: torch.nn.Module, loss: Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers[side]:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def our_step() -> None:
+    def step() -> None:
         with torch.autocast(options.device.type, torch.bfloat16):
-            hidden = ours(ids[:, :-1], positions, packed_mask(documents)).bfloat16()
-            result = chunked_cross_entropy(hidden.flatten(0, 1), ours.head.weight, ids[:, 1:].flatten(), weights)
-        finish("ours", ours, result.loss)
+            hidden = model(ids[:, :-1], positions, packed_mask(documents)).bfloat16()
+            result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, ids[:, 1:].flatten(), weights)
+        finish(model, optimizers, result.loss)
 
-    def their_step() -> None:
+    return step
+
+
+def their_step(vocabulary: Vocabulary, options: Any) -> Side:
+    model = their_model(vocabulary, options)
+    model.model.vqmodel.requires_grad_(False)
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)]
+    ids = torch.randint(vocabulary.text_start, vocabulary.size, (ROWS, LENGTH), device=options.device)
+
+    def step() -> None:
         with torch.autocast(options.device.type, torch.bfloat16):
-            loss = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
-        finish("theirs", theirs, loss)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        finish(model, optimizers, loss)
 
-    result = compare("training step", our_step, their_step, ROWS * LENGTH, "tokens/s", options)
-    peak = matmul_peak(options.device)
-    result["share_of_matmul_peak"] = result["ours"] * flops_per_token(ours.config, LENGTH // 2) / peak
-    return result
+    return step
+
+
+def finish(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
+    """Backward pass, clipping and the optimisers' step."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def tiny(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     """The size `tiny` on documents of the embedded set, each side on the same ids: ids of documents a second, no padding.
 
-    Ours as a recipe has it: rows of 256 ids packed full, bf16 autocast, the loss in chunks. The plain loop pads 16
-    documents drawn at random to the longest of them, in float32 with whole logits and PyTorch's own loss, which leaves
-    padding out.
+    Ours as a recipe has it: rows of 256 ids packed full, bf16 autocast, the loss in chunks, memory kept; and once more with
+    its blocks compiled. The plain loop pads 16 documents drawn at random to the longest of them, in float32 with whole
+    logits and PyTorch's own loss, which leaves padding out.
     """
+    _, batches = tiny_documents()
+    work = sum(len(document) - 1 for batch in batches for document in batch)
+    result = in_turn("tiny, ids of documents", ("ours", "ours, compiled", "theirs"), work, options)
+    result["ratio, compiled"] = result["ours, compiled"] / result["theirs"]
+    return result
+
+
+def tiny_documents() -> tuple[Vocabulary, list[list[Tensor]]]:
+    """Batches of 16 documents each: words, code, and pictures with a few words."""
     tokenizer = Bundle.load().tokenizer
     v = tokenizer.vocabulary
+    torch.manual_seed(0)
     documents = [*itertools.islice(emoji.words("train"), 500), *emoji.code("train", 100_000)]
     ids = [tokenizer.encode(document)[:257] for document in documents]
     for words in range(500):  # pairs, whose codes are random: that changes no speed
         codes = torch.randint(0, v.image_count, (v.block_length - 2,)) + v.image_start
         text = torch.randint(v.text_start, v.size, (1 + words % 12,))
         ids.append(torch.cat([torch.tensor([v.bos, v.boi]), codes, torch.tensor([v.eoi]), text, torch.tensor([v.eos])]))
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
-    padded = [[ids[place] for place in order[start : start + 16]] for start in range(0, len(order) - 15, 16)][:40]
-    total = sum(len(document) - 1 for batch in padded for document in batch)
-    rows = packed_rows([document for batch in padded for document in batch], 256, v)
+    order = torch.randperm(len(ids)).tolist()
+    return v, [[ids[place] for place in order[start : start + 16]] for start in range(0, len(order) - 15, 16)][:40]
+
+
+def our_tiny(options: Any, *, compiled: bool) -> Side:
+    v, batches = tiny_documents()
+    rows = packed_rows([document for batch in batches for document in batch], 256, v)
     model = Transformer(named_size("tiny", vocab_size=v.size)).to(options.device)
     model.init_weights()
-    other = copy.deepcopy(model)
-    (ours,) = build_optimizers(model, OptimizerConfig())
-    theirs = torch.optim.AdamW(other.parameters(), lr=1e-4)
+    for block in model.blocks if compiled else []:
+        block.compile()
+    optimizers = build_optimizers(model, OptimizerConfig())
 
-    def our_side() -> None:
+    def call() -> None:
         for batch in rows:
-            weights = batch.weights / batch.weights.sum()
+            weights = (batch.weights / batch.weights.sum()).flatten()
             with torch.autocast(options.device.type, torch.bfloat16):
                 hidden = model(batch.ids, batch.positions, packed_mask(batch.document_ids)).bfloat16()
-                loss = chunked_cross_entropy(
-                    hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights.flatten()
-                )
-            loss.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            ours.step()
-            ours.zero_grad()
+                result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights)
+            finish(model, optimizers, result.loss)
 
-    def their_side() -> None:
-        for batch in padded:
+    return call
+
+
+def their_tiny(options: Any) -> Side:
+    v, batches = tiny_documents()
+    model = Transformer(named_size("tiny", vocab_size=v.size)).to(options.device)
+    model.init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def call() -> None:
+        for batch in batches:
             whole = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
-            logits = other.logits(other(whole[:, :-1].clamp(min=0)))
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
-            theirs.step()
-            theirs.zero_grad()
+            logits = model.logits(model(whole[:, :-1].clamp(min=0)))
+            finish(model, [optimizer], torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten()))
 
-    return compare("tiny, ids of documents", our_side, their_side, total, "tokens/s", options)
+    return call
 
 
 def packed_rows(documents: list[Tensor], context: int, vocabulary: Vocabulary, rows: int = 16) -> list[Rows]:
@@ -244,12 +329,6 @@ def peak_kib() -> int:
     """This process's own peak of the resident set; getrusage would count that of the process which started it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def qk_difference(model: Transformer) -> int:
-    """Parameters ours has less for QK-norm: theirs keeps a row a head, ours one for all heads."""
-    c = model.config
-    return -c.layers * 2 * c.head_width * (c.heads + c.kv_heads - 2)
 
 
 def decoding(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
@@ -362,6 +441,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--loss-peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
@@ -370,6 +450,9 @@ def main() -> None:
         return
     torch.manual_seed(0)
     vocabulary = Vocabulary.own(image_codes=CODES, text_pieces=PIECES, grid=(32, 32))
+    if options.serve:
+        serve(*options.serve, vocabulary, options)
+        return
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

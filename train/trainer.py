@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from chameleon.errors import BadInput
 from chameleon.plan import fast_bfloat16
+from chameleon.train.allocator import keep_memory
 from chameleon.train.recipe import RunConfig
 
 
@@ -107,6 +108,8 @@ def build_trainer(
     """
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*No device id.*"):
         warnings.filterwarnings("ignore", text)
+    if not is_on_gpus(run):
+        keep_memory()
     precision, strategy = usable_precision(run), strategy_of(run, parts_unused)
     if strategy is not None:
         more["strategy"] = strategy

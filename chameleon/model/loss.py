@@ -15,7 +15,7 @@ from torch import Tensor
 from chameleon.errors import BadInput
 
 Z_LOSS = 1e-5
-LOGITS = 3 * 2**22  # logits that exist at one time
+LOGITS = 3 * 2**22  # that exist at one time, at most; 512 rows are enough to keep products fast
 BLOCK = 8192  # ids whose part of the head's gradient is computed at one time
 
 
@@ -32,7 +32,7 @@ class TokenLoss(NamedTuple):
 
 def rows_at_once(vocabulary: int) -> int:
     """Rows whose logits exist at one time."""
-    return max(128, LOGITS // vocabulary)
+    return min(512, max(128, LOGITS // vocabulary))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
