@@ -15,7 +15,7 @@ from torch import Tensor
 from chameleon.errors import BadInput
 
 Z_LOSS = 1e-5
-LOGITS = 3 * 2**22  # that exist at one time, at most; 512 rows are enough to keep products fast
+LOGITS = 2**23  # that exist at one time, at most; 512 rows are enough to keep products fast
 BLOCK = 8192  # ids whose part of the head's gradient is computed at one time
 
 
