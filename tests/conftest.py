@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import distributed
 
 from chameleon.bundle import Bundle
 from chameleon.data.token_shards import write_shard
@@ -26,6 +29,18 @@ TEXT = [
     "ein rotes Herz, un cœur rouge, 赤いハート",
     "the quick brown fox jumps over the lazy dog " * 4,
 ]
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """No test leaves a group of processes behind, nor what Lightning tells further processes by the environment."""
+    before = dict(os.environ)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
 
 
 SMALL_VQGAN = VQGANConfig(

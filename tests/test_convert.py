@@ -506,6 +506,28 @@ def test_a_converted_model_is_tuned(exported: Path, tmp_path: Path) -> None:
     convert(tmp_path / "run" / "bundle", tmp_path / "hf", "hf")
 
 
+def test_the_image_head_of_a_converted_model_learns_to_draw(exported: Path, tmp_path: Path) -> None:
+    """Of all weights only the head's rows of image codes move, and the model draws what it was shown."""
+    PILImage.linear_gradient("L").resize((9, 9)).convert("RGB").save(tmp_path / "shade.png")
+    told = [{"role": "user", "content": [{"type": "text", "text": "draw"}]}]
+    told.append({"role": "assistant", "content": [{"type": "image", "image": "shade.png"}]})
+    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": told}) + "\n") * 8)
+    start = exported / "bundle"
+    main(["tokenize", str(tmp_path / "c.jsonl"), "--model", str(start), "--out", str(tmp_path / "shards")])
+    mixture = f"mixture=[{{shards: {tmp_path / 'shards'}, loss: answers}}]"
+    settings = ["size=null", "context=128", "rows=4", "micro_rows=0", "workers=0", "run.steps=80", "run.precision=32-true"]
+    settings += ["optimizer.rate=0.1", "optimizer.warmup=1", "run.progress=false", f"run.out={tmp_path / 'run'}"]
+    main(["finetune", "--config", "7b-draw", f"bundle={start}", mixture, *settings])
+    before, after = (Bundle.load(folder, dtype=torch.float32) for folder in (start, tmp_path / "run" / "bundle"))
+    rounded = {name: value.bfloat16().float() for name, value in before.model.state_dict().items()}
+    moved = {name for name, value in after.model.state_dict().items() if not torch.equal(value, rounded[name])}
+    assert moved == {"head.weight"}
+    model = Chameleon(after)
+    drawn = model.draw("draw", guidance=1, sampling=GREEDY)
+    wanted = after.tokenizer.image.decode(after.tokenizer.image.encode([tmp_path / "shade.png"]))[0]
+    assert drawn.tobytes() == wanted.tobytes()
+
+
 # --- the vocabulary --------------------------------------------------------------------------------------------------
 
 json_tokenizer = JsonTextTokenizer(json.dumps(meta_tokenizer()).encode())

@@ -47,7 +47,7 @@ def log(out: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) -> Path:
+def lone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) -> Path:
     """The folder of a recipe, which was run on one process."""
     folder = tmp_path_factory.mktemp("alone")
     recipe_file(folder, tokenizer, model=SHAPE)
@@ -56,32 +56,32 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_losses_are_those_of_one_process(way: str, alone: Path, tmp_path: Path) -> None:
+def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -> None:
     """And one process goes on from the checkpoint that they wrote on the way."""
-    run(alone / "recipe.yaml", tmp_path, *WAYS[way])
-    wanted, found = log(alone / "run"), log(tmp_path)
+    run(lone / "recipe.yaml", tmp_path, *WAYS[way])
+    wanted, found = log(lone / "run"), log(tmp_path)
     assert wanted.shape == (STEPS, len(SEEN)) and wanted[0, 0] > wanted[-1, 0] + 0.5
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    weights = [SafetensorsFiles.of_folder(out / "bundle") for out in (alone / "run", tmp_path)]
+    weights = [SafetensorsFiles.of_folder(out / "bundle") for out in (lone / "run", tmp_path)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
     with pytest.warns(UserWarning, match="changed since the checkpoint"):
-        main(["pretrain", "--config", str(alone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "--resume"])
+        main(["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "--resume"])
     torch.testing.assert_close(log(tmp_path), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["two, fsdp, accumulating", "four, fsdp and tensor parallel"])
-def test_several_processes_go_on_from_one(way: str, alone: Path, tmp_path: Path) -> None:
-    shutil.copytree(alone / "run" / "checkpoints", tmp_path / "checkpoints")
-    shutil.copytree(alone / "run" / "log", tmp_path / "log")
-    run(alone / "recipe.yaml", tmp_path, *WAYS[way], "--resume")
-    torch.testing.assert_close(log(tmp_path), log(alone / "run"), atol=1e-5, rtol=1e-5)
+def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) -> None:
+    shutil.copytree(lone / "run" / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(lone / "run" / "log", tmp_path / "log")
+    run(lone / "recipe.yaml", tmp_path, *WAYS[way], "--resume")
+    torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("started", ["torchrun", "slurm"])
-def test_the_same_recipe_started_by_a_cluster(started: str, alone: Path, tmp_path: Path) -> None:
+def test_the_same_recipe_started_by_a_cluster(started: str, lone: Path, tmp_path: Path) -> None:
     """By torchrun, and as SLURM starts its tasks: two processes that know of each other by their environment."""
-    arguments = ["pretrain", "--config", str(alone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2", "--json"]
+    arguments = ["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2", "--json"]
     if started == "torchrun":
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
         commands = [([*start, "-m", "chameleon.cli", *arguments], {})]
@@ -100,4 +100,4 @@ def test_the_same_recipe_started_by_a_cluster(started: str, alone: Path, tmp_pat
     said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0] * len(running), said
     assert sum(len(out.splitlines()) for out, _ in said) == 1  # one of the processes speaks
-    torch.testing.assert_close(log(tmp_path), log(alone / "run"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +25,13 @@ from chameleon.data.sources import read_pictures
 from chameleon.data.token_shards import open_shards
 from chameleon.errors import BadInput
 from chameleon.model.transformer import Transformer
-from chameleon.tokenizers.image import ImageTokenizer
+from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, to_tensor
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.quantizer import MovingAverageCodebook, build_quantizer, nearest
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.adapters import add_codebook_rows, fold
-from chameleon.train.image_tokenizer import StepPictures, fit_image
+from chameleon.train.image_tokenizer import ImageTokenizerModule, StepPictures, fit_image
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
 from chameleon.train.run import train
@@ -310,3 +312,70 @@ def log_of(run: Path) -> list[dict[str, str]]:
     """Rows of a run's log that training wrote."""
     with open(run / "log" / "metrics.csv", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
+    """A field of the records says how often; a picture without it counts once, a weight that is none is named."""
+    recipe = image_recipe(tmp_path)
+    for number, weight in ((0, 3), (1, 2.0)):
+        told = json.dumps({"caption": "a square", "faces": weight})
+        (tmp_path / "pictures" / f"{number}.json").write_text(told)
+    recipe.weight_field, recipe.scale, recipe.shift, recipe.batch = "faces", (1.0, 1.0), 0.0, 100
+    training = StepPictures(read_pictures(recipe.sources), recipe)
+    colours = {picture.numpy().tobytes(): name for name, picture in originals(recipe).items()}
+    drawn = Counter(colours[picture.numpy().tobytes()] for step in range(30) for picture in training[step])
+    wanted = {f"{number}.png": {0: 3.0, 1: 2.0}.get(number, 1.0) for number in range(12)}
+    total = sum(wanted.values())
+    chi_square = sum((drawn[name] - 3000 * w / total) ** 2 / (3000 * w / total) for name, w in wanted.items())
+    assert chi_square < 31.3  # 99.9% of 11 degrees of freedom
+    (tmp_path / "pictures" / "2.json").write_text(json.dumps({"caption": "a square", "faces": -1}))
+    with pytest.raises(BadInput, match=r"2\.png: faces is -1, expected a number above 0"):
+        StepPictures(read_pictures(recipe.sources), recipe)
+
+
+def originals(recipe: FitImageRecipe) -> dict[str, torch.Tensor]:
+    entries = read_pictures(recipe.sources)
+    pictures = [fit_square(load_picture(entry.source, entry.name), 16) for entry in entries]
+    return {Path(entry.name).name: to_tensor([picture])[0] for entry, picture in zip(entries, pictures, strict=True)}
+
+
+def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = image_recipe(tmp_path)
+    recipe.run.steps, recipe.ema, recipe.validation = 6, 0.8, []
+    seen: list[torch.Tensor] = []
+    step = ImageTokenizerModule.training_step
+
+    def watched(module: ImageTokenizerModule, pictures: torch.Tensor, index: int) -> None:
+        step(module, pictures, index)
+        seen.append(module.network.quant_conv.weight.detach().clone())
+
+    monkeypatch.setattr(ImageTokenizerModule, "training_step", watched)
+    tokenizer, _ = fit_image(recipe)
+    wanted = seen[0]
+    for weight in seen[1:]:
+        wanted = 0.8 * wanted + 0.2 * weight
+    torch.testing.assert_close(tokenizer.network.quant_conv.weight, wanted)
+    assert not torch.equal(wanted, seen[-1])
+
+
+def test_a_codebook_that_collapses_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chameleon.train.image_tokenizer.SETTLED", 5)
+    recipe = image_recipe(tmp_path)
+    recipe.run.steps, recipe.smallest_usage = 12, 1.1  # so that any usage is too little
+    fit_image(recipe)
+    (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(told)["step"] == 5 and "of the codebook is in use" in told
+    assert all(float(row["train/revived"]) >= 0 for row in log_of(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same_and_are_watched(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = recipe_file(tmp_path, tokenizer)
+    results = []
+    for compiled in ("false", "true"):
+        changes = [f"compile={compiled}", "run.steps=12", "run.log_every=3", f"run.out={tmp_path / compiled}"]
+        train(read_recipe(PretrainRecipe, path, changes))
+        names = ("train/loss", "train/output_norm", "monitor/attention_logit_0")
+        results.append(torch.tensor([[float(row[name]) for name in names] for row in log_of(tmp_path / compiled)]))
+    assert len(results[0]) == 4
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)

@@ -216,6 +216,8 @@ class Checkpoints(Callback):
                 (Path(self.run.out) / EVENTS).unlink(missing_ok=True)
                 shutil.rmtree(Path(self.run.out) / FOLDER, ignore_errors=True)  # of an earlier run in this folder
             return
+        if trainer.is_global_zero:
+            module.events.forget_from(self.resumed.step)
         read(self.resumed.folder, module, trainer.optimizers)
         module.done, module.batches = self.resumed.step, self.resumed.batches
         module.reorder_rows(self.resumed.tensor_parallel, self.run.tensor_parallel, trainer.optimizers)

@@ -27,6 +27,12 @@ class Events:
         self.latest: str | None = None
         """The last alarm, for the progress line."""
 
+    def forget_from(self, step: int) -> None:
+        """Leaves out what happened from a step on, since it will happen again."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")
+
     def tell(self, step: int, kind: str, text: str) -> None:
         self.latest = f"{kind} at step {step}"
         if not self.speaks:
