@@ -39,10 +39,7 @@ def is_first() -> bool:
 
     torchrun and SLURM number them all; Lightning numbers nodes and those it starts on one.
     """
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return os.environ[name] == "0"
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 SPEAKS = is_first()

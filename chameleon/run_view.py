@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import fnmatch
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from chameleon.errors import BadInput
-from chameleon.files import read_json
+from chameleon.files import read_events, read_json
 
 RECORD = "run.json"
 PANELS = {
@@ -42,14 +41,9 @@ def rows_of(run: Path) -> list[dict[str, float]]:
         ]
 
 
-def events_of(run: Path) -> list[dict[str, Any]]:
-    path = run / "events.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def describe(run: Path) -> dict[str, Any]:
     """The state of a run. Raises `BadInput` where the folder is none."""
-    record, rows, events = read_json(run / RECORD), rows_of(run), events_of(run)
+    record, rows, events = read_json(run / RECORD), rows_of(run), read_events(run / "events.jsonl")
     steps = record["recipe"]["run"]["steps"]
     latest: dict[str, float] = {}
     for row in rows:
@@ -78,7 +72,7 @@ def draw_curves(run: Path, file: Path) -> None:
     """Draws the curves of a run's log, a panel for each kind of figure, alarms as lines. Raises `BadInput` for no log."""
     from matplotlib.figure import Figure
 
-    rows, events = rows_of(run), events_of(run)
+    rows, events = rows_of(run), read_events(run / "events.jsonl")
     names = sorted({name for row in rows for name in row} - {"step"})
     panels = []
     for title, patterns in PANELS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from chameleon.cli import main
 from chameleon.train.steps import StepModule
 begin = StepModule.on_train_batch_start
 def step(module, batch, number):
-    if module.done == int(sys.argv[1]):
+    if module.done == int(sys.argv[1]) and os.environ.get("LOCAL_RANK", "0") == os.environ.get("SIGNALLED", "0"):
         os.kill(os.getpid(), int(sys.argv[2]))
     return begin(module, batch, number)
 StepModule.on_train_batch_start = step
@@ -81,12 +82,28 @@ def test_sigterm_leaves_a_checkpoint(tmp_path: Path, tokenizer: MixedTokenizer) 
     recipe = recipe_file(tmp_path, tokenizer)
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     assert run(recipe, whole, "run.checkpoint_every=0") == 0
-    run(recipe, ended, "run.checkpoint_every=0", step=4, sign=signal.SIGTERM)
+    assert run(recipe, ended, "run.checkpoint_every=0", step=4, sign=signal.SIGTERM) == 143
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (ended / "bundle").exists()
     assert run(recipe, ended, "run.checkpoint_every=0", "--resume") == 0
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
     assert losses(ended) == losses(whole)
+
+
+def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Of two processes the second is told to end: both write the checkpoint, and go on from it to the same bits."""
+    recipe, script = recipe_file(tmp_path, tokenizer), tmp_path / "run.py"
+    script.write_text(CODE)
+    arguments = ["pretrain", "--config", str(recipe), *CHANGES, "run.devices=2", "run.accelerator=cpu", "micro_rows=0"]
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert command([*arguments, f"run.out={whole}"]) == 0
+    start = [sys.executable, str(script), "4", str(int(signal.SIGTERM)), *arguments, "run.checkpoint_every=0"]
+    told = {**os.environ, "SIGNALLED": "1"}
+    done = subprocess.run([*start, f"run.out={ended}"], env=told, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143 and not (ended / "bundle").exists()
+    assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
+    assert command([*arguments, f"run.out={ended}", "--resume"]) == 0
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
 
 
 def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pytest.CaptureFixture[str]) -> None:

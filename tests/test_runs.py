@@ -14,11 +14,12 @@ from conftest import random_model, recipe_file
 from PIL import Image as PILImage
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounter
 
 from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.model.recompute import recompute
-from chameleon.model.transformer import packed_blocks, packed_mask
+from chameleon.model.transformer import packed_blocks, packed_mask, rotation
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train import checkpoint, memory, progress, trainer
 from chameleon.train.recipe import PretrainRecipe, read_recipe
@@ -76,7 +77,8 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
         (["run.devices=0"], "neither auto nor a number"),
         (["run.accelerator=gpu"], "no GPU here; give run.accelerator=cpu"),
         (["run.sharding=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),
-        (["run.sharding=fsdp", "run.precision=16-mixed"], "16-mixed cannot be sharded"),
+        (["run.precision=16-mixed"], "float16 is for running models"),
+        (["run.sharding=fsdp", "run.precision=64-true"], "64-true cannot be sharded"),
     ],
 )
 def test_devices_that_are_not_there_or_do_not_divide(
@@ -167,3 +169,54 @@ def test_what_is_computed_again_gives_the_same_gradients(how: str) -> None:
         model(ids).square().sum().backward()
         grads.append([parameter.grad for name, parameter in model.named_parameters() if name != "head.weight"])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_compiled_blocks_see_into_what_is_computed_again() -> None:
+    counter = CompileCounter()
+    block = random_model(30).blocks[0].requires_grad_(True)
+    recompute(block, "full")
+    block.compile(backend=counter)
+    block(torch.randn(1, 5, 32), rotation(torch.arange(5)[None], 8, 1e4)).sum().backward()
+    assert counter.op_count > 10
+
+
+def test_a_tied_head_is_trained(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    changes = ["model.tied_head=true", "run.steps=30"]
+    bundle, figures = train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes))
+    assert bundle is not None and bundle.model.head.weight is bundle.model.embed.weight
+    assert figures["train/image_loss"] < 3.5
+    path = f"bundle={tmp_path / 'run' / 'bundle'}"
+    more = [path, "tokenizers=null", "size=null", "model={}", "run.steps=2", f"run.out={tmp_path / 'on'}"]
+    train(read_recipe(PretrainRecipe, tmp_path / "recipe.yaml", more))
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=2"])
+    train(recipe)
+    run = tmp_path / "run"
+    (run / "checkpoints" / ".step-00000003.partial-1").mkdir()
+    recipe.run.checkpoint_every = 3
+    train(recipe)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    before = sorted(path.name for path in (run / "checkpoints.before").iterdir())
+    assert before == ["step-00000002", "step-00000004"]
+    (run / "checkpoints" / "step-00000003" / "checkpoint.json").unlink()
+    recipe.run.resume = True
+    with pytest.raises(BadInput, match="no checkpoint is whole"), pytest.warns(UserWarning, match="passed over"):
+        train(recipe)
+    recipe.run.keep = 0
+    with pytest.raises(BadInput, match="keep is 0"):
+        checkpoint.Checkpoints(recipe.run, {}, None)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=2"])
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(BadInput, match=r"could not be written .*No space left"):
+        train(recipe)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

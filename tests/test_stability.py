@@ -68,6 +68,7 @@ def test_an_alarm_waits_for_growth_and_tells_again_after_as_much() -> None:
     assert steady.attention_logit(99.0, 3) is None
     assert "layer 3" in (steady.attention_logit(101.0, 3) or "") and steady.attention_logit(140.0, 3) is None
     assert "drifted" in (steady.log_z(-31.0, "image") or "")
+    assert steady.log_z(1.0, "text") is None and steady.log_z(-32.0, "image") is None  # told once
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int], stop: int = -1) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
+DISTANCES = 2**27  # between latents and codes, that exist at one time
 CodebookKind = Literal["plain", "moving_average", "linear"]
 
 
@@ -39,8 +40,9 @@ class Quantized(NamedTuple):
 def nearest(latent: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest row of `codebook` [K, width] for each row of `latent` [N, width], in fp32: int64 [N]."""
     latent, codebook = latent.float(), codebook.float()
-    distance = codebook.square().sum(1) - 2 * latent @ codebook.t()  # |latent|² is the same for all codes
-    return distance.argmin(1)
+    lengths = codebook.square().sum(1)  # |latent|² is the same for all codes
+    rows = max(1, DISTANCES // len(codebook))
+    return torch.cat([(lengths - 2 * part @ codebook.t()).argmin(1) for part in latent.split(rows)])
 
 
 def over_all(values: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class CodebookRows(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        return weight.index_add(0, self.ids, (self.codebook @ self.projection).to(weight.dtype))
+        return weight.index_add(0, self.ids, (self.codebook.to(self.projection.dtype) @ self.projection).to(weight.dtype))
 
 
 class ImageRows(nn.Module):

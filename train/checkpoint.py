@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -34,7 +37,20 @@ from chameleon.train.recipe import RunConfig
 from chameleon.train.steps import EVENTS, StepModule
 
 FOLDER, DESCRIPTION, RECORD = "checkpoints", "checkpoint.json", "run.json"
-HARMLESS = ("run.", "workers", "micro_rows", "verify", "compile", "checkpointing", "attention", "monitors", "validation")
+RETURNS = 3
+"""How often a run goes back with no checkpoint between."""
+HARMLESS = (
+    "run.",
+    "workers",
+    "micro_rows",
+    "verify",
+    "compile",
+    "checkpointing",
+    "attention",
+    "monitors",
+    "samples",
+    "validation",
+)
 """What the recipe's keys begin with that may change when a run goes on, but for those below."""
 STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 """What optimisers keep of a parameter."""
@@ -91,6 +107,8 @@ def find(run: RunConfig, recipe: dict[str, Any]) -> Resumed | None:
     out = Path(run.out)
     found = latest(out)
     if found is None:
+        if folders(out) and not run.force:
+            raise BadInput("no checkpoint is whole", where=out / FOLDER, remedy="--force begins anew and sets them aside")
         warnings.warn(f"no checkpoint in {out / FOLDER}: the run begins anew", stacklevel=2)
         return None
     folder, description = found
@@ -149,11 +167,14 @@ def is_alone() -> bool:
 
 def write(place: Path, tensors: dict[str, Tensor]) -> None:
     """Writes this process's part of the tensors into a folder that all processes see."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of being alone
-        # A view into a larger storage would be refused, and two names of one storage written once.
-        tensors = {name: value if isinstance(value, DTensor) else value.clone() for name, value in tensors.items()}
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True), no_dist=is_alone())
+    # Copies, so that memory of a GPU is not needed twice, nor a view into a larger storage refused.
+    tensors = {name: value if isinstance(value, DTensor) else value.to("cpu", copy=True) for name, value in tensors.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being alone
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True), no_dist=is_alone())
+    except CheckpointException as error:  # it is no Exception
+        raise OSError("; ".join(map(str, error.failures.values())) or str(error)) from None
 
 
 def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -165,6 +186,8 @@ def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimize
         if name not in stored or stored[name].size != target.shape:  # type: ignore[union-attr]
             found = list(stored[name].size) if name in stored else "nothing"  # type: ignore[union-attr]
             raise BadInput(f"{name} is {found} there, here {list(target.shape)}", where=folder)
+    for optimizer in optimizers:
+        optimizer.state.clear()  # before as much is read again
     named = dict(module.named_parameters())
     places = {}
     for name, about in stored.items():
@@ -185,7 +208,6 @@ def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimize
     for name, parameter in places.items():
         states.setdefault(parameter, {})[name.rpartition(".")[2]] = targets[name]
     for optimizer in optimizers:
-        optimizer.state.clear()
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = states.get(parameter, {})
             if set(state) == STATES[type(optimizer)]:
@@ -195,12 +217,29 @@ def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimize
     module.restore_extras({n.removeprefix("extra."): v for n, v in targets.items() if n.startswith("extra.")})
 
 
+def all_agree(act: Callable[[], None]) -> None:
+    """Does something on every process. Raises `BadInput` on all of them where it fails on one."""
+    problem: str | None = None
+    try:
+        act()
+    except (BadInput, OSError) as error:
+        problem = str(error)
+    problems: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem)
+    told = next((text for text in problems if text), None)
+    if told is not None:
+        raise BadInput(told, where=FOLDER)
+
+
 class Checkpoints(Callback):
     """Writes checkpoints while a run trains, restores the one that it goes on from, and goes back where it must."""
 
     def __init__(self, run: RunConfig, recipe: dict[str, Any], resumed: Resumed | None) -> None:
+        if run.keep < 1:
+            raise BadInput(f"keep is {run.keep}, expected 1 or more", where="run.keep")
         self.run, self.recipe, self.resumed = run, recipe, resumed
         self.last = time.monotonic()
+        self.terminated = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StepModule)
@@ -211,10 +250,11 @@ class Checkpoints(Callback):
                 Path(self.run.out) / RECORD,
                 {"kind": kind, "processes": trainer.world_size, "started": time.time(), "recipe": self.recipe},
             )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.terminate)
+        if trainer.is_global_zero:
+            self.clear_up(Path(self.run.out))
         if self.resumed is None:
-            if trainer.is_global_zero:
-                (Path(self.run.out) / EVENTS).unlink(missing_ok=True)
-                shutil.rmtree(Path(self.run.out) / FOLDER, ignore_errors=True)  # of an earlier run in this folder
             return
         if trainer.is_global_zero:
             module.events.forget_from(self.resumed.step)
@@ -225,6 +265,36 @@ class Checkpoints(Callback):
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
                 rows: Any = self.resumed.rows
                 logger.experiment.metrics.extend({**row, "step": int(row["step"])} for row in rows)
+                logger.save()
+
+    def terminate(self, *_: object) -> None:
+        """SIGTERM, whichever process gets it: all write a checkpoint at the end of the step, and end."""
+        self.terminated = True
+
+    def clear_up(self, out: Path) -> None:
+        """Removes what killed processes left half written, and what lies behind the checkpoint that the run goes on from.
+
+        Checkpoints of an earlier run that this one does not go on from are set aside.
+        """
+        for left in (out / FOLDER).glob(".step-*.partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if self.resumed is None:
+            (out / EVENTS).unlink(missing_ok=True)
+            if folders(out):
+                aside = out / f"{FOLDER}.before"
+                shutil.rmtree(aside, ignore_errors=True)
+                (out / FOLDER).rename(aside)
+            return
+        for later in folders(out):
+            if later.name > self.resumed.folder.name:  # it was passed over
+                shutil.rmtree(later, ignore_errors=True)
+
+    def any_process(self, trainer: L.Trainer, late: bool) -> tuple[bool, bool]:
+        """(whether it is time for a checkpoint by the first process's clock, whether any process was told to end)."""
+        flags = torch.tensor([late and trainer.is_global_zero, self.terminated], device=trainer.strategy.root_device).int()
+        if not is_alone():
+            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -238,18 +308,22 @@ class Checkpoints(Callback):
             return
         every, minutes = self.run.checkpoint_every, self.run.checkpoint_minutes
         late = bool(minutes) and time.monotonic() - self.last > 60 * minutes
-        # Clocks and signals are the first process's: all have to decide alike.
-        if (every and done % every == 0) or trainer.strategy.broadcast(late or trainer.received_sigterm):
+        late, ended = self.any_process(trainer, late)
+        if (every and done % every == 0) or late or ended:
+            module.guard.returns = 0
             self.save(trainer, module, done)
             self.last = time.monotonic()
+        if ended:
+            trainer._signal_connector.received_sigterm = True  # Lightning ends the run for it
 
     def go_back(self, trainer: L.Trainer, module: StepModule) -> None:
         """To the latest checkpoint, and on behind the batches that were seen. Raises `BadInput` where there is none."""
-        found = trainer.strategy.broadcast(latest(Path(self.run.out)))
+        found = trainer.strategy.broadcast(latest(Path(self.run.out)) if trainer.is_global_zero else None)
         told = f"{module.guard.in_a_row} steps in a row were left out"
-        if found is None or module.guard.returns >= self.run.keep + 1:
+        if found is None or module.guard.returns >= RETURNS:
+            why = "there is no checkpoint to go back to" if found is None else f"{RETURNS} times it went back in vain"
             raise BadInput(
-                f"{told} until step {module.done}" + ("" if found else ", and there is no checkpoint to go back to"),
+                f"{told} until step {module.done}, and {why}",
                 where=self.run.out,
                 remedy="lower optimizer.rate, or look at the data named above",
             )
@@ -257,6 +331,7 @@ class Checkpoints(Callback):
         module.events.tell(module.done, "going back", f"{told}: on from step {description['step']} with later batches")
         kept = (module.guard.skipped, module.guard.returns)
         read(folder, module, trainer.optimizers)
+        module.reorder_rows(description["tensor_parallel"], self.run.tensor_parallel, trainer.optimizers)
         module.guard.skipped, module.guard.returns = kept
         module.guard.went_back()
         module.done = description["step"] - 1  # the module counts this batch as one more
@@ -277,23 +352,17 @@ class Checkpoints(Callback):
             return
         # Several processes write into one folder, which the first one makes and names when all are through.
         place = out / FOLDER / f".step-{done:08}.partial-all"
-        problem: str | None = None
         if trainer.is_global_zero:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
         trainer.strategy.barrier()
         try:
-            self.check_space(out, tensors)
-            write(place, tensors)
-        except Exception as error:
-            problem = str(error)
-        problems: list[Any] = [None] * trainer.world_size
-        distributed.all_gather_object(problems, problem)
-        told = next((text for text in problems if text), None)
-        if told is not None:
+            all_agree(lambda: self.check_space(out, tensors))  # before any of them waits for the others' writing
+            all_agree(lambda: write(place, tensors))
+        except BadInput as error:
             if trainer.is_global_zero:
                 shutil.rmtree(place, ignore_errors=True)
-            raise BadInput(f"could not be written ({told})", where=out / FOLDER, remedy="make room; earlier ones are kept")
+            raise BadInput(error.reason, where=out / FOLDER, remedy="make room; earlier ones are kept") from None
         if trainer.is_global_zero:
             self.describe(place, trainer, module, done)
             target = out / FOLDER / f"step-{done:08}"

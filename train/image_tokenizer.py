@@ -32,6 +32,7 @@ from chameleon.train.steps import StepModule
 from chameleon.train.trainer import build_trainer, fit
 
 TRIES = 100  # pictures drawn for one place before a source counts as unreadable
+SLICE = 8  # pictures encoded at one time to start the codebook
 SETTLED = 200  # steps after which the codebook's usage says something
 SPARE = 2  # times the batches that a run needs, so that it may go back
 
@@ -130,8 +131,16 @@ class ImageTokenizerModule(StepModule):
         )
         self.register_buffer("counts", torch.zeros(model.codebook_size))
         self.collapsed = False
+        self.first_pictures: list[Tensor] = []
+        """Batches from whose latents the codebook starts; none where a run goes on."""
 
     counts: Tensor
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.first_pictures:
+            self.start_codebook(self.first_pictures)
+            self.first_pictures = []
 
     def weights_kept(self) -> dict[str, Tensor]:
         """All but the perceptual network, which does not learn; codebooks may learn without gradients."""
@@ -153,14 +162,20 @@ class ImageTokenizerModule(StepModule):
     @torch.no_grad()
     def start_codebook(self, batches: Sequence[Tensor]) -> None:
         """Starts the codebook from the latents of `batches` (k-means, or the spread for a linear codebook)."""
-        latent = torch.cat([rearrange(self.network.latent(batch), "b c h w -> (b h w) c") for batch in batches]).float()
+        pictures = [part for batch in batches for part in batch.split(SLICE)]
+        found: list[Tensor] = []
+        most = 32 * self.recipe.model.codebook_size
+        while pictures and sum(len(latents) for latents in found) < most:
+            latents = self.network.latent(pictures.pop(0).to(self.device))
+            found.append(rearrange(latents, "b c h w -> (b h w) c").float())
+        latent = torch.cat(found)
         if len(latent) < self.recipe.model.codebook_size:
             raise BadInput(
                 f"{len(latent)} latents cannot start {self.recipe.model.codebook_size} codes",
                 where="image tokenizer",
                 remedy="raise batch or lower model.codebook_size",
             )
-        order = torch.randperm(len(latent))[: 32 * self.recipe.model.codebook_size]
+        order = torch.randperm(len(latent))[:most].to(latent.device)
         self.network.quantize.start_from(latent[order])  # type: ignore[operator]
 
     def training_step(self, pictures: Tensor, index: int) -> None:
@@ -200,11 +215,17 @@ class ImageTokenizerModule(StepModule):
             if self.average is not None:
                 self.average.update_parameters(self.network)
         if taken and fights and self.discriminator is not None:
-            set_rate(others[0].optimizer, rate_at(step, self.recipe.run.steps, self.recipe.discriminator))
+            begun = weights.adversarial_start
+            rate = rate_at(step - begun, self.recipe.run.steps - begun, self.recipe.discriminator)
+            set_rate(others[0].optimizer, rate)
             judged = hinge_discriminator_loss(self.discriminator(pictures), self.discriminator(drawn.detach()))
             others[0].zero_grad()
             self.manual_backward(judged)
-            others[0].step()
+            judging = list(self.discriminator.parameters())
+            judged_norm = gradient_norm(judging)
+            if judged_norm.isfinite():
+                clip_gradients(judging, self.recipe.discriminator.clip, judged_norm)
+                others[0].step()
             self.log("train/discriminator", judged)
         self.counts.mul_(0.99).add_(over_all(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))))
         usage, quantizer = (self.counts > 0.01).float().mean(), self.network.quantize
@@ -261,13 +282,15 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
 
     What cannot be read goes to `on_skip` and is passed over.
     """
+    if recipe.run.sharding != "ddp":
+        raise BadInput("an image tokenizer is not sharded", where="run.sharding", remedy="use ddp")
     L.seed_everything(recipe.run.seed, verbose=False)
     plain = to_plain(recipe)
     resumed = find(recipe.run, plain) if recipe.run.resume else None
     module = ImageTokenizerModule(recipe)
     training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip, resumed.batches if resumed else 0)
     if resumed is None:
-        module.start_codebook([training[step] for step in range(max(1, -(-512 // recipe.batch)))])
+        module.first_pictures = [training[step] for step in range(max(1, -(-512 // recipe.batch)))]
     callbacks: list[Callback] = [Checkpoints(recipe.run, plain, resumed)]
     callbacks += [ProgressLine(recipe.run.steps)] if recipe.run.progress else []
     trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=callbacks)

@@ -88,7 +88,6 @@ class Start:
     tokenizer: MixedTokenizer
     values: Callable[[str], Tensor]
     """Name of a parameter of the plain model → its whole value, float32."""
-    prompting: Prompting = "document"
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,7 +130,7 @@ def start_from_bundle(place: Path, recipe: TrainRecipe) -> Start:
     if missing:
         raise BadInput(f"no tensor {min(missing)}", where=place)
     tokenizer = MixedTokenizer.load(place, header.vocabulary)
-    return Start(config, tokenizer, lambda name: files[name].float(), header.prompting, header.provenance)
+    return Start(config, tokenizer, lambda name: files[name].float(), header.provenance)
 
 
 def adapt(model: Transformer, start: Start, recipe: TrainRecipe) -> None:
@@ -141,6 +140,10 @@ def adapt(model: Transformer, start: Start, recipe: TrainRecipe) -> None:
         raise BadInput(f"codebook_rows does not go with learn={recipe.learn}", where="recipe.codebook_rows")
     if recipe.codebook_rows:
         add_codebook_rows(model, start.tokenizer.image.network.quantize.codebook(), vocabulary)
+    if recipe.learn == "lora" and recipe.run.tensor_parallel > 1:
+        raise BadInput(
+            "adapters cannot be split by tensor_parallel", where="recipe.learn", remedy="use run.sharding=fsdp alone"
+        )
     if recipe.learn == "lora":
         add_lora(model, recipe.lora)
     elif recipe.learn == "image_head":
@@ -192,9 +195,10 @@ class LanguageModule(StepModule):
             compiled=self.recipe.compile,
             low=low_dtype(run) if mesh is not None else None,
         )
-        fill(self.objective, self.value, real, torch.device("cpu") if mesh is None else self.trainer.strategy.root_device)
+        self.objective.to_empty(device="cpu" if mesh is None else self.trainer.strategy.root_device)
         if self.begun.config.tied_head:
             self.model.head.weight = self.model.embed.weight
+        fill(self.objective, self.value, real)
         self.model.blocks[-1].register_forward_hook(self.watch_output)
 
     def value(self, name: str) -> Tensor:
@@ -247,7 +251,8 @@ class LanguageModule(StepModule):
 
     def weights(self, rows: Rows, modality: Tensor) -> Tensor:
         """Weights [B, T] with image codes at `image_weight`."""
-        return torch.where(modality == Modality.IMAGE, rows.weights * self.recipe.image_weight, rows.weights)
+        weights = rows.weights.float()
+        return torch.where(modality == Modality.IMAGE, weights * self.recipe.image_weight, weights)
 
     def training_step(self, rows: Rows, number: int) -> None:
         started = time.perf_counter()
@@ -275,7 +280,7 @@ class LanguageModule(StepModule):
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = gradient_norm(learning)
         loss = self.on_all(loss) / self.parts[1]
-        self.log_step(rows, modality, parts, loss, norm, torch.stack(norms).sum())
+        self.log_step(rows._replace(weights=weights), modality, parts, loss, norm, torch.stack(norms).sum())
         moved: Tensor | float = 0.0
         if self.leaves_out(loss, norm):
             for optimizer in optimizers:
@@ -363,7 +368,7 @@ class LanguageModule(StepModule):
 
     def validation_step(self, rows: Rows, index: int) -> None:
         modality = self.vocabulary.modality(rows.targets)
-        result = self.objective(rows, rows.weights)
+        result = self.objective(rows, rows.weights.float())
         for kind in KINDS:
             chosen = (rows.weights.flatten() > 0) & (modality.flatten() == kind)
             if chosen.any():

@@ -49,7 +49,10 @@ def check_memory(config: ModelConfig, recipe: TrainRecipe, context: int, process
     total = float(needed.total)
     if recipe.learn != "all":
         total -= needed.gradients + needed.optimizer
-    total -= (total - needed.communication) * (1 - 1 / recipe.run.tensor_parallel)  # what tensor parallelism splits
+    split = recipe.run.tensor_parallel
+    total -= needed.activations * 0.5 * (1 - 1 / split)  # heads and inner width are split, what lies between blocks is not
+    ends = 16.0 * 2 * config.vocab_size * config.width  # embedding and head lie whole on each of those that split
+    total += ends * (split - 1) / processes
     if total <= available:
         return
     changes = []

@@ -45,8 +45,7 @@ class AttentionWatch:
 
         def hook(layer: int) -> Any:
             def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                if layer not in found:  # a pass that is computed again in the backward pass comes twice
-                    found[layer] = largest_logit(inputs[0].detach(), inputs[1].detach(), document_ids)
+                found[layer] = largest_logit(inputs[0].detach(), inputs[1].detach(), document_ids)
 
             return see
 
@@ -76,9 +75,11 @@ class UpdateWatch:
     @torch.no_grad()
     def share(self) -> Tensor:
         """Scalar. To be asked once, after the step, on every process."""
-        changes = [p - old for p, old in zip(self.parameters, self.before, strict=True)]
+        sums: list[Tensor | float] = [0.0, 0.0]
+        for parameter, old in zip(self.parameters, self.before, strict=True):
+            now = parameter.detach()
+            for place, tensor in enumerate((now - old, now)):
+                sums[place] = sums[place] + whole(tensor.float().square().sum())
         self.before.clear()
-        sizes = []
-        for tensors in (changes, self.parameters):
-            sizes.append(torch.stack([whole(t.detach().float().square().sum()) for t in tensors]).sum().sqrt())
-        return sizes[0] / sizes[1].clamp(min=1e-30)
+        changed, size = (torch.as_tensor(value).sqrt() for value in sums)
+        return changed / size.clamp(min=1e-30)

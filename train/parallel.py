@@ -118,12 +118,11 @@ def parallelize(
 
 
 @torch.no_grad()
-def fill(module: nn.Module, values: Callable[[str], Tensor], real: dict[str, Tensor], device: torch.device) -> None:
-    """Gives a module on `meta` memory on `device` and each parameter its value, whole tensors from `values(name)`.
+def fill(module: nn.Module, values: Callable[[str], Tensor], real: dict[str, Tensor]) -> None:
+    """Gives each parameter and buffer of an empty module its value, whole tensors from `values(name)`.
 
-    real: tensors that had values before the module was sharded, by name.
+    real: tensors that had values before the module was emptied, by name.
     """
-    module.to_empty(device=device)
     for name, target in (*module.named_parameters(), *module.named_buffers()):
         put(target, real[name] if name in real else values(name))
 

@@ -61,9 +61,10 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     )
     held_out, sources = None, mixture.sources
     if recipe.validation:
-        validation = Mixture(recipe.validation, rows=recipe.rows, seed=0, **fixed)  # type: ignore[arg-type]
+        rows = recipe.micro_rows or recipe.rows // training.world  # as many as one pass of training
+        validation = Mixture(recipe.validation, rows=rows, seed=0, **fixed)  # type: ignore[arg-type]
         sources, module.sample_sources = sources + validation.sources, validation.sources
-        count = max(1, sum(map(len, validation.sources)) // recipe.rows)
+        count = max(1, sum(map(len, validation.sources)) // rows)
         held_out = DataLoader(StepRows(validation, count), batch_size=None)
     if recipe.verify:
         for shard in (shard for source in sources for shard in source.shards):

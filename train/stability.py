@@ -23,7 +23,7 @@ class StabilityConfig:
     """Steps that medians are taken over; nothing is judged before as many were seen."""
     patience: int = 5
     """Steps left out in a row after which the run goes back to its last checkpoint and on behind their batches (PaLM,
-    arXiv 2204.02311, 5.1); 0 never."""
+    arXiv 2204.02311, 5.1); it ends where that was in vain three times. 0 never goes back."""
     alarms: bool = True
     """Warn of growing output norms and of the other signs."""
     output_growth: float = 3.0
@@ -93,7 +93,7 @@ class Alarm:
         self.settled = warmup + 2 * config.window
         self.norms: list[float] = []
         self.lowest = math.inf
-        self.told = {"attention": False, "log_z": False}
+        self.told = {"attention": False, "log_z of text": False, "log_z of image": False}
 
     def output_norm(self, step: int, norm: float) -> str | None:
         """A warning where the last block's output norm has grown; to be told the norm of every step."""
@@ -116,7 +116,7 @@ class Alarm:
 
     def log_z(self, size: float, modality: str) -> str | None:
         """A warning, once, where output logits have drifted."""
-        if not self.first("log_z", abs(size) > self.config.largest_log_z):
+        if not self.first(f"log_z of {modality}", abs(size) > self.config.largest_log_z):
             return None
         return f"log Z of {modality} is {size:.0f}: the output logits have drifted (raise z_loss)"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon.data.mixture import splitmix
+from chameleon.files import read_events
 from chameleon.train.recipe import RunConfig
 from chameleon.train.stability import Guard, StabilityConfig
 
@@ -30,8 +31,10 @@ class Events:
     def forget_from(self, step: int) -> None:
         """Leaves out what happened from a step on, since it will happen again."""
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")
+            kept = [event for event in read_events(self.path) if event["step"] < step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            partial.replace(self.path)
 
     def tell(self, step: int, kind: str, text: str) -> None:
         self.latest = f"{kind} at step {step}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import signal
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from chameleon.errors import BadInput
 from chameleon.plan import fast_bfloat16
@@ -110,13 +113,17 @@ def build_trainer(
         warnings.filterwarnings("ignore", text)
     if not is_on_gpus(run):
         keep_memory()
+    if run.precision.startswith("16"):
+        raise BadInput("float16 is for running models, not for training", where="run.precision", remedy="use bf16-mixed")
+    if SLURMEnvironment.detect():  # checkpoints are our own, and so is going on from them
+        more["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     precision, strategy = usable_precision(run), strategy_of(run, parts_unused)
     if strategy is not None:
         more["strategy"] = strategy
     if run.sharding == "fsdp" and precision == "bf16-mixed":
         precision = "32-true"  # FSDP2 does the mixing: see `low_dtype`
     return L.Trainer(
-        accelerator=run.accelerator,
+        accelerator=("cuda" if is_on_gpus(run) else "cpu") if run.accelerator == "auto" else run.accelerator,
         devices=device_count(run),
         num_nodes=run.nodes,
         precision=precision,  # type: ignore[arg-type]
@@ -140,18 +147,16 @@ def fit(
 ) -> dict[str, float]:
     """Trains, and returns the last logged figures; those of validation are always of the trained weights.
 
-    Raises `BadInput` where the memory is not enough.
+    Raises `BadInput` where the memory is not enough; ends with 143 where SIGTERM ended the run.
     """
     try:
         trainer.fit(module, training, validation)
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     except torch.OutOfMemoryError as error:
         told = str(error).split(". ")[0]
         raise BadInput(
             f"out of memory ({told})", where="recipe", remedy="lower micro_rows, set checkpointing=full, or shard over more"
         ) from None
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    interval = validation_interval(run)
-    if validation is not None and interval and run.steps % interval:
-        trainer.validate(module, validation, verbose=False)
-        figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -99,8 +99,8 @@ def chunked_cross_entropy(
     loss, nll, log_z = ChunkedCrossEntropy.apply(hidden[live], head, targets[live], weights[live].float(), z_loss, chunk)
     return TokenLoss(
         loss,
-        torch.zeros(len(weights), device=hidden.device).index_copy(0, live, nll),
-        torch.zeros(len(weights), device=hidden.device).index_copy(0, live, log_z),
+        torch.zeros(len(weights), dtype=torch.float32, device=hidden.device).index_copy(0, live, nll),
+        torch.zeros(len(weights), dtype=torch.float32, device=hidden.device).index_copy(0, live, log_z),
     )
 
 
@@ -125,5 +125,5 @@ def cut_cross_entropy(
     nll = linear_cross_entropy(rows, low_head, chosen, reduction="none", impl=implementation).float()
     log_z = nll + (rows * low_head[chosen]).float().sum(1)  # −log p = log Z − logit
     loss = (weights[live].float() * (nll + z_loss * log_z.square())).sum()
-    empty = torch.zeros(len(weights), device=hidden.device)
+    empty = torch.zeros(len(weights), dtype=torch.float32, device=hidden.device)
     return TokenLoss(loss, empty.index_copy(0, live, nll.detach()), empty.index_copy(0, live, log_z.detach()))

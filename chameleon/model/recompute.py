@@ -36,7 +36,12 @@ def recompute(block: Block, how: Checkpointing) -> None:
     more: dict[str, Any] = {}
     if how == "selective":
         more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **more)  # type: ignore[method-assign]
+    plain = block.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:  # a function, which torch.compile sees into, unlike a partial one
+        return checkpoint(plain, *inputs, use_reentrant=False, **more, **named)
+
+    block.forward = forward  # type: ignore[method-assign]
 
 
 def products_per_token(config: ModelConfig) -> int:
