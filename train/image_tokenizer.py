@@ -139,6 +139,7 @@ class ImageTokenizerModule(StepModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.first_pictures:
+            torch.manual_seed(self.run_config.seed)  # the same on any number of processes
             self.start_codebook(self.first_pictures)
             self.first_pictures = []
 
