@@ -47,7 +47,7 @@ def describe(run: Path) -> dict[str, Any]:
     steps = record["recipe"]["run"]["steps"]
     latest: dict[str, float] = {}
     for row in rows:
-        latest |= row
+        latest |= {name: value for name, value in row.items() if math.isfinite(value)}
     done = int(latest["step"]) + 1 if "step" in latest else 0
     result = run / "bundle" if record["kind"] != "fit_image" else run / "image_tokenizer.json"
     finished = result.exists() and result.stat().st_mtime >= (run / RECORD).stat().st_mtime

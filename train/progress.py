@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import Any
@@ -23,7 +24,7 @@ SHOWN = {
     "train/psnr": "PSNR",
     "train/usage": "codes used",
     "validation/text_loss": "validation text",
-    "validation/image_loss": "image",
+    "validation/image_loss": "validation image",
     "validation/psnr": "validation PSNR",
 }
 
@@ -69,7 +70,8 @@ class ProgressLine(Callback):
     def line(self, done: int, module: StepModule, trainer: L.Trainer) -> str:
         parts = [f"step {done:,} of {self.steps:,}"]
         figures = trainer.callback_metrics
-        parts += [f"{name} {float(figures[key]):.3f}" for key, name in SHOWN.items() if key in figures]
+        shown = {name: float(figures[key]) for key, name in SHOWN.items() if key in figures}
+        parts += [f"{name} {value:.3f}" for name, value in shown.items() if not math.isnan(value)]
         if "speed/tokens_per_second" in figures:
             parts.append(f"{float(figures['speed/tokens_per_second']):,.0f} tokens/s")
         (first, began), (last, now) = self.times[0], self.times[-1]
