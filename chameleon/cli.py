@@ -363,7 +363,7 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
     except BadInput as error:
         raise BadInput("no such recipe or size", where=name, remedy=f"a size is one of {', '.join(SIZES)}") from error
     recipe = read_recipe(PretrainRecipe, name)
-    if recipe.bundle is not None:
+    if recipe.bundle is not None and (recipe.size is None or Path(recipe.bundle).is_dir()):
         path = Path(recipe.bundle) / CONFIG_FILE
         config = ModelConfig.from_json(read_json(path).get("model", {}), where=path)
     else:
@@ -373,7 +373,8 @@ def what_to_plan(name: str) -> tuple[Any, dict[str, Any]]:
 
             config = replace(config, vocab_size=MixedTokenizer.load(Path(recipe.tokenizers)).vocabulary.size)
         else:
-            say(f"{name}: its tokenizers are not made yet; {config.vocab_size} ids are assumed")
+            missing = "bundle is" if recipe.bundle is not None else "tokenizers are"
+            say(f"{name}: its {missing} not made yet; {config.vocab_size} ids are assumed")
     return config, {
         "rows": recipe.micro_rows or recipe.rows,
         "context": recipe.context or config.context,

@@ -146,6 +146,12 @@ def test_the_papers_tuning(recipe: Path) -> None:
         assert tuning.balance_modalities and all(source.loss == "answers" for source in tuning.mixture)
 
 
+def test_a_recipe_whose_bundle_is_not_there_is_planned_by_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "7b-lora", "--device", "h100", "--json"])
+    planned = capsys.readouterr()
+    assert "its bundle is not made yet" in planned.err and json.loads(planned.out)["parameters"] > 6.9e9
+
+
 KINDS: dict[str, Any] = {"pretrain": PretrainRecipe, "image": FitImageRecipe}
 
 
