@@ -8,7 +8,8 @@ codes in its loss ends at cannot be compared with the others' loss, so the losse
 Beside the sweep each variant is trained once with a rate that grows a thousandfold, without clipping, until it blows up:
 at which rate it does, and how many steps before that the alarms are heard.
 
-    chameleon tokenize "emoji:pairs?split=train" --out SHARDS/pairs      # and drawing, captioning, words
+    chameleon tokenize "emoji:pairs?split=train&per_concept=4" --out SHARDS/pairs    # and so drawing and captioning
+    chameleon tokenize "emoji:words?split=train" --out SHARDS/words
     python benchmarks/stability.py SHARDS --out runs/stability [--jobs 2]
     python benchmarks/stability.py SHARDS --out runs/stability --report benchmarks/stability
 """

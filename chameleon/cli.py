@@ -222,7 +222,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def info(arguments: argparse.Namespace) -> None:
     from chameleon.bundle import PROVENANCE_FILE, SHIPPED
-    from chameleon.run_view import RECORD
+    from chameleon.files import RECORD
 
     folder = Path(arguments.folder) if arguments.folder else SHIPPED
     if (folder / RECORD).is_file():

@@ -109,6 +109,10 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+RECORD, EVENTS = "run.json", "events.jsonl"
+"""Files of a run's folder: what it is, and what happened to it."""
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run, a JSON object a line; a line that a kill has torn is left out."""
     found = []

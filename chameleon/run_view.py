@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from chameleon.errors import BadInput
-from chameleon.files import read_events, read_json
+from chameleon.files import EVENTS, RECORD, read_events, read_json
 
-RECORD = "run.json"
 PANELS = {
     "losses": ("train/loss", "train/*_loss", "validation/*_loss"),
     "losses by source": ("source/*",),
@@ -43,7 +42,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 def describe(run: Path) -> dict[str, Any]:
     """The state of a run. Raises `BadInput` where the folder is none."""
-    record, rows, events = read_json(run / RECORD), rows_of(run), read_events(run / "events.jsonl")
+    record, rows, events = read_json(run / RECORD), rows_of(run), read_events(run / EVENTS)
     steps = record["recipe"]["run"]["steps"]
     latest: dict[str, float] = {}
     for row in rows:
@@ -72,7 +71,7 @@ def draw_curves(run: Path, file: Path) -> None:
     """Draws the curves of a run's log, a panel for each kind of figure, alarms as lines. Raises `BadInput` for no log."""
     from matplotlib.figure import Figure
 
-    rows, events = rows_of(run), read_events(run / "events.jsonl")
+    rows, events = rows_of(run), read_events(run / EVENTS)
     names = sorted({name for row in rows for name in row} - {"step"})
     panels = []
     for title, patterns in PANELS.items():

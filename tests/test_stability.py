@@ -139,6 +139,17 @@ def test_with_nothing_to_go_back_to_it_ends_with_a_word(
         train(recipe)
 
 
+def test_a_run_that_goes_back_in_vain_ends(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["run.steps=60", "run.checkpoint_every=4", "stability.patience=2"]
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
+    seen = spoil(monkeypatch, set(range(5, 120)))
+    with pytest.raises(BadInput, match="3 times it went back in vain"):
+        train(recipe)
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 5, 4, 5]
+
+
 def test_the_output_norm_is_told_of_before_the_loss_blows_up(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """A rate that grows without end, as in a search for the largest one: first the norm grows, then the loss."""
     ramp = "optimizer={rate: 0.003, warmup: 2, eps: 1.0e-8, final: 300.0, clip: 0}"

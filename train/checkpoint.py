@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
-from chameleon.files import checksum, read_json, write_json, written_whole
+from chameleon.files import EVENTS, RECORD, checksum, read_json, write_json, written_whole
 from chameleon.train.recipe import RunConfig
-from chameleon.train.steps import EVENTS, StepModule
+from chameleon.train.steps import StepModule
 
-FOLDER, DESCRIPTION, RECORD = "checkpoints", "checkpoint.json", "run.json"
+FOLDER, DESCRIPTION = "checkpoints", "checkpoint.json"
 RETURNS = 3
 """How often a run goes back with no checkpoint between."""
 HARMLESS = (

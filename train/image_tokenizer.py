@@ -10,7 +10,6 @@ import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
-from lightning.pytorch.callbacks import Callback
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,15 +25,13 @@ from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS,
 from chameleon.tokenizers.vqgan import VQGAN
 from chameleon.train.checkpoint import Checkpoints, find
 from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate
-from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import FitImageRecipe, to_plain
-from chameleon.train.steps import StepModule
+from chameleon.train.steps import SPARE, StepModule
 from chameleon.train.trainer import build_trainer, fit
 
 TRIES = 100  # pictures drawn for one place before a source counts as unreadable
 SLICE = 8  # pictures encoded at one time to start the codebook
 SETTLED = 200  # steps after which the codebook's usage says something
-SPARE = 2  # times the batches that a run needs, so that it may go back
 
 
 class StepPictures(Dataset[Tensor]):
@@ -292,9 +289,8 @@ def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokeni
     training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip, resumed.batches if resumed else 0)
     if resumed is None:
         module.first_pictures = [training[step] for step in range(max(1, -(-512 // recipe.batch)))]
-    callbacks: list[Callback] = [Checkpoints(recipe.run, plain, resumed)]
-    callbacks += [ProgressLine(recipe.run.steps)] if recipe.run.progress else []
-    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=callbacks)
+    checkpoints = Checkpoints(recipe.run, plain, resumed)
+    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=[checkpoints])
     training.check_parts(trainer.world_size)
     training.rank, training.world = trainer.global_rank, trainer.world_size
     loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)

@@ -30,18 +30,31 @@ def largest_logit(q: Tensor, k: Tensor, document_ids: Tensor) -> Tensor:
     return largest
 
 
+@contextmanager
+def uncompiled(model: Transformer) -> Iterator[None]:
+    """Compiled blocks run as they were written meanwhile: hooks cannot enter them, and they are for training's shapes."""
+    compiled = [(block, block._compiled_call_impl) for block in model.blocks]
+    try:
+        for block, _ in compiled:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for block, implementation in compiled:
+            block._compiled_call_impl = implementation
+
+
 class AttentionWatch:
     """The largest attention logit of each layer, over the passes that were watched."""
 
     def __init__(self, model: Transformer) -> None:
-        self.blocks = model.blocks
+        self.model = model
         self.largest: list[Tensor] = []
 
     @contextmanager
     def watching(self, document_ids: Tensor) -> Iterator[None]:
-        """Watches the passes of a block of code. Compiled blocks run uncompiled meanwhile: hooks cannot enter them."""
+        """Watches the passes of a block of code, which run uncompiled."""
         found: dict[int, Tensor] = {}
-        handles, compiled = [], []
+        handles = []
 
         def hook(layer: int) -> Any:
             def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -49,18 +62,15 @@ class AttentionWatch:
 
             return see
 
-        for layer, block in enumerate(self.blocks):
-            compiled.append((block, block._compiled_call_impl))
-            block._compiled_call_impl = None
+        for layer, block in enumerate(self.model.blocks):
             handles += [m.register_forward_hook(hook(layer)) for m in block.modules() if isinstance(m, Attend)]
         try:
-            yield
+            with uncompiled(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for block, implementation in compiled:
-                block._compiled_call_impl = implementation
-        new = [found[layer] for layer in range(len(self.blocks))]
+        new = [found[layer] for layer in range(len(self.model.blocks))]
         before = self.largest or new
         self.largest = [torch.maximum(old, now) for old, now in zip(before, new, strict=True)]
 

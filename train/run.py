@@ -14,12 +14,10 @@ from chameleon.errors import BadInput
 from chameleon.train.checkpoint import Checkpoints, find
 from chameleon.train.language import LanguageModule, StepRows, TimedLoader, data_fingerprint, start
 from chameleon.train.memory import check_memory
-from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import TrainRecipe, to_plain
 from chameleon.train.samples import Samples
+from chameleon.train.steps import SPARE
 from chameleon.train.trainer import build_trainer, fit, is_on_gpus
-
-SPARE = 2  # times the batches that a run needs, so that it may go back
 
 
 def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
@@ -49,7 +47,6 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     )
     module = LanguageModule(begun, recipe, mixture, context)
     callbacks: list[Callback] = [Checkpoints(recipe.run, plain, resumed)]
-    callbacks += [ProgressLine(recipe.run.steps)] if recipe.run.progress else []
     callbacks += [Samples(recipe.samples)] if recipe.samples else []
     trainer = build_trainer(recipe.run, callbacks=callbacks)
     mixture.check_parts(trainer.world_size // recipe.run.tensor_parallel)

@@ -13,6 +13,7 @@ from chameleon.bundle import Bundle
 from chameleon.document import Document
 from chameleon.generation.chameleon import Chameleon
 from chameleon.train.language import LanguageModule
+from chameleon.train.monitors import uncompiled
 
 
 class Samples(Callback):
@@ -35,19 +36,14 @@ class Samples(Callback):
         if not self.pairs or not tokenizer.image.config.decoder:
             return
         was_training = module.model.training
-        compiled = [(block, block._compiled_call_impl) for block in module.model.blocks]
         try:
-            for block, _ in compiled:
-                block._compiled_call_impl = None  # compiled for training's shapes
             module.model.eval()
-            bundle = Bundle(module.model, tokenizer, module.prompting)
-            chameleon = Chameleon(bundle)
-            captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
-            drawings = chameleon.draw_batch([text for _, text in self.pairs])
+            chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting))
+            with uncompiled(module.model):
+                captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
+                drawings = chameleon.draw_batch([text for _, text in self.pairs])
         finally:
             module.model.train(was_training)
-            for block, implementation in compiled:
-                block._compiled_call_impl = implementation
         for number, ((picture, text), caption, drawing) in enumerate(zip(self.pairs, captions, drawings, strict=True)):
             told = f"“{caption}” for “{text}”"
             for logger in trainer.loggers:

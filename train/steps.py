@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from chameleon.data.mixture import splitmix
-from chameleon.files import read_events
+from chameleon.files import EVENTS, read_events
 from chameleon.train.recipe import RunConfig
 from chameleon.train.stability import Guard, StabilityConfig
 
-EVENTS = "events.jsonl"
+SPARE = 2  # times the batches that a run needs, so that it may go back
 
 
 class Events:

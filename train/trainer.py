@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from chameleon.errors import BadInput
 from chameleon.plan import fast_bfloat16
 from chameleon.train.allocator import keep_memory
+from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import RunConfig
 
 
@@ -131,7 +132,7 @@ def build_trainer(
         logger=loggers(run),
         log_every_n_steps=run.log_every,
         val_check_interval=validation_interval(run),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([ProgressLine(run.steps)] if run.progress else [])],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
