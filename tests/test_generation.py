@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
+import random
+import re
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
 import pytest
 import torch
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2, kstest
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from chameleon.errors import BadInput
 from chameleon.generation.engine import Engine, Request
 from chameleon.generation.guidance import combine, three_way, two_way
-from chameleon.generation.modality import ModalityState, Next, Rules, masks
-from chameleon.generation.sampling import (
-    GREEDY,
-    RandomStream,
-    Sampling,
-    draw,
-    keep_top_k,
-    keep_top_p,
-    penalize_repetition,
-    sample,
-)
+from chameleon.generation.modality import FORCED, ModalityState, Next, Rules
+from chameleon.generation.sampling import GREEDY, Sampling, Settings, cut, penalize_repetition, sample, times
+from chameleon.model.cache import KVCache
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Vocabulary
 
 # --- sampling ---
 
+DEVICE = torch.device("cpu")
+
+
+def cut_by(logits: torch.Tensor, **settings_: float) -> torch.Tensor:
+    return cut(logits, Settings([Sampling(1.0, **{"top_p": 1.0, **settings_})] * len(logits)))  # type: ignore[arg-type]
+
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
 def test_top_p_equals_hugging_faces(top_p: float) -> None:
     logits = torch.randn(40, 60, generator=torch.Generator().manual_seed(1)) * 3
-    wanted = TopPLogitsWarper(top_p)(None, logits)
-    got = keep_top_p(logits, torch.full((40, 1), top_p))
-    assert torch.equal(got, wanted)
+    assert torch.equal(cut_by(logits, top_p=top_p), TopPLogitsWarper(top_p)(None, logits))
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 60])
 def test_top_k_equals_hugging_faces(top_k: int) -> None:
     logits = torch.randn(40, 60, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(keep_top_k(logits, torch.full((40, 1), top_k)), TopKLogitsWarper(top_k)(None, logits))
+    assert torch.equal(cut_by(logits, top_k=top_k), TopKLogitsWarper(top_k)(None, logits))
+
+
+def test_both_equal_hugging_faces_one_after_the_other() -> None:
+    logits = torch.randn(40, 60, generator=torch.Generator().manual_seed(2)) * 2
+    wanted = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(9)(None, logits))
+    assert torch.equal(cut_by(logits, top_k=9, top_p=0.8), wanted)
 
 
 def test_repetition_penalty_equals_hugging_faces() -> None:
@@ -51,20 +60,66 @@ def test_repetition_penalty_equals_hugging_faces() -> None:
     torch.testing.assert_close(penalize_repetition(logits, seen, torch.full((10, 1), 1.3)), wanted)
 
 
-def test_drawn_ids_follow_the_distribution() -> None:
+def drawn(logits: torch.Tensor, sampling: Sampling, seeds: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """What is drawn from the same logits [V] by each (seed, number) [N]."""
+    rows = logits.expand(len(seeds), -1)
+    return sample(rows, Settings([sampling] * len(rows)), seeds, numbers, torch.arange(len(logits)))
+
+
+SAMPLINGS = [
+    Sampling(1.0, 1.0),
+    Sampling(0.7, 0.9),
+    Sampling(2.0, 1.0, top_k=5),
+    Sampling(1.3, 0.6, top_k=8, repetition_penalty=1.4),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("vary", ["seed", "number"])
+def test_drawn_ids_follow_the_distribution(sampling: Sampling, vary: str) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(12) * 1.5
-    count = 20_000
-    ids = draw(logits.expand(count, -1), torch.rand(count, dtype=torch.float64))
-    expected = logits.softmax(0) * count
-    chi_square = float(((torch.bincount(ids, minlength=12) - expected) ** 2 / expected).sum())
-    assert chi_square < 40  # 11 degrees of freedom, p ≈ 4e-5
+    logits, count = torch.randn(12) * 1.5, 20_000
+    running, still = torch.arange(count), torch.full((count,), 7)
+    seeds, numbers = (running, still) if vary == "seed" else (still, running)
+    seen = torch.arange(12) % 3 == 0
+    rows = Settings([sampling] * count)
+    ids = sample(logits.expand(count, -1), rows, seeds, numbers, torch.arange(12), seen.expand(count, -1))
+    row = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.nonzero().T, logits[None].clone())
+    row = TopKLogitsWarper(sampling.top_k or 12)(None, row / sampling.temperature)
+    expected = TopPLogitsWarper(sampling.top_p)(None, row)[0].softmax(0) * count
+    found = torch.bincount(ids, minlength=12)
+    assert not found[expected == 0].any()
+    kept = expected > 0
+    chi_square = float(((found[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    assert chi_square < chi2.ppf(1 - 1e-4, int(kept.sum()) - 1)
 
 
-def test_ids_that_may_not_come_never_do() -> None:
-    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
-    uniform = torch.tensor([0.0, 0.4999999, 0.5, 0.9999999999], dtype=torch.float64)
-    assert draw(logits, uniform).tolist() == [0, 0, 2, 2]
+def test_draws_of_neighbouring_seeds_and_numbers_are_independent() -> None:
+    logits, count = torch.zeros(4), 20_000
+    numbers = torch.arange(count)
+    for seeds, others in ((0, 1), (0, 2**32), (5, 2**62)):
+        first = drawn(logits, Sampling(1.0, 1.0), torch.full((count,), seeds), numbers)
+        second = drawn(logits, Sampling(1.0, 1.0), torch.full((count,), others), numbers)
+        for one, other in ((first, second), (first[:-1], first[1:])):
+            table = torch.bincount(one * 4 + other, minlength=16)
+            expected = len(one) / 16
+            assert float(((table - expected) ** 2 / expected).sum()) < chi2.ppf(1 - 1e-4, 15)
+
+
+def test_times_are_exponential() -> None:
+    found = times(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
+    assert kstest(found.numpy(), "expon").pvalue > 1e-3
+    assert bool((found > 0).all()) and bool(found.isfinite().all())
+
+
+def test_similar_distributions_mostly_draw_the_same() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 30)
+    other = one + 0.2 * other
+    seeds = torch.arange(4000)
+    same = drawn(one, Sampling(1.0, 1.0), seeds, seeds) == drawn(other, Sampling(1.0, 1.0), seeds, seeds)
+    distance = float((one.softmax(0) - other.softmax(0)).abs().sum() / 2)
+    assert float(same.double().mean()) > (1 - distance) / (1 + distance) - 0.02  # arXiv 2408.07978, theorem 1
 
 
 def test_cutting_the_head_does_not_change_what_is_drawn() -> None:
@@ -73,35 +128,32 @@ def test_cutting_the_head_does_not_change_what_is_drawn() -> None:
     masked = logits.clone()
     masked[:, :10] = -torch.inf
     masked[:, 20:] = -torch.inf
-    settings_ = [Sampling(0.8, 0.9)] * 50
-    uniform = torch.rand(50, dtype=torch.float64).tolist()
-    assert torch.equal(sample(masked, settings_, uniform), sample(logits[:, 10:20], settings_, uniform) + 10)
+    rows, seeds = Settings([Sampling(0.8, 0.9)] * 50), torch.arange(50)
+    whole = sample(masked, rows, seeds, seeds, torch.arange(30))
+    assert torch.equal(whole, sample(logits[:, 10:20], rows, seeds, seeds, torch.arange(10, 20)) + 10)
 
 
 def test_each_row_has_settings_of_its_own() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(3, 20)
+    logits, ids = torch.randn(3, 20), torch.arange(20)
     rows = [GREEDY, Sampling(1.0, 0.5), Sampling(2.0, 1.0, top_k=3)]
-    uniform = [0.3, 0.7, 0.9]
-    together = sample(logits, rows, uniform)
-    alone = [sample(logits[n : n + 1], rows[n : n + 1], uniform[n : n + 1]).item() for n in range(3)]
+    seeds, numbers = torch.tensor([3, 7, 9]), torch.tensor([0, 4, 2])
+    together = sample(logits, Settings(rows), seeds, numbers, ids)
+    alone = [
+        sample(logits[n : n + 1], Settings(rows[n : n + 1]), seeds[n : n + 1], numbers[n : n + 1], ids).item()
+        for n in range(3)
+    ]
     assert together.tolist() == alone
     assert together[0] == logits[0].argmax()
 
 
 def test_settings_out_of_range_are_named() -> None:
-    for name, values in (("temperature", {"temperature": -1}), ("top_p", {"top_p": 0.0}), ("top_k", {"top_k": -1})):
+    for name, value in (("temperature", -1), ("temperature", float("nan")), ("top_p", 0.0), ("top_k", -1)):
         with pytest.raises(BadInput, match=name):
-            Sampling(**values)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="out of range"):
-        RandomStream(-1)
-
-
-def test_random_stream_is_a_function_of_seed_and_number() -> None:
-    forwards, other = RandomStream(7), RandomStream(7)
-    late = other[700]
-    assert [forwards[n] for n in range(701)][700] == late
-    assert RandomStream(8)[0] != forwards[0]
+            Sampling(**{name: value})  # type: ignore[arg-type]
+    for seed in (-1, 2**63):
+        with pytest.raises(BadInput, match="out of range"):
+            Request((1,), Rules(1), seed=seed)
 
 
 # --- guidance ---
@@ -109,87 +161,130 @@ def test_random_stream_is_a_function_of_seed_and_number() -> None:
 
 def test_guidance_is_the_formula() -> None:
     torch.manual_seed(0)
-    full, images, nothing = torch.randn(3, 9)
-    got = combine(torch.stack((full, nothing)), two_way([1], 3.0).weights)
-    torch.testing.assert_close(got, nothing + 3.0 * (full - nothing))
-    got = combine(torch.stack((full, images, nothing)), three_way([1], [1], 1.2, 3.0).weights)
+    full, images, nothing = torch.randn(3, 2, 9)
+    weights = torch.tensor([two_way([1], 3.0).weights] * 2)
+    torch.testing.assert_close(combine(torch.stack((full, nothing), dim=1), weights), nothing + 3.0 * (full - nothing))
+    weights = torch.tensor([three_way([1], [1], 1.2, 3.0).weights] * 2)
+    got = combine(torch.stack((full, images, nothing), dim=1), weights)
     torch.testing.assert_close(got, nothing + 1.2 * (images - nothing) + 3.0 * (full - images))
 
 
 # --- modality ---
 
 
-@settings(max_examples=200)
-@given(
-    max_new=st.integers(1, 40),
-    max_images=st.integers(0, 3),
-    text=st.booleans(),
-    choices=st.lists(st.integers(0, 10**6), min_size=60, max_size=60),
-)
-def test_any_choice_of_allowed_ids_gives_whole_pictures(
-    max_new: int, max_images: int, text: bool, choices: list[int]
-) -> None:
-    vocabulary = Vocabulary.own(image_codes=5, text_pieces=6, grid=(2, 3))
-    state = ModalityState(Rules(max_new, max_images, text), vocabulary, [vocabulary.bos])
-    allowed = masks(vocabulary)
-    made = []
+def allowed(kind: Next, v: Vocabulary) -> torch.Tensor:
+    """bool [V]: the ids of a kind."""
+    names = [name for flag, name in FORCED.items() if flag & kind]
+    return v.mask(text=bool(kind & Next.TEXT), image=bool(kind & Next.CODE), specials=names)
+
+
+def letters(ids: list[int], v: Vocabulary) -> str:
+    """One letter an id: boi, eoi, code, text."""
+    return "".join("b" if t == v.boi else "e" if t == v.eoi else "c" if t in v.image_ids else "t" for t in ids)
+
+
+def made_by(rules: Rules, v: Vocabulary, choices: list[int]) -> str:
+    """What some choice of allowed ids makes."""
+    state, made = ModalityState(rules, v, [v.bos]), []
     for choice in choices:
         if state.done:
             break
-        options = allowed[state.next()].nonzero().flatten().tolist()
+        options = allowed(state.next(), v).nonzero().flatten().tolist()
         token = options[choice % len(options)]
-        if token == vocabulary.eos:
+        if token == v.eos:
             break
         made.append(token)
         state.push(token)
+    return letters(made, v)
+
+
+CHOICES = st.lists(st.integers(0, 10**6), min_size=60, max_size=60)
+SMALL = Vocabulary.own(image_codes=5, text_pieces=6, grid=(2, 3))
+PICTURE = "bcccccce"
+
+
+@settings(max_examples=200)
+@given(max_new=st.integers(1, 40), max_images=st.integers(0, 3), max_text=st.none() | st.integers(1, 5), choices=CHOICES)
+def test_any_choice_of_allowed_ids_gives_whole_pictures(
+    max_new: int, max_images: int, max_text: int | None, choices: list[int]
+) -> None:
+    made = made_by(Rules(max_new, max_images, max_text), SMALL, choices)
     assert len(made) <= max_new
-    blocks = "".join(
-        "b" if t == vocabulary.boi else "e" if t == vocabulary.eoi else "c" if 6 <= t < 11 else "t" for t in made
-    )
-    rest = blocks.replace("b" + "c" * 6 + "e", "")
-    assert set(rest) <= {"t"}
-    assert blocks.count("b") <= max_images
-    if not text:
-        assert rest == "" and blocks.count("b") == min(max_images, max_new // 8)
+    assert set(made.replace(PICTURE, "")) <= {"t"}
+    assert made.count("b") <= max_images
+    assert max_text is None or "t" * (max_text + 1) not in made
+
+
+FORMATS = {
+    ("text",): "t+",
+    ("image",): PICTURE,
+    ("text", "image", "text"): f"t+{PICTURE}t+",
+    ("image", "image", "text"): f"{PICTURE}{PICTURE}t+",
+    (): "",
+}
+
+
+@settings(max_examples=200)
+@given(
+    parts=st.sampled_from(list(FORMATS)), spare=st.integers(0, 9), max_text=st.none() | st.integers(1, 5), choices=CHOICES
+)
+def test_a_format_is_kept_whatever_is_chosen(
+    parts: tuple[str, ...], spare: int, max_text: int | None, choices: list[int]
+) -> None:
+    rules = Rules(1, max_text=max_text, format=parts)  # type: ignore[arg-type]
+    rules = replace(rules, max_new=max(1, rules.least(SMALL) + spare))
+    made = made_by(rules, SMALL, choices)
+    assert re.fullmatch(FORMATS[parts], made), made
+    assert len(made) <= rules.max_new
+    assert max_text is None or "t" * (max_text + 1) not in made
 
 
 def test_a_prompt_may_end_inside_a_picture() -> None:
-    v = Vocabulary.own(image_codes=5, text_pieces=6, grid=(2, 3))
-    state = ModalityState(Rules(10), v, [v.bos, v.boi, 6, 7])
+    v = SMALL
+    state = ModalityState(Rules(10, format=()), v, [v.bos, v.boi, 6, 7])
     kinds = []
-    for _ in range(5):
+    for _ in range(6):
         kinds.append(state.next())
         state.push(v.eoi if kinds[-1] == Next.IMAGE_END else v.image_start)
-    assert kinds == [Next.CODE] * 4 + [Next.IMAGE_END]
+    assert kinds == [Next.CODE] * 4 + [Next.IMAGE_END, Next.END]
 
 
 # --- the engine ---
 
 
-def engine(tokenizer: MixedTokenizer, **changes: object) -> Engine:
-    return Engine(random_model(tokenizer.vocabulary.size, **changes).double(), tokenizer.vocabulary)
+def engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None, **changes: object) -> Engine:
+    model = random_model(tokenizer.vocabulary.size, **changes).double()
+    return Engine(model, tokenizer.vocabulary, **(options or {}))
 
 
 def reference(engine: Engine, request: Request) -> list[int]:
     """The same request without cache, batch or head slices: every step reads the whole sequence anew."""
     v = engine.vocabulary
-    rules = engine.fitted(request)
-    state, stream, made = ModalityState(rules, v, list(request.prompt)), RandomStream(request.seed), []
-    allowed = masks(v)
+    state, made = ModalityState(engine.check(request), v, list(request.prompt)), []
     while not state.done:
         kind = state.next()
         rows = [torch.tensor([[*prompt, *made]]) for prompt in request.prompts]
-        logits = torch.stack([engine.model.logits(engine.model(ids))[0, -1] for ids in rows]).float()
-        guided = request.guidance is not None and kind == Next.CODE
-        row = combine(logits, request.guidance.weights) if guided and request.guidance else logits[0]
+        logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
+        row = logits[0]
+        if request.guidance is not None and kind == Next.CODE:
+            row = sum(w * part for w, part in zip(request.guidance.weights, logits, strict=True))  # type: ignore[assignment]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *made):
             seen[0, token] = token in v.text_ids
         setting = request.image if kind == Next.CODE else request.text
-        penalized = None if kind == Next.CODE else seen
         token = int(
-            sample(row.masked_fill(~allowed[kind], -torch.inf).unsqueeze(0), [setting], [stream[len(made)]], penalized)
+            sample(
+                row.masked_fill(~allowed(kind, v), -torch.inf).unsqueeze(0),
+                Settings([setting]),
+                torch.tensor([request.seed]),
+                torch.tensor([len(made)]),
+                torch.arange(v.size),
+                None if kind == Next.CODE else seen,
+            )
         )
+        code = v.image_length - (state.codes_left or 0)
+        if kind == Next.CODE and state.images == 1 and code < len(request.given) and request.given[code] >= 0:
+            token = request.given[code]
         if token == v.eos:
             break
         made.append(token)
@@ -199,63 +294,236 @@ def reference(engine: Engine, request: Request) -> list[int]:
 
 def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
     v, t = vocabulary, vocabulary.text_start
-    picture = (v.boi, *range(v.image_start, v.image_start + v.image_length), v.eoi)
+    codes = tuple(range(v.image_start, v.image_start + v.image_length))
+    picture = (v.boi, *codes, v.eoi)
+    one, shared = Rules(v.block_length, format=("image",)), (v.bos, *picture, *range(t + 10, t + 30))
     return [
         Request((v.bos, t + 3, t + 4, v.sep), Rules(12), sampling, sampling, seed=1),
         Request((v.bos, *picture, v.sep), Rules(30, max_images=1), sampling, sampling, seed=2),
-        Request(
-            (v.bos, t + 9, t + 8, t + 7, v.sep),
-            Rules(v.block_length, max_images=1, text=False),
-            sampling,
-            sampling,
-            two_way((v.bos, v.sep), 3.0),
-            seed=3,
-        ),
+        Request((v.bos, t + 9, t + 8, t + 7, v.sep), one, sampling, sampling, two_way((v.bos, v.sep), 3.0), seed=3),
         Request((v.bos, t + 1, *picture, t + 2, v.sep), Rules(40, max_images=2), sampling, sampling, seed=4),
         Request(
-            (v.bos, *picture, t + 5),
-            Rules(v.block_length, max_images=1, text=False),
-            sampling,
-            sampling,
-            three_way((v.bos, *picture), (v.bos,), 1.2, 3.0),
-            seed=5,
+            (v.bos, *picture, t + 5), one, sampling, sampling, three_way((v.bos, *picture), (v.bos,), 1.2, 3.0), seed=5
         ),
+        # one prefix, behind which some differ, and some do not
+        Request((*shared, t + 1, v.sep), Rules(30, format=("text", "image", "text")), sampling, sampling, seed=6),
+        Request((*shared, t + 2, v.sep), Rules(4), sampling, sampling, seed=7),
+        Request((*shared, t + 1, v.sep), Rules(25, max_images=1, max_text=3), sampling, sampling, seed=8),
+        # completes a picture, and one of which some codes are given
+        Request((v.bos, v.boi, *codes[:5]), Rules(20, format=()), sampling, sampling, seed=9),
+        Request((v.bos, t + 4, v.sep), one, sampling, GREEDY, seed=10, given=(-1, codes[3], codes[4], -1, codes[1])),
     ]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+DRAWN = Sampling(0.9, 0.9, repetition_penalty=1.2)
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "few rows": {"rows": 3},
+    "window 3": {"window": 3},
+    "window 16": {"window": 16, "rows": 7},
+}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("norm_order", ["pre", "swin"])
+@pytest.mark.parametrize("way", WAYS)
 def test_engine_equals_the_reference_alone_and_in_any_batch(
-    tokenizer: MixedTokenizer, sampling: Sampling, norm_order: str
+    tokenizer: MixedTokenizer, sampling: Sampling, norm_order: str, way: str
 ) -> None:
-    machine = engine(tokenizer, norm_order=norm_order)
+    machine = engine(tokenizer, WAYS[way], norm_order=norm_order)
     asked = requests(tokenizer.vocabulary, sampling)
     wanted = [reference(machine, request) for request in asked]
-    assert any(wanted) and len({tuple(ids) for ids in wanted}) > 2
-    assert machine.generate(asked) == wanted
+    assert all(wanted) and len({tuple(ids) for ids in wanted}) > 7
+    for _ in range(2):  # the second time prefixes are there
+        assert machine.generate(asked) == wanted
     assert machine.generate(asked[::-1]) == wanted[::-1]
+    machine.forget()
     for request, ids in zip(asked, wanted, strict=True):
         assert machine.generate([request]) == [ids]
+    assert machine.idle and not machine.active and not machine.made
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer, seed: int) -> None:
+    """Requests join while others run, some are cancelled, the host looks now and then only."""
+    stream = random.Random(seed)
+    machine = engine(tokenizer, {"rows": stream.randint(3, 8), "window": stream.choice([1, 1, 4])})
+    asked = requests(tokenizer.vocabulary, DRAWN)
+    wanted = [machine.generate([request])[0] for request in asked]
+    order = stream.sample(range(len(asked)), len(asked))
+    tickets: dict[int, int] = {}
+    while order or not machine.idle:
+        for _ in range(stream.randint(0, 3)):
+            if order:
+                number = order.pop()
+                tickets[machine.submit(asked[number])] = number
+        if tickets and stream.random() < 0.1:
+            ticket = stream.choice(sorted(tickets))
+            machine.cancel(ticket)
+            del tickets[ticket]
+        machine.advance(stream.choice([None, 1, 5]))
+        assert [row.slot for row in machine.active] == list(range(len(machine.active)))
+    for ticket, number in tickets.items():
+        assert list(machine.made[ticket]) == wanted[number]
+    assert not machine.active
+
+
+def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
+    """Counted in ids that the model reads: samples of one prompt, guidance branches, a prompt seen in an earlier call."""
+    v = tokenizer.vocabulary
+    machine = engine(tokenizer)
+    prompt = (v.bos, *range(v.text_start, v.text_start + 40), v.sep)
+    read: list[int] = []
+    hook = machine.model.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    machine.generate([Request(prompt, Rules(1), GREEDY, seed=seed) for seed in range(6)])
+    assert sum(read) == len(prompt) + 5
+    read.clear()
+    machine.generate([Request((*prompt[:30], v.sep), Rules(1), GREEDY)])
+    assert sum(read) == 1
+    read.clear()
+    branches = two_way(prompt[:35], 2.0)
+    machine.forget()
+    machine.generate([Request(prompt, Rules(v.block_length, format=("image",)), guidance=branches)])
+    # both prompts, the shared part once and boi behind them; then two rows for each code but the last
+    assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (v.image_length - 1)
+    hook.remove()
+
+
+def test_the_host_does_not_look_inside_pictures(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = tokenizer.vocabulary
+    machine = engine(tokenizer)
+    looks = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(self.numel()), tolist(self))[1])
+    for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a look"))
+    rules = Rules(v.block_length, format=("image",))
+    asked = [Request((v.bos, v.text_start + n, v.sep), rules, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)]
+    looks.clear()
+    machine.generate(asked)
+    assert looks == [3 * v.image_length]
+
+
+def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
+    """A model that always says the same code is right about all drafts from the second row on."""
+    v = tokenizer.vocabulary
+    request = Request((v.bos, v.text_start, v.sep), Rules(v.block_length, format=("image",)), image=GREEDY)
+    passes = {}
+    for window in (1, 4):
+        machine = engine(tokenizer, {"window": window})
+        with torch.no_grad():
+            for block in machine.model.blocks:
+                block.attention.out.weight.zero_()  # type: ignore[union-attr]
+                block.ffn.down.weight.zero_()  # type: ignore[union-attr]
+            machine.model.embed.weight[v.image_ids.ids] = machine.model.embed.weight[v.boi]
+        machine.generate([request])
+        passes[window] = machine.passes
+    assert passes == {1: v.image_length, 4: 1 + -(-(v.image_length - 1) // 4)}
+
+
+def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
+    asked = requests(tokenizer.vocabulary, DRAWN)
+    wanted = engine(tokenizer).generate(asked)
+    assert engine(tokenizer, {"compiled": True}).generate(asked) == wanted
 
 
 def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
     machine = engine(tokenizer)
     asked = requests(tokenizer.vocabulary, GREEDY)
     wanted = machine.generate(asked)
-    stream = machine.stream(asked)
+    stream = machine.stream(asked, horizon=2)
     for _ in range(7):
         next(stream)
     stream.close()
+    assert machine.idle and not machine.active and not machine.made
     assert machine.generate(asked) == wanted
 
 
-def test_a_prompt_that_does_not_fit_says_how_long_it_is(tokenizer: MixedTokenizer) -> None:
+def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
+    machine = engine(tokenizer)
+    asked = requests(tokenizer.vocabulary, GREEDY)
+    wanted = machine.generate(asked)
+    calls = iter(range(100))
+
+    def fail(*_: object) -> None:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+
+    hook = machine.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        machine.generate(asked)
+    hook.remove()
+    assert machine.idle and not machine.active
+    assert machine.generate(asked) == wanted
+
+
+def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
+    machine = engine(tokenizer)
+    asked = requests(tokenizer.vocabulary, DRAWN)[:2]
+    wanted = [machine.generate([request])[0] for request in asked]
+    streams = [machine.stream([request]) for request in asked]
+    found: list[list[int]] = [[], []]
+    for pair in zip_longest(*streams):
+        for place, event in enumerate(pair):
+            if event is not None:
+                found[place].append(event[1])
+    assert found == wanted
+
+
+def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = engine(tokenizer, context=16)
     v = tokenizer.vocabulary
-    with pytest.raises(BadInput, match="the prompt has 20 ids, the context 16"):
+    with pytest.raises(BadInput, match=r"the prompt has 20 ids, the context 16 \(shorten it to 15"):
         machine.generate([Request((v.text_start,) * 20, Rules(4))])
     with pytest.raises(BadInput, match="at least one id"):
         machine.generate([Request((), Rules(4))])
+    with pytest.raises(BadInput, match=f"not below {v.size}"):
+        machine.generate([Request((v.size,), Rules(4))])
+    with pytest.raises(BadInput, match="text and image take 19 ids at least, but there is room for 7"):
+        machine.generate([Request((v.bos,) * 10, Rules(100, format=("text", "image")))])
+    with pytest.raises(BadInput, match="none is to be made"):
+        machine.generate([Request((v.bos,), Rules(4), guidance=two_way((v.bos,), 2.0))])
+    guided = Request((v.bos,), Rules(v.block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
+    with pytest.raises(BadInput, match="takes 2 rows, the engine has 1"):
+        engine(tokenizer, {"rows": 1}).generate([guided])
     # what fits is cut to the room that is left, and no picture starts that would not fit
     made = machine.generate([Request((v.bos,) * 10, Rules(100, max_images=1), GREEDY, GREEDY)])[0]
     assert len(made) <= 7 and v.boi not in made
+    # no memory: for one row it is said, for several they wait for each other
+    asked = [Request((v.bos, v.text_start + n), Rules(5), GREEDY) for n in range(5)]
+    wanted = engine(tokenizer).generate(asked)
+    a_row = 64 * KVCache.bytes_a_slot(machine.model.config, torch.float64)
+    monkeypatch.setattr("chameleon.generation.engine.free_memory", lambda device: a_row - 1)
+    with pytest.raises(BadInput, match=r"1 row of 64 ids take .* GB .* \(63 ids fit"):
+        engine(tokenizer).generate(asked)
+    monkeypatch.setattr("chameleon.generation.engine.free_memory", lambda device: 2 * a_row)
+    machine = engine(tokenizer)
+    assert machine.generate(asked) == wanted
+    assert machine.cache is not None and machine.cache.rows == 2
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_with_cancellations_leave_nothing_behind(tokenizer: MixedTokenizer) -> None:
+    machine = engine(tokenizer, {"rows": 12, "window": 2})
+    asked = requests(tokenizer.vocabulary, DRAWN)
+    wanted = [machine.generate([request])[0] for request in asked]
+    stream = random.Random(0)
+    tickets: dict[int, int] = {}
+    submitted, cancelled = 0, 0
+    while submitted < 1000 or not machine.idle:
+        for _ in range(stream.randrange(8)):
+            if submitted < 1000:
+                number = stream.randrange(len(asked))
+                tickets[machine.submit(asked[number])] = number
+                submitted += 1
+        if tickets and stream.random() < 0.3:
+            ticket = stream.choice(sorted(tickets))
+            machine.cancel(ticket)
+            del tickets[ticket]
+            cancelled += 1
+        machine.advance(stream.choice([None, 1, 4]))
+        for ticket in [ticket for ticket in tickets if machine.ended(ticket)]:
+            assert list(machine.made.pop(ticket)) == wanted[tickets.pop(ticket)]
+    assert cancelled > 50 and not tickets
+    assert not machine.active and not machine.waiting and not machine.running and not machine.made
+    assert machine.cache is not None and machine.cache.rows <= 12 and len(machine.held) == machine.cache.rows

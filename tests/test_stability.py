@@ -178,7 +178,7 @@ def test_attention_logits_are_those_of_the_formula(kv_heads: int) -> None:
         for layer, block in enumerate(model.blocks):
             a = block.attention
             q, k, _ = a.qkv(block.attention_norm(x)).view(3, 300, -1, 8).split((4, kv_heads, kv_heads), dim=2)
-            q, k = (rotate(norm(part).transpose(1, 2), *turn) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
+            q, k = (rotate(norm(part), *turn).transpose(1, 2) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
             logits = torch.einsum("bhqc,bhkc->bhqk", q, k.repeat_interleave(4 // kv_heads, dim=1)) / math.sqrt(8)
             wanted = logits.masked_fill(~packed_mask(documents), -math.inf).max()
             torch.testing.assert_close(watch.largest[layer], wanted)

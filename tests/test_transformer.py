@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import random_model
 from hugging_face import config_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.models.chameleon.modeling_chameleon import ChameleonModel
 
 from chameleon.errors import BadInput
-from chameleon.model.cache import KVCache
+from chameleon.model.cache import KVCache, Window
 from chameleon.model.config import SIZES, ModelConfig, named_size
 from chameleon.model.transformer import Transformer, packed_mask
 
@@ -59,30 +61,44 @@ def test_cache_changes_nothing(qk_norm: bool) -> None:
     ids = torch.randint(0, 50, (1, 20))
     whole = model(ids)
     cache = KVCache(model.config, 1, 32, dtype=torch.float64)
-    first = model(ids[:, :7], cache=cache)
-    steps = [model(ids[:, t : t + 1], torch.tensor([[t]]), cache=cache, seen=t + 1) for t in range(7, 20)]
-    torch.testing.assert_close(torch.cat([first, *steps], dim=1), whole, atol=1e-9, rtol=1e-9)
+    first = model(ids[:, :7], window=Window.of(cache, [0], [7]))
+    steps = [model(ids[:, t : t + 1], window=Window.of(cache, [t], [1])) for t in range(7, 15)]
+    rest = model(ids[:, 15:], window=Window.of(cache, [15], [5]))
+    torch.testing.assert_close(torch.cat([first, *steps, rest], dim=1), whole, atol=1e-9, rtol=1e-9)
 
 
-def test_rows_of_a_cache_stand_at_lengths_of_their_own() -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: list[list[int]]) -> None:
     model = random_model(50).double()
-    rows = [torch.randint(0, 50, (1, length)) for length in (4, 9, 6)]
-    cache = KVCache(model.config, 3, 16, dtype=torch.float64)
-    for number, ids in enumerate(rows):
-        model(ids, cache=cache.row(number))
-    new = torch.randint(0, 50, (3, 1))
-    positions = torch.tensor([[4], [9], [6]])
-    mask = (torch.arange(10) <= positions)[:, None, None, :]
-    together = model(new, positions, mask, cache, 10)
-    for number, ids in enumerate(rows):
-        alone = model(torch.cat((ids, new[number : number + 1]), dim=1))[:, -1:]
-        torch.testing.assert_close(together[number : number + 1], alone, atol=1e-9, rtol=1e-9)
-    cache.keep([2, 0])
-    more = torch.randint(0, 50, (2, 1))
-    positions = torch.tensor([[7], [5]])
-    after = model(more, positions, (torch.arange(8) <= positions)[:, None, None, :], cache, 8)
-    alone = model(torch.cat((rows[2], new[2:], more[:1]), dim=1))[:, -1:]
-    torch.testing.assert_close(after[:1], alone, atol=1e-9, rtol=1e-9)
+    cache = KVCache(model.config, 3, 32, dtype=torch.float64)
+    rows = [torch.randint(0, 50, (sum(news[row] for news in passes),)) for row in range(3)]
+    found: list[list[torch.Tensor]] = [[], [], []]
+    starts = [0, 0, 0]
+    for news in passes:
+        if not any(news):
+            continue
+        ids = torch.cat([rows[row][starts[row] : starts[row] + news[row]] for row in range(3)])
+        hidden = model(ids.unsqueeze(0), window=Window.of(cache, starts, news))[0]
+        for row, part in enumerate(hidden.split(news)):
+            found[row].append(part)
+        starts = [start + new for start, new in zip(starts, news, strict=True)]
+    for row, ids in enumerate(rows):
+        if len(ids):
+            torch.testing.assert_close(torch.cat(found[row]), model(ids.unsqueeze(0))[0], atol=1e-9, rtol=1e-9)
+
+
+def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:
+    model = random_model(50).double()
+    cache = KVCache(model.config, 1, 16, dtype=torch.float64)
+    ids = torch.randint(0, 50, (1, 9))
+    model(ids, window=Window.of(cache, [0], [9]))
+    larger = KVCache(model.config, 3, 24, dtype=torch.float64)
+    larger.take_from(cache)
+    larger.copy(0, 2, 6)
+    other = torch.cat((ids[:, :6], torch.randint(0, 50, (1, 4))), dim=1)
+    found = model(other[:, 6:], window=Window.of(larger, [9, 0, 6], [0, 0, 4]))
+    torch.testing.assert_close(found, model(other)[:, 6:], atol=1e-9, rtol=1e-9)
 
 
 def test_packed_documents_do_not_see_each_other() -> None:

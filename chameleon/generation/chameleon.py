@@ -132,7 +132,7 @@ class Chameleon:
         self.tokenizer.image.network.check_decoder()
         seeds = range(len(prompts)) if seeds is None else seeds
         nothing = two_way(self.prompt(Document()), guidance) if guidance != 1 else None
-        rules = Rules(self.vocabulary.block_length, max_images=1, text=False)
+        rules = Rules(self.vocabulary.block_length, format=("image",))
         requests = [
             Request(self.prompt(Document((Text(prompt),))), rules, image=sampling, guidance=nothing, seed=seed)
             for prompt, seed in zip(prompts, seeds, strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -33,6 +32,6 @@ def three_way(images_only: Sequence[int], nothing: Sequence[int], image_scale: f
     return Guidance((tuple(images_only), tuple(nothing)), weights)
 
 
-def combine(logits: Tensor, weights: Sequence[float]) -> Tensor:
-    """logits [branches, V] of one row, the full prompt first, to guided logits [V]."""
-    return torch.tensor(weights, dtype=torch.float32, device=logits.device) @ logits.float()
+def combine(logits: Tensor, weights: Tensor) -> Tensor:
+    """logits [P, R, V] of P places, those of the full prompt first among R, and weights [P, R] to guided logits [P, V]."""
+    return (logits * weights.to(logits.dtype).unsqueeze(-1)).sum(dim=1)

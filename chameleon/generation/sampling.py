@@ -1,21 +1,26 @@
 """Choosing the next id: pure functions on logits, one row of settings for each row of logits.
 
-A row's randomness is one uniform number a step from a stream of its own, turned into an id by the inverse of the
-cumulative distribution in the order of ids. So what a seed draws does not depend on what else is in the batch, nor on
-whether the head was cut to the ids that may come.
+An id is drawn by a race (Gumbel's maximum in another form): id i finishes after an exponentially distributed time at the
+rate of its probability, and the first wins. The times are a pure function of (seed, number of the id in its row, id),
+so what a seed draws depends neither on what else is in the batch, nor on whether the head was cut to the ids that may
+come, nor on the device. And two distributions that differ little draw the same id in most cases, which is what decoding
+several ids at once lives on (arXiv 2408.07978, 2510.24211).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from chameleon.errors import BadInput
 
-STREAM_BLOCK = 256
+GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""SplitMix64's constants (Steele, Lea and Flood, OOPSLA 2014)."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, good, what in (
-            ("temperature", self.temperature >= 0, "must be 0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "must be 0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "must be 0 (all) or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be positive"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be positive"),
         ):
             if not good:
                 raise BadInput(f"{getattr(self, name)} {what}", where=name)
@@ -45,19 +50,61 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
 
 
-class RandomStream:
-    """Uniform numbers in [0, 1): number n of a seed is always the same."""
+class Settings:
+    """The settings of all rows as columns [B, 1], and which of the steps any row wants."""
 
-    def __init__(self, seed: int) -> None:
-        if not 0 <= seed < 2**63:
-            raise BadInput(f"{seed} is out of range", where="seed", remedy="use 0 … 2⁶³ − 1")
-        self.generator = torch.Generator().manual_seed(seed)
-        self.numbers: list[float] = []
+    def __init__(self, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
 
-    def __getitem__(self, number: int) -> float:
-        while number >= len(self.numbers):
-            self.numbers += torch.rand(STREAM_BLOCK, generator=self.generator, dtype=torch.float64).tolist()
-        return self.numbers[number]
+        self.draws = any(row.temperature > 0 for row in rows)
+        self.penalizes = any(row.repetition_penalty != 1 for row in rows)
+        self.cuts_k = any(row.top_k for row in rows)
+        self.cuts_p = any(row.top_p < 1 for row in rows)
+        self.greedy = torch.tensor([row.temperature == 0 for row in rows], device=device)
+        self.temperature = column([row.temperature or 1.0 for row in rows])
+        self.top_p = column([row.top_p for row in rows])
+        self.top_k = torch.tensor([[row.top_k] for row in rows], device=device)
+        self.penalty = column([row.repetition_penalty for row in rows])
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(rows: tuple[Sampling, ...], device: torch.device) -> Settings:
+        return Settings(rows, device)
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+def signed(number: int) -> int:
+    """The int64 with the same 64 bits."""
+    number &= 2**64 - 1
+    return number - 2**64 if number >= 2**63 else number
+
+
+def shifted(bits: Tensor, count: int) -> Tensor:
+    """int64 shifted to the right as unsigned numbers are."""
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def mixed(bits: Tensor) -> Tensor:
+    """SplitMix64's finalizer of int64, in place: every bit of the input moves half of the output's."""
+    bits.bitwise_xor_(shifted(bits, 30)).mul_(signed(MIX_1))
+    bits.bitwise_xor_(shifted(bits, 27)).mul_(signed(MIX_2))
+    return bits.bitwise_xor_(shifted(bits, 31))
+
+
+def times(seeds: Tensor, numbers: Tensor, ids: Tensor) -> Tensor:
+    """Exponentially distributed times, float64 [B, V]: of each id's race in row b at its `numbers[b]`-th id.
+
+    seeds, numbers: int64 [B]; ids: int64 [V].
+    """
+    starts = mixed(mixed(seeds + signed(GAMMA)) + (numbers + 1) * signed(GAMMA))
+    bits = mixed(starts.unsqueeze(1) + (ids + 1) * signed(GAMMA))
+    return shifted(bits, 11).double().add_(0.5).mul_(2.0**-53).log_().neg_()
+
+
+# --- steps on logits -------------------------------------------------------------------------------------------------
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -66,51 +113,56 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor
     return torch.where(seen, penalized, logits)
 
 
-def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """logits [B, V] with all but the top_k [B, 1] (0: all) likeliest ids at −inf; ties at the edge stay."""
-    if not bool((top_k > 0).any()):
-        return logits
+def falling(logits: Tensor) -> Tensor:
+    """Each row's values, largest first. NumPy sorts by vector instructions, far faster than torch on CPUs."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
+    return logits.sort(dim=-1, descending=True).values
+
+
+def cut(logits: Tensor, settings: Settings) -> Tensor:
+    """logits [B, V] with ids at −inf that top-k, and then top-p, leave out; ties at the edge stay.
+
+    top-p keeps the likeliest ids whose probabilities sum to at least top_p (nucleus sampling, arXiv 1904.09751).
+    """
     size = logits.shape[-1]
-    ordered = logits.sort(dim=-1, descending=True).values
-    edge = ordered.gather(1, (torch.where(top_k > 0, top_k, size).clamp(max=size) - 1))
+    ordered = falling(logits)
+    kept = torch.full((len(logits), 1), size, device=logits.device)
+    if settings.cuts_k:
+        kept = torch.where(settings.top_k > 0, settings.top_k, kept).clamp(max=size)
+        ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= kept, -torch.inf)
+    if settings.cuts_p:
+        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
+        before[:, 0] = 0
+        inside = ((before < settings.top_p) | (settings.top_p >= 1)).sum(-1, keepdim=True)
+        kept = torch.minimum(kept, inside.clamp(min=1))
+    edge = ordered.gather(1, kept - 1)
     return logits.masked_fill(logits < edge, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """logits [B, V] with ids at −inf that the nucleus of mass top_p [B, 1] leaves out; the likeliest always stays."""
-    if not bool((top_p < 1).any()):
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    shares = ordered.softmax(-1)
-    outside = (shares.cumsum(-1) - shares >= top_p) & (top_p < 1)
-    outside[:, 0] = False
-    return logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+def draw(logits: Tensor, finish: Tensor) -> Tensor:
+    """The winner of each row's race, int64 [B]: logits [B, V] (−inf: takes no part), `times` float64 [B, V]."""
+    return (logits.double().softmax(-1) / finish).argmax(-1)
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The id at which the cumulative distribution of logits [B, V] passes uniform [B]: int64 [B]."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    wanted = uniform.double().to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+def sample(
+    logits: Tensor,
+    settings: Settings,
+    seeds: Tensor,
+    numbers: Tensor,
+    ids: Tensor,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Columns int64 [B] of the ids that come next, from logits [B, V]; ids that may not come are −inf.
 
-
-def sample(logits: Tensor, settings: Sequence[Sampling], uniform: Sequence[float], seen: Tensor | None = None) -> Tensor:
-    """Next ids int64 [B] from logits [B, V]; ids that may not come are −inf.
-
-    settings, uniform: one for each row. seen: bool [B, V] for the repetition penalty, or None.
+    seeds, numbers int64 [B] and ids int64 [V], the id of each column: what the row's randomness is made of.
+    seen: bool [B, V] for the repetition penalty, or None.
     """
-    logits = logits.float()
-    column = {"device": logits.device, "dtype": torch.float32}
-    if seen is not None and any(setting.repetition_penalty != 1 for setting in settings):
-        penalty = torch.tensor([[setting.repetition_penalty] for setting in settings], **column)  # type: ignore[arg-type]
-        logits = penalize_repetition(logits, seen, penalty)
-    best = logits.argmax(-1)
-    if all(setting.temperature == 0 for setting in settings):
-        return best
-    temperature = torch.tensor([[setting.temperature or 1.0] for setting in settings], **column)  # type: ignore[arg-type]
-    scaled = logits / temperature
-    scaled = keep_top_k(scaled, torch.tensor([[setting.top_k] for setting in settings], device=logits.device))
-    scaled = keep_top_p(scaled, torch.tensor([[setting.top_p] for setting in settings], **column))  # type: ignore[arg-type]
-    drawn = draw(scaled, torch.tensor(uniform, dtype=torch.float64))
-    greedy = torch.tensor([setting.temperature == 0 for setting in settings], device=logits.device)
-    return torch.where(greedy, best, drawn)
+    if seen is not None and settings.penalizes:
+        logits = penalize_repetition(logits, seen, settings.penalty)
+    if not settings.draws:
+        return logits.argmax(-1)
+    scaled = logits / settings.temperature
+    if settings.cuts_k or settings.cuts_p:
+        scaled = cut(scaled, settings)
+    return torch.where(settings.greedy, logits.argmax(-1), draw(scaled, times(seeds, numbers, ids)))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from chameleon.model.cache import KVCache
+from chameleon.model.cache import Window
 from chameleon.model.config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -32,16 +32,20 @@ Mask = Tensor | BlockMask
 
 
 def rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
-    """cos and sin [B, 1, T, C / 2] float32 of the rotary angles at integer positions [B, T] (arXiv 2104.09864)."""
+    """cos and sin [B, T, 1, C] float32 of the rotary angles at integer positions [B, T] (arXiv 2104.09864).
+
+    The sin of the first half is negated, as `rotate` wants it.
+    """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
-    angles = positions[:, None, :, None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
+    angles = positions[:, :, None, None].float() * theta**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, C] turned by the angles, in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """x [B, T, H, C] turned by the angles, in x's dtype."""
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def packed_mask(document_ids: Tensor) -> Tensor:
@@ -112,21 +116,18 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(config.k_norm_shards, config.head_width, config.norm_eps)
         self.attend = Attend()
 
-    def forward(
-        self, x: Tensor, turn: Rotation, mask: Mask | None, cache: KVCache | None, slots: Tensor | None, seen: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask | None, window: Window | None) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), *turn), rotate(k.transpose(1, 2), *turn)  # [B, heads, T, C]
-        v = v.transpose(1, 2)
-        if cache is not None:
-            assert slots is not None
-            cache.write(self.layer, k, v, slots)
-            k, v = cache.read(self.layer, batch, seen)  # [B, K, S, C]
-        return self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if window is None:
+            attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        else:
+            attended = window.attend(self.layer, q, k, v, self.attend)
+        return self.out(attended.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -159,14 +160,12 @@ class Block(nn.Module):
         x: Tensor,
         turn: Rotation,
         mask: Mask | None = None,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        seen: int = 0,
+        window: Window | None = None,
     ) -> Tensor:
         if self.swin:
-            x = x + self.dropout(self.attention_norm(self.attention(x, turn, mask, cache, slots, seen)))
+            x = x + self.dropout(self.attention_norm(self.attention(x, turn, mask, window)))
             return x + self.dropout(self.ffn_norm(self.ffn(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, cache, slots, seen))
+        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, window))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -194,22 +193,22 @@ class Transformer(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         mask: Mask | None = None,
-        cache: KVCache | None = None,
-        seen: int | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] behind the last norm.
 
         ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query may
-        look, or blocks for FlexAttention; by default causal. cache: keys and values are written to the slots `positions`
-        and the first `seen` slots (default: T) are attended to; give a mask unless these are one id of one row, or a
-        prompt from position 0.
+        look, or blocks for FlexAttention; by default causal. window: the ids, in one row, go on with rows of a cache at
+        the window's slots, which are their positions.
         """
+        if window is not None:
+            positions = window.slots.unsqueeze(0)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         turn = rotation(positions, self.config.head_width, self.config.rope_theta)
         x = self.embed(ids)
         for block in self.blocks:
-            x = block(x, turn, mask, cache, positions if cache is not None else None, seen or ids.shape[1])
+            x = block(x, turn, mask, window)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
