@@ -415,16 +415,16 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
             for block in machine.model.blocks:
                 block.attention.out.weight.zero_()  # type: ignore[union-attr]
                 block.ffn.down.weight.zero_()  # type: ignore[union-attr]
-            machine.model.embed.weight[v.image_ids.ids] = machine.model.embed.weight[v.boi]
+            machine.model.embed.weight[v.image_ids.ids] = machine.model.embed.weight[v.boi].clone()
         machine.generate([request])
         passes[window] = machine.passes
     assert passes == {1: v.image_length, 4: 1 + -(-(v.image_length - 1) // 4)}
 
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
-    asked = requests(tokenizer.vocabulary, DRAWN)
-    wanted = engine(tokenizer).generate(asked)
-    assert engine(tokenizer, {"compiled": True}).generate(asked) == wanted
+    asked = requests(tokenizer.vocabulary, DRAWN)[:4]
+    wanted = engine(tokenizer, layers=1).generate(asked)
+    assert engine(tokenizer, {"compiled": True}, layers=1).generate(asked) == wanted
 
 
 def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:

@@ -42,6 +42,8 @@ WORTH_WAITING = 16
 """A row waits for another that reads the same prompt, where that spares it at least so many ids."""
 STEP = 64
 """The cache's length grows by multiples of this."""
+COMPILED_ON_CPUS = {"freezing": True, "cpp_wrapper": True}
+"""Plain weights are packed for oneDNN, in a copy, and no Python stands between the kernels."""
 
 
 @dataclass(frozen=True)
@@ -159,24 +161,32 @@ class Engine:
     ) -> None:
         """rows: sequences that run at a time; more requests wait. window: codes of a picture decoded at once.
 
-        form: of the head's weights, that of the blocks. compiled: compile the pass of one new id a row; on GPUs it becomes
-        a CUDA graph.
+        form: of the head's weights, that of the blocks. compiled: compile the pass of one new id a row, which takes about
+        a minute; on GPUs it becomes a CUDA graph, on CPUs it takes a packed copy of plain weights.
         """
         if rows < 1 or window < 1:
             raise BadInput(f"{rows} rows, a window of {window}", where="engine", remedy="use 1 or more")
         self.model, self.vocabulary, self.window, self.capacity = model, vocabulary, window, rows
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.heads = Heads(model.head, vocabulary, lambda part: prepared(part, form))
+        head_form: WeightForm = "packed" if compiled and form == "plain" and self.packs else form
+        self.heads = Heads(model.head, vocabulary, lambda part: prepared(part, head_form))
         self.decode: Callable[..., Tensor] | None = None
         if compiled:
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            self.decode = torch.compile(self.one_each, mode=mode)
+            if self.device.type == "cpu" and form == "packed":
+                raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
+            fast = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {"options": COMPILED_ON_CPUS}
+            self.decode = torch.compile(self.one_each, **fast)  # type: ignore[call-overload]
         self.tickets = count()
         self.passes = 0
         """Passes of the model so far."""
         self.cache: KVCache | None = None
         self.reset()
+
+    @property
+    def packs(self) -> bool:
+        """Whether this device and dtype know packed weights."""
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16
 
     def reset(self) -> None:
         """Drops all requests and what the cache holds."""
