@@ -176,7 +176,7 @@ class Engine:
             if self.device.type == "cpu" and form == "packed":
                 raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
             fast = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {"options": COMPILED_ON_CPUS}
-            self.decode = torch.compile(self.one_each, **fast)  # type: ignore[call-overload]
+            self.decode = torch.compile(self.one_each, **fast)
         self.tickets = count()
         self.passes = 0
         """Passes of the model so far."""
