@@ -27,7 +27,8 @@ from chameleon.cli import main
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match
-from chameleon.generation.chameleon import Chameleon, whole_characters
+from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.streaming import whole_characters
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.optimizer import OptimizerConfig, rate_at
 from chameleon.train.recipe import (
