@@ -81,7 +81,14 @@ def terminated_cleanly() -> Iterator[None]:
 def load_model(arguments: argparse.Namespace) -> Any:
     from chameleon.generation.chameleon import Chameleon
 
-    return Chameleon.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    return Chameleon.load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        window=arguments.window,
+        compiled=arguments.compile,
+    )
 
 
 def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
@@ -95,7 +102,11 @@ def caption(arguments: argparse.Namespace) -> None:
 
     model = load_model(arguments)
     texts = model.caption_batch(
-        arguments.image, max_new=arguments.max_new, sampling=sampling_of(arguments, GREEDY), seed=arguments.seed
+        arguments.image,
+        examples=arguments.example,
+        max_new=arguments.max_new,
+        sampling=sampling_of(arguments, GREEDY),
+        seed=arguments.seed,
     )
     rows = [{"image": image, "caption": text} for image, text in zip(arguments.image, texts, strict=True)]
     lines = [row["caption"] if len(rows) == 1 else f"{row['image']}\t{row['caption']}" for row in rows]
@@ -107,21 +118,50 @@ def answer(arguments: argparse.Namespace) -> None:
 
     sampling = sampling_of(arguments, GREEDY)
     text = load_model(arguments).answer(
-        arguments.image, arguments.question, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed
+        arguments.image,
+        arguments.question,
+        examples=arguments.example,
+        max_new=arguments.max_new,
+        sampling=sampling,
+        seed=arguments.seed,
     )
     show(arguments, {"image": arguments.image, "question": arguments.question, "answer": text}, text)
 
 
 def draw(arguments: argparse.Namespace) -> None:
+    from chameleon.document_view import as_grid
     from chameleon.generation.engine import IMAGE_SAMPLING
 
     out = Path(arguments.out)
     check_picture_path(out)
-    picture = load_model(arguments).draw(
-        arguments.prompt, seed=arguments.seed, guidance=arguments.guidance, sampling=sampling_of(arguments, IMAGE_SAMPLING)
-    )
-    save_picture(picture, out)
-    show(arguments, {"prompt": arguments.prompt, "out": str(out), "seed": arguments.seed}, str(out))
+    if arguments.number < 1:
+        raise BadInput("expected 1 or more", where=f"--number {arguments.number}")
+    if arguments.like and arguments.complete:
+        raise BadInput("give --like or --complete, not both", where="draw")
+    if arguments.prompt is None and not (arguments.like or arguments.complete):
+        raise BadInput("nothing says what to draw", where="draw", remedy="give a prompt, --like or --complete")
+    if arguments.best and arguments.prompt is None:
+        raise BadInput("--best asks how well pictures fit a prompt", where="draw", remedy="give one")
+    model = load_model(arguments)
+    common: dict[str, Any] = {
+        "seed": arguments.seed,
+        "guidance": arguments.guidance,
+        "sampling": sampling_of(arguments, IMAGE_SAMPLING),
+    }
+    count = arguments.number
+    if arguments.like:
+        pictures = model.variations(arguments.like, count, likeness=arguments.likeness, prompt=arguments.prompt, **common)
+    elif arguments.complete:
+        prompt = arguments.prompt or ""
+        pictures = model.complete(arguments.complete, upper=arguments.upper, prompt=prompt, count=count, **common)
+    else:
+        pictures = model.samples(arguments.prompt, count, **common)
+    seeds = list(range(arguments.seed, arguments.seed + count))
+    if arguments.best:
+        order = model.rank(pictures, arguments.prompt)[: arguments.best]
+        pictures, seeds = [pictures[place] for place in order], [seeds[place] for place in order]
+    save_picture(as_grid(pictures), out)
+    show(arguments, {"prompt": arguments.prompt, "out": str(out), "seeds": seeds}, str(out))
 
 
 def check_picture_path(path: Path) -> None:
@@ -152,38 +192,54 @@ def written_file(path: Path) -> Iterator[Path]:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from chameleon.document import Document, Image, Text, read_json_document
+    from chameleon.document import Document, read_json_document
+    from chameleon.document_view import PAGES, TerminalView, write_page
+    from chameleon.files import written_into
     from chameleon.generation.engine import IMAGE_SAMPLING, TEXT_SAMPLING
+    from chameleon.generation.streaming import Forming
+    from chameleon.tokenizers.mixed import merged
 
     content = read_json_document(Path(arguments.document))
+    if arguments.page not in PAGES:
+        raise BadInput(f"no page {arguments.page!r}", where="--page", remedy=f"use {' or '.join(PAGES)}")
+    scales = arguments.guidance
+    if scales is not None and len(scales) > 2:
+        raise BadInput("one scale, or one of pictures and one of the full prompt", where="--guidance")
     model = load_model(arguments)
+    view = None if arguments.json else TerminalView()
     parts: list[Any] = []
-    out = Path(arguments.out) if arguments.out else None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     stream = model.stream(
         content,
         max_new=arguments.max_new,
         max_images=arguments.max_images,
+        max_text=arguments.max_text,
+        format=None if arguments.format is None else [part for part in arguments.format.split(",") if part],
+        guidance=None if scales is None else scales[0] if len(scales) == 1 else tuple(scales),
         text=sampling_of(arguments, TEXT_SAMPLING),
         image=replace(sampling_of(arguments, IMAGE_SAMPLING), repetition_penalty=1.0),
         seed=arguments.seed,
+        previews=1 if view is not None and view.draws is not None else 0,
     )
-    for part in stream:
-        if isinstance(part, Image) and out is not None:
-            path = out / f"picture-{sum(isinstance(p, Image) for p in parts)}.png"
-            save_picture(part.image, path)
-            part = Image(path)
-        parts.append(part)
-        if not arguments.json:
-            shown = part.text if isinstance(part, Text) else f"[picture{f' {part.image}' if out else ''}]"
-            print(shown, end="", flush=True)
-    if arguments.json:
-        show(arguments, Document(tuple(parts)).to_json(), "")
-    else:
+    try:
+        for part in stream:
+            if not isinstance(part, Forming):
+                parts.append(part)
+            if view is not None:
+                view.show(part)
+    finally:
+        if view is not None:
+            view.close()
+    made = Document(tuple(merged(parts)))
+    if view is not None:
         print()
-        if out is None and any(isinstance(part, Image) for part in parts):
-            say("pictures were not kept; --out DIR keeps them")
+    if arguments.out:
+        with written_into(Path(arguments.out)) as folder:
+            page = Path(arguments.out) / write_page(folder, made.parts, arguments.page).name
+        say(f"written to {page}")
+    elif made.images and view is not None and view.draws is None:
+        say("pictures were not kept; --out DIR keeps them")
+    if view is None:
+        show(arguments, made.to_json(), "")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -639,6 +695,13 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--dtype", default="auto", help="bfloat16, float32, float16 (default: bfloat16 where that is fast)"
         )
+        sub.add_argument(
+            "--weights",
+            default="auto",
+            help="plain, packed, int8, int4 (default: packed for bfloat16 on CPUs, else plain)",
+        )
+        sub.add_argument("--window", type=int, default=1, help="codes of a picture decoded at once (default: 1)")
+        sub.add_argument("--compile", action="store_true", help="compile what runs for each id: a minute, then faster")
         sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
     def tokenizer_options(sub: Parser) -> None:
@@ -704,26 +767,54 @@ def build_parser() -> Parser:
 
     sub = verb("caption", caption, "Says what pictures show.")
     sub.add_argument("image", nargs="+")
+    sub.add_argument(
+        "--example",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("IMAGE", "CAPTION"),
+        help="one to go by; may be repeated",
+    )
     model_options(sub)
     sampling_options(sub, 30)
 
     sub = verb("answer", answer, "Answers a question about a picture.")
     sub.add_argument("image")
     sub.add_argument("question")
+    sub.add_argument(
+        "--example",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("IMAGE", "QUESTION", "ANSWER"),
+        help="one to go by; may be repeated",
+    )
     model_options(sub)
     sampling_options(sub, 30)
 
-    sub = verb("draw", draw, "Draws a picture.")
-    sub.add_argument("prompt")
+    sub = verb("draw", draw, "Draws pictures: by a prompt, like another, or the rest of one.")
+    sub.add_argument("prompt", nargs="?")
     sub.add_argument("--out", required=True, metavar="FILE", help="the picture's file")
+    sub.add_argument("--number", type=int, default=1, metavar="N", help="pictures, as a grid (default: 1)")
+    sub.add_argument("--best", type=int, metavar="K", help="keep the K after which the model finds the prompt likeliest")
+    sub.add_argument("--like", metavar="IMAGE", help="vary this picture")
+    sub.add_argument("--likeness", type=float, default=0.3, help="share of its codes that stay (default: 0.3)")
+    sub.add_argument("--complete", metavar="IMAGE", help="keep the upper part of this picture and draw the rest")
+    sub.add_argument("--upper", type=float, default=0.5, help="how much of it (default: 0.5)")
     sub.add_argument("--guidance", type=float, default=1.5, help="scale of guidance, 1 is none (default: 1.5)")
     model_options(sub)
     sampling_options(sub, 0)
 
     sub = verb("generate", generate, "Continues a document or conversation in JSON.")
     sub.add_argument("document", metavar="DOCUMENT.json")
-    sub.add_argument("--out", metavar="DIR", help="folder for the pictures")
+    sub.add_argument("--out", metavar="DIR", help="folder for a page of what was made, with its pictures")
+    sub.add_argument("--page", default="markdown", help="markdown or html (default: markdown)")
     sub.add_argument("--max-images", type=int, help="pictures at most (default: 1, or 0 for a bundle without decoder)")
+    sub.add_argument("--max-text", type=int, help="ids of one run of text at most")
+    sub.add_argument("--format", metavar="text,image,…", help="the parts to make (default: the model chooses)")
+    sub.add_argument(
+        "--guidance", type=float, nargs="+", metavar="SCALE", help="of pictures; or two: of the prompt's pictures, of all"
+    )
     model_options(sub)
     sampling_options(sub, 256)
 

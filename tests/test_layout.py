@@ -29,6 +29,7 @@ FLOORS = {
     "chameleon.train": 7,
     "chameleon.serve": 7,
     "chameleon.gallery": 7,
+    "chameleon.document_view": 8,
     "chameleon.demo": 8,
     "chameleon.shard_view": 8,
     "chameleon.run_view": 8,

@@ -252,13 +252,13 @@ class Chameleon:
         """Mean log-probability (natural) that the model gives the ids of the caption, and its end, after each picture."""
         v = self.vocabulary
         answer = [*self.tokenizer.text_to_ids(caption), v.eos]
-        scores = []
-        for picture in pictures:
-            prompt = self.prompt(Document((Image(picture),)))
-            ids = torch.tensor([[*prompt, *answer]], device=self.engine.device)
-            hidden = self.model(ids[:, :-1])[0, len(prompt) - 1 :]
-            logits = self.model.logits(hidden).float().log_softmax(-1)
-            scores.append(float(logits.gather(1, ids[0, len(prompt) :, None]).mean()))
+        prompts = [self.prompt(Document((Image(picture),))) for picture in pictures]
+        ids = torch.tensor([[*prompt, *answer] for prompt in prompts], device=self.engine.device)
+        scores: list[float] = []
+        for part in ids.split(ROWS):
+            start = ids.shape[1] - len(answer)
+            logits = self.model.logits(self.model(part[:, :-1])[:, start - 1 :]).float().log_softmax(-1)
+            scores += logits.gather(2, part[:, start:, None]).mean(dim=(1, 2)).tolist()
         return scores
 
     def complete(

@@ -181,6 +181,7 @@ class Engine:
         self.passes = 0
         """Passes of the model so far."""
         self.cache: KVCache | None = None
+        self.read_with = self.version()
         self.reset()
 
     @property
@@ -199,9 +200,13 @@ class Engine:
         """Ids of each request that nobody has taken yet."""
 
     def forget(self) -> None:
-        """Frees the cache. For when nothing runs, and when the model's weights have changed."""
+        """Drops all requests and frees the cache."""
         self.reset()
         self.cache = None
+
+    def version(self) -> int:
+        """Grows when weights are changed in place: what the cache holds is of no use then."""
+        return sum(p._version for p in self.model.parameters() if not p.is_inference())
 
     # --- requests ---
 
@@ -245,6 +250,8 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Takes a request into the queue; its ticket. Raises `BadInput` where it does not fit."""
         rules = self.check(request)
+        if self.idle and self.version() != self.read_with:
+            self.cache, self.held, self.read_with = None, [], self.version()
         entry = Running(next(self.tickets), request, ModalityState(rules, self.vocabulary, request.prompt))
         if request.text.repetition_penalty != 1:
             entry.seen = torch.isin(self.heads.text.ids, torch.tensor(request.prompt, device=self.device))
@@ -310,6 +317,8 @@ class Engine:
             return
         try:
             self.admit()
+            if not self.active:
+                return
             hidden, where = self.read()
             ready = [entry for entry in self.running if all(id(row) in where for row in entry.rows)]
             if not ready:
@@ -345,6 +354,7 @@ class Engine:
             self.running.append(entry)
             if kind in FORCED:
                 self.follow_rules(entry)
+        self.tidy()  # some had nothing to make but what must come
 
     def make_room(self, rows: int, length: int) -> bool:
         """Whether the cache has, or now gets, so many rows of that length. Raises `BadInput` where one never would fit."""
