@@ -1,10 +1,10 @@
-"""Speed of training, decoding, image encoding and text encoding beside what one would take instead.
+"""Speed of training, image encoding and text encoding beside what one would take instead.
 
 Both sides run in one process on the same ids or bytes, round by round in turn, so that whatever the machine does in
 between falls on both; what is said is the ratio of the medians. Where the two differ in what they do, each part says so.
 Run with nothing else running:
 
-    python benchmarks/speed.py [--rounds 5] [--device cpu] [--only training decoding …]
+    python benchmarks/speed.py [--rounds 5] [--device cpu] [--only training text …]
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ from chameleon.bundle import Bundle
 from chameleon.data import emoji
 from chameleon.data.mixture import PackedSource, Rows, SourceConfig
 from chameleon.data.token_shards import write_shard
-from chameleon.generation.engine import Engine, Request
-from chameleon.generation.modality import Rules
-from chameleon.generation.sampling import GREEDY
 from chameleon.model.config import named_size
 from chameleon.model.loss import chunked_cross_entropy
 from chameleon.model.transformer import Transformer, packed_mask
@@ -48,7 +45,6 @@ from chameleon.vocabulary import Vocabulary
 
 PIECES, CODES = 8192, 8186  # with the specials 16,384 ids
 ROWS, LENGTH = 4, 512
-PROMPT, NEW = 32, 64
 Side = Callable[[], object]
 
 
@@ -331,39 +327,6 @@ def peak_kib() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def decoding(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
-    """64 new ids after prompts of 32, greedy, bf16 weights, whole calls: prompt, cache, rules and sampling included.
-
-    Ours reads the prompts one by one and holds to the modality rules; theirs reads them as one batch.
-    """
-    ours = our_model(vocabulary, options).bfloat16().eval().requires_grad_(False)
-    theirs = their_model(vocabulary, options).bfloat16().eval().requires_grad_(False)
-    with torch.no_grad():  # nothing ends early on either side
-        ours.head.weight[vocabulary.eos] = 0
-    engine = Engine(ours, vocabulary)
-    results = {}
-    for batch in (1, 8):
-        prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT), device=options.device)
-        requests = [Request(tuple(prompt), Rules(NEW, max_images=0), text=GREEDY) for prompt in prompts.tolist()]
-
-        def our_side(requests: list[Request] = requests) -> None:
-            made = engine.generate(requests)
-            assert all(len(ids) == NEW for ids in made)
-
-        def their_side(prompts: Tensor = prompts) -> None:
-            mask = torch.ones_like(prompts)
-            made = theirs.generate(
-                input_ids=prompts, attention_mask=mask, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
-            )
-            assert made.shape[1] == PROMPT + NEW
-
-        name = f"decoding, batch {batch}"
-        results[str(batch)] = compare(name, our_side, their_side, batch * NEW, "tokens/s", options)
-    weights = sum(p.numel() for name, p in ours.named_parameters() if name != "embed.weight") * 2
-    results["1"]["share_of_memory_peak"] = results["1"]["ours"] * weights / memory_peak(options.device)
-    return results
-
-
 def images(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     """Encoding and decoding with the released channels at 256 px, one picture, float32; theirs has no decoder."""
     config = VQGANConfig(resolution=256)
@@ -433,7 +396,7 @@ def ceilings(vocabulary: Vocabulary, options: Any) -> dict[str, float]:
     return result
 
 
-PARTS = {part.__name__: part for part in (ceilings, training, tiny, loss, decoding, images, text)}
+PARTS = {part.__name__: part for part in (ceilings, training, tiny, loss, images, text)}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_model
-from hugging_face import config_of
+from hugging_face import config_of, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.chameleon.modeling_chameleon import ChameleonModel
@@ -19,29 +19,12 @@ from chameleon.model.transformer import Transformer, packed_mask
 
 
 def hugging_face(ours: Transformer) -> Any:
-    """Hugging Face's model with our weights, split and named as it wants them."""
-    c = ours.config
-    config = config_of(c, attn_implementation="eager")
-    theirs = ChameleonModel(config).eval()
-    state = {"embed_tokens.weight": ours.embed.weight, "norm.weight": ours.norm.weight}
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    for number, block in enumerate(ours.blocks):
-        parts = dict(zip(("q", "k", "v"), block.attention.qkv.weight.split((q, kv, kv)), strict=True))
-        for name, value in parts.items():
-            state[f"layers.{number}.self_attn.{name}_proj.weight"] = value
-        state[f"layers.{number}.self_attn.o_proj.weight"] = block.attention.out.weight
-        for name, heads in (("q_norm", c.heads), ("k_norm", c.kv_heads)):
-            norm = getattr(block.attention, name)
-            for kind in ("weight", "bias"):
-                repeated = getattr(norm, kind).repeat_interleave(heads // c.qk_norm_shards, dim=0)
-                state[f"layers.{number}.self_attn.{name}.{kind}"] = repeated
-        gate, up = block.ffn.gate_up.weight.chunk(2)
-        state[f"layers.{number}.mlp.gate_proj.weight"], state[f"layers.{number}.mlp.up_proj.weight"] = gate, up
-        state[f"layers.{number}.mlp.down_proj.weight"] = block.ffn.down.weight
-        state[f"layers.{number}.input_layernorm.weight"] = block.attention_norm.weight
-        state[f"layers.{number}.post_attention_layernorm.weight"] = block.ffn_norm.weight
-    state |= {name: value for name, value in theirs.state_dict().items() if name.startswith("vqmodel.")}  # not asked here
-    theirs.load_state_dict(state)
+    """Hugging Face's model with our weights."""
+    theirs = ChameleonModel(config_of(ours.config, attn_implementation="eager")).eval()
+    state = theirs.state_dict()
+    mine = state_of(ours)
+    others = {name: value for name, value in state.items() if name.startswith("vqmodel.")}  # its pictures, not asked here
+    theirs.load_state_dict(mine | others)
     return theirs
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -81,6 +82,7 @@ class Int4Linear(nn.Module):
 
 def quantized_by_torchao(weight: Tensor, bits: int) -> Any:
     """The matrix as a tensor of torchao's. Raises `BadInput` where torchao is missing."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # it warns of what torchao 0.18 does when imported
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:

@@ -1,0 +1,381 @@
+"""The generation engine: its speed beside Hugging Face's `generate` and a three-row loop in the manner of the original,
+drafts of codes, and what forms of the weights cost in likelihood.
+
+All sides of a part run in one process on the same weights, round by round in turn; what is said is the ratio of the
+medians. Run with nothing else running:
+
+    python benchmarks/generation.py [--rounds 5] [--device cpu] [--only decoding first guided drafts forms batches]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from hugging_face import config_of, state_of
+from torch import Tensor
+from transformers import ChameleonForConditionalGeneration, DynamicCache, TopPLogitsWarper
+
+from chameleon.data import emoji
+from chameleon.document import Document, Text
+from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.engine import IMAGE_SAMPLING, Engine, Request
+from chameleon.generation.guidance import three_way, two_way
+from chameleon.generation.modality import Rules
+from chameleon.generation.sampling import GREEDY, Sampling
+from chameleon.model.config import named_size
+from chameleon.model.running import MATRICES, WeightForm, prepare
+from chameleon.model.transformer import Transformer
+from chameleon.plan import fast_bfloat16
+from chameleon.vocabulary import Vocabulary
+
+PROMPT, NEW = 32, 64
+Side = Callable[[], object]
+
+
+def seconds(side: Side, device: torch.device) -> float:
+    started = time.perf_counter()
+    side()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def compare(name: str, sides: dict[str, Side], work: float, unit: str, options: Any) -> dict[str, Any]:
+    """Medians of all sides over the rounds, after one round that is not counted, and their ratios to the first."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.rounds + 1):
+        for side in list(sides) if number % 2 else list(sides)[::-1]:
+            taken = seconds(sides[side], options.device)
+            if number:
+                times[side].append(taken)
+    first = statistics.median(next(iter(times.values())))
+    result: dict[str, Any] = {"unit": unit}
+    for side, values in times.items():
+        median = statistics.median(values)
+        result[side] = {
+            "median": work / median,
+            "range": [work / max(values), work / min(values)],
+            "ratio": first / median,
+        }
+        print(f"{name:22} {side:28} {work / median:9.4g} {unit:9} {first / median:.2f}×", file=sys.stderr, flush=True)
+    return result
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
+    """Ours, 12 layers × 768 with 16,384 ids, in bfloat16, and Hugging Face's with the same weights."""
+    vocabulary = Vocabulary.own(image_codes=8186, text_pieces=8192, grid=(32, 32))
+    ours = Transformer(named_size("base", vocab_size=vocabulary.size))
+    ours.init_weights()
+    ours = ours.bfloat16().eval().requires_grad_(False)
+    ours.head.weight[vocabulary.eos] = 0  # nothing ends early
+    config = config_of(ours.config, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
+    theirs = ChameleonForConditionalGeneration(config).bfloat16().eval().requires_grad_(False)
+    state = {f"model.{name}": value for name, value in state_of(ours).items()} | {"lm_head.weight": ours.head.weight}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and all("vqmodel" in name for name in missing), (missing, unexpected)
+    return vocabulary, ours.to(options.device), theirs.to(options.device)
+
+
+def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightForm, *, compiled: bool = False) -> Engine:
+    mine = copy.deepcopy(model)
+    prepare(mine, form)
+    return Engine(mine, vocabulary, form=form, compiled=compiled)
+
+
+def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
+    """The ways to run a model that are compared."""
+    usual: WeightForm = "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
+    return {
+        f"ours, {usual}": engine_of(model, vocabulary, usual),
+        "ours, compiled": engine_of(model, vocabulary, "plain", compiled=True),
+        "ours, int8": engine_of(model, vocabulary, "int8"),
+        "ours, int8, compiled": engine_of(model, vocabulary, "int8", compiled=True),
+        "ours, int4": engine_of(model, vocabulary, "int4"),
+    }
+
+
+def fresh(engine: Engine, requests: Sequence[Request], length: int) -> Side:
+    """A call that reads the prompts anew; the memory of the cache stays."""
+
+    def call() -> None:
+        engine.held = [[] for _ in engine.held]
+        assert all(len(ids) == length for ids in engine.generate(requests))
+
+    return call
+
+
+def matrices(block: Any) -> list[Any]:
+    """The linear layers of a block."""
+    return [getattr(part, name) for part in (block.attention, block.ffn) for name in MATRICES if hasattr(part, name)]
+
+
+def product_seconds(model: Transformer, vocabulary: Vocabulary, form: WeightForm) -> float:
+    """The least time that the products of one new id take: all matrices once, and the head's rows for text."""
+    mine = copy.deepcopy(model)
+    prepare(mine, form)
+    layers = [layer for block in mine.blocks for layer in matrices(block)]
+    layers += Engine(mine, vocabulary, form=form).heads.text.parts
+    like = model.head.weight
+    inputs = [torch.randn(1, layer.weight.shape[1]).to(like) for block in model.blocks for layer in matrices(block)]
+    inputs += [torch.randn(1, model.config.width).to(like)] * (len(layers) - len(inputs))
+
+    @torch.inference_mode()
+    def products() -> None:
+        for layer, value in zip(layers, inputs, strict=True):
+            layer(value)
+
+    return min(seconds(products, model.head.weight.device) for _ in range(30))
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def decoding(options: Any) -> dict[str, Any]:
+    """64 new ids after prompts of 32, greedy, whole calls: prompts, cache, rules and sampling included."""
+    vocabulary, ours, theirs = models(options)
+    ways = engines(options, ours, vocabulary)
+    results: dict[str, Any] = {}
+    for batch in (1, 8):
+        prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT), device=options.device)
+        requests = [Request(tuple(prompt), Rules(NEW), text=GREEDY) for prompt in prompts.tolist()]
+
+        def their_side(prompts: Tensor = prompts) -> None:
+            mask = torch.ones_like(prompts)
+            made = theirs.generate(
+                input_ids=prompts, attention_mask=mask, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
+            )
+            assert made.shape[1] == PROMPT + NEW
+
+        sides: dict[str, Side] = {"Hugging Face": their_side}
+        sides |= {name: fresh(engine, requests, NEW) for name, engine in ways.items()}
+        results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
+    for name, form in (("ours, packed", "packed"), ("ours, compiled", "packed"), ("ours, int8, compiled", "int8")):
+        if name in ways:
+            least = product_seconds(ours, vocabulary, form)  # type: ignore[arg-type]
+            share = least * results["1"][name]["median"]
+            results[f"share of the products' rate, {name}"] = share
+            print(f"{name}: products of one id {least * 1e3:.2f} ms, {share:.2f} of the time", file=sys.stderr)
+    return results
+
+
+def first(options: Any) -> dict[str, Any]:
+    """The first id behind a prompt of 1,024."""
+    vocabulary, ours, theirs = models(options)
+    prompt = torch.randint(vocabulary.text_start, vocabulary.size, (1, 1024), device=options.device)
+    request = [Request(tuple(prompt[0].tolist()), Rules(1), text=GREEDY)]
+
+    def their_side() -> None:
+        theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=1)
+
+    ways = engines(options, ours, vocabulary)
+    sides: dict[str, Side] = {"Hugging Face": their_side}
+    sides |= {name: fresh(engine, request, 1) for name, engine in ways.items() if "compiled" not in name}
+    return compare("first of 1,024", sides, 1, "calls/s", options)
+
+
+def guided(options: Any) -> dict[str, Any]:
+    """A picture of 1,024 codes with three-way guidance behind a picture and 16 ids of text; and with two-way guidance.
+
+    The loop is in the manner of the original: full prompt, picture alone and nothing as three rows of one batch, each
+    padded to the longest, all logits of all rows at each step, combined, all but codes masked, temperature, top-p by
+    sorting, `multinomial`, one look of the host an id.
+    """
+    vocabulary, ours, theirs = models(options)
+    v = vocabulary
+    codes = (torch.randint(0, v.image_count, (v.image_length,)) + v.image_start).tolist()
+    text = torch.randint(v.text_start, v.size, (16,)).tolist()
+    full, image, nothing = [v.bos, v.boi, *codes, v.eoi, *text, v.sep], [v.bos, v.boi, *codes, v.eoi, v.sep], [v.bos, v.sep]
+    sampling = Sampling(0.7, 0.9)
+    one = Rules(v.block_length, format=("image",))
+    request = [Request(tuple(full), one, image=sampling, guidance=three_way(image, nothing, 1.2, 3.0))]
+    short = [Request((v.bos, *text, v.sep), one, image=sampling, guidance=two_way(nothing, 3.0))]
+    masked = ~v.mask(image=True).to(options.device)
+
+    def loop(prompts: Sequence[list[int]], weights: Sequence[float]) -> Side:
+        @torch.inference_mode()
+        def call() -> None:
+            longest = max(map(len, prompts)) + 1
+            rows = [[v.pad] * (longest - 1 - len(prompt)) + [*prompt, v.boi] for prompt in prompts]
+            ids = torch.tensor(rows, device=options.device)
+            mask = (ids != v.pad).long()
+            cache, warper, made = DynamicCache(), TopPLogitsWarper(sampling.top_p), []
+            scales = torch.tensor(weights, device=options.device).unsqueeze(1)
+            for _ in range(v.image_length):
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = theirs(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                )
+                logits = (out.logits[:, -1].float() * scales).sum(0, keepdim=True).masked_fill(masked, -torch.inf)
+                shares = warper(None, logits / sampling.temperature).softmax(-1)
+                token = torch.multinomial(shares, 1)
+                made.append(token.item())
+                ids = token.expand(len(prompts), 1)
+                mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
+            assert len(made) == v.image_length
+
+        return call
+
+    ways = engines(options, ours, vocabulary)
+    kept = {name: engine for name, engine in ways.items() if "int4" not in name}
+    weights = three_way([], [], 1.2, 3.0).weights
+    three: dict[str, Side] = {"loop, three rows": loop([full, image, nothing], weights)}
+    three |= {name: fresh(engine, request, v.block_length) for name, engine in kept.items()}
+    three_rows = loop([[v.bos, *text, v.sep], nothing, nothing], weights)
+    two: dict[str, Side] = {"loop, three rows": three_rows}
+    two |= {name: fresh(engine, short, v.block_length) for name, engine in kept.items()}
+    return {
+        "three-way, behind a picture": compare("picture, three-way", three, 1, "pictures/s", options),
+        "two-way, behind text": compare("picture, two-way", two, 1, "pictures/s", options),
+    }
+
+
+def prompts_of(count: int) -> list[str]:
+    entries = emoji.representatives(emoji.load("validation"), seed=0)
+    return [entry.caption for entry in entries[:count]]
+
+
+def drafts(options: Any) -> dict[str, Any]:
+    """Codes accepted a pass, and pictures a second, with windows of 1 to 16: the shipped model, one picture at a time.
+
+    The same seeds draw the same codes with every window but for rounding; the share of codes that differ is given.
+    """
+    prompts = prompts_of(options.pictures)
+    result: dict[str, Any] = {}
+    windows = (1, 2, 3, 4, 8, 16)
+    models = {window: Chameleon.load(device=str(options.device), window=window) for window in windows}
+    for kind, sampling in {"as released": IMAGE_SAMPLING, "temperature 1": Sampling(1.0, 1.0), "greedy": GREEDY}.items():
+        for guidance in (1.0, 3.0):
+            made: dict[int, list[list[int]]] = {}
+
+            def draw(window: int, sampling: Sampling = sampling, guidance: float = guidance, made: Any = made) -> None:
+                model = models[window]
+                model.engine.held = [[] for _ in model.engine.held]
+                model.engine.passes = 0
+                requests = drawings(model, prompts, sampling, guidance)
+                made[window] = [model.engine.generate([request])[0] for request in requests]
+
+            name = f"{kind}, guidance {guidance:g}"
+            sides: dict[str, Side] = {f"window {window}": partial(draw, window) for window in windows}
+            entry = compare(name, sides, len(prompts), "pictures/s", options)
+            for window, model in models.items():
+                accepted = len(prompts) * model.vocabulary.image_length / model.engine.passes
+                alone, together = torch.tensor(made[1]), torch.tensor(made[window])
+                differ = float((alone != together).double().mean())
+                entry[f"window {window}"] |= {"codes a pass": accepted, "codes that differ": differ}
+                print(f"{name}: window {window}: {accepted:.2f} codes a pass, {differ:.1%} differ", file=sys.stderr)
+            result[name] = entry
+    return result
+
+
+def drawings(model: Chameleon, prompts: Sequence[str], sampling: Sampling, guidance: float) -> list[Request]:
+    """A picture for each prompt, seeds 0, 1, 2 …"""
+    documents = [Document((Text(prompt),)) for prompt in prompts]
+    rules = Rules(model.vocabulary.block_length, format=("image",))
+    return [
+        Request(model.prompt(d), rules, image=sampling, guidance=model.guidance(d, guidance), seed=seed)
+        for seed, d in enumerate(documents)
+    ]
+
+
+def forms(options: Any) -> dict[str, Any]:
+    """Nats an id of the validation set under each form of the weights: captions behind pictures, and pictures behind text.
+
+    Through the engine's own slices of the head, each among the ids that may come.
+    """
+    result: dict[str, Any] = {}
+    entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
+    usual: tuple[WeightForm, ...] = ("plain", "packed", "int8", "int4") if fast_bfloat16() else ("plain", "int8", "int4")
+    for form in usual:
+        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)
+        v, heads = model.vocabulary, model.engine.heads
+        sums = {"text": [0.0, 0], "image": [0.0, 0]}
+        for entry in entries:
+            picture = list(model.codes(entry.picture))
+            words = model.tokenizer.text_to_ids(entry.caption)
+            block = [v.boi, *picture, v.eoi]
+            for kind, head, ids, start in (
+                ("text", heads.text, [v.bos, *block, v.sep, *words, v.eos], len(block) + 2),
+                ("image", heads.codes, [v.bos, *words, v.sep, v.boi, *picture], len(words) + 3),
+            ):
+                with torch.inference_mode():
+                    hidden = model.model(torch.tensor([ids[:-1]], device=options.device))[0, start - 1 :]
+                    shares = head.logits(hidden).log_softmax(-1)
+                    columns = torch.searchsorted(head.ids, torch.tensor(ids[start:], device=options.device))
+                    sums[kind][0] -= float(shares.gather(1, columns.unsqueeze(1)).sum())
+                    sums[kind][1] += len(columns)
+        result[form] = {kind: total / count for kind, (total, count) in sums.items()}
+        result[form]["all"] = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+        changes = {kind: result[form][kind] / result["plain"][kind] - 1 for kind in result[form]}
+        shown = ", ".join(f"{kind} {result[form][kind]:.4f} ({change:+.2%})" for kind, change in changes.items())
+        print(f"{form:8} nats an id: {shown}", file=sys.stderr, flush=True)
+    return result
+
+
+def batches(options: Any) -> dict[str, Any]:
+    """Share of requests that come out otherwise in a batch than alone, in bfloat16: captions and drawings."""
+    result = {}
+    for form in ("plain", "packed") if fast_bfloat16() else ("plain",):
+        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)  # type: ignore[arg-type]
+        prompts = prompts_of(48)
+        rules = Rules(model.vocabulary.block_length, format=("image",))
+        documents = [Document((Text(prompt),)) for prompt in prompts]
+        for name, sampling, make in (
+            ("drawings, as released", IMAGE_SAMPLING, rules),
+            ("drawings, temperature 1", Sampling(1.0, 1.0), rules),
+            ("text, temperature 0.7", IMAGE_SAMPLING, Rules(20)),
+        ):
+            requests = [Request(model.prompt(d), make, image=sampling, seed=n) for n, d in enumerate(documents)]
+            alone = []
+            for request in requests:
+                model.engine.forget()
+                alone += model.engine.generate([request])
+            model.engine.forget()
+            together = model.engine.generate(requests)
+            share = sum(one != other for one, other in zip(alone, together, strict=True)) / len(requests)
+            result[f"{form}: {name}"] = share
+            print(f"{form}: {name}: {share:.1%} of rows differ", file=sys.stderr, flush=True)
+    return result
+
+
+PARTS = {part.__name__: part for part in (decoding, first, guided, drafts, forms, batches)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--pictures", type=int, default=12, help="of the part drafts")
+    parser.add_argument("--documents", type=int, default=300, help="of the part forms")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    for name in options.only:
+        result[name] = PARTS[name](options)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
