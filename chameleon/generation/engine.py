@@ -21,6 +21,7 @@ from itertools import count
 
 import psutil
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from chameleon.errors import BadInput
@@ -175,8 +176,10 @@ class Engine:
         if compiled:
             if self.device.type == "cpu" and form == "packed":
                 raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
-            fast = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {"options": COMPILED_ON_CPUS}
-            self.decode = torch.compile(self.one_each, **fast)
+            compiled_pass = torch.compile(self.one_each, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            self.decode = compiled_pass
+            if self.device.type == "cpu":  # freezing is looked up when it is called, not when it is wrapped
+                self.decode = torch._inductor.config.patch(COMPILED_ON_CPUS)(compiled_pass)
         self.tickets = count()
         self.passes = 0
         """Passes of the model so far."""

@@ -1,0 +1,364 @@
+"""Using a model: examples, formats, streams, pictures that are ranked, completed and varied, pages, forms of weights."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_model
+from PIL import Image as PILImage
+from rich.console import Console
+from rich.text import Text as RichText
+
+from chameleon.bundle import Bundle
+from chameleon.cli import main
+from chameleon.document import Conversation, Document, Image, Message, Text
+from chameleon.document_view import TerminalView, as_grid, as_html, as_markdown
+from chameleon.errors import BadInput
+from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.engine import Engine, Request
+from chameleon.generation.modality import Rules
+from chameleon.generation.sampling import GREEDY, Sampling
+from chameleon.generation.streaming import Assembler, Forming
+from chameleon.model.running import Int4Linear, Int8Linear, PackedLinear, prepare
+from chameleon.tokenizers.mixed import MixedTokenizer
+
+DRAWN = Sampling(1.0, 1.0)
+
+
+def picture(colour: str) -> PILImage.Image:
+    shown = PILImage.new("RGB", (16, 16), colour)
+    shown.paste("white", (4, 4, 9, 12))
+    return shown
+
+
+@pytest.fixture
+def model(bundle: Bundle) -> Chameleon:
+    bundle.model.double()
+    return Chameleon(bundle)
+
+
+def with_prompting(model: Chameleon, prompting: Any) -> Chameleon:
+    return Chameleon(Bundle(model.model, model.tokenizer, prompting))
+
+
+def asked_of(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that the model's engine gets from here on."""
+    found: list[Request] = []
+    stream = model.engine.stream
+    monkeypatch.setattr(
+        model.engine, "stream", lambda requests, *more: (found.extend(requests), stream(requests, *more))[1]
+    )
+    return found
+
+
+# --- text ---
+
+
+def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Chameleon(Bundle(random_model(tokenizer.vocabulary.size, context=400), tokenizer, "conversation"))
+    found = asked_of(model, monkeypatch)
+    examples = [(picture("red"), "what is it?", "heart"), (picture("blue"), "which style?", "noto")]
+    model.answer(picture("green"), "what is it?", examples=examples, max_new=3)
+    turns = []
+    for shown, question, answer in examples:
+        turns.append(Message("user", Document((Image(shown), Text(question)))))
+        turns.append(Message("assistant", Document((Text(answer),))))
+    past = model.encode(Conversation(turns)).tolist()
+    asked = model.prompt(Document((Image(picture("green")), Text("what is it?"))))
+    assert found[0].prompt == (*past, *asked[1:])
+
+
+def test_examples_are_lines_of_a_document(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_prompting(model, "document")
+    found = asked_of(model, monkeypatch)
+    caption = model.caption(picture("green"), examples=[(picture("red"), "heart")], max_new=3)
+    wanted = Document((Image(picture("red")), Text(" heart\n"), Image(picture("green"))))
+    assert found[0].prompt == tuple(model.encode(wanted).tolist()[:-1])
+    assert "\n" not in caption
+
+
+# --- documents ---
+
+
+def kinds(document: Document) -> str:
+    return "".join("t" if isinstance(part, Text) else "i" for part in document.parts)
+
+
+def test_formats(model: Chameleon) -> None:
+    document = Document((Text("orange"),))
+    for parts in (("text",), ("image",), ("text", "image", "text"), ("image", "image")):
+        options: dict[str, Any] = {"format": parts, "max_new": 60, "max_text": 4, "text": DRAWN, "image": DRAWN}
+        made = model.generate(document, **options)
+        assert kinds(made) == "".join(part[0] for part in parts), parts
+        assert made.complete
+    assert "i" not in kinds(model.generate(document, max_images=0, text=DRAWN, seed=5))
+    with pytest.raises(BadInput, match="neither text nor image"):
+        model.generate(document, format=("text", "picture"))
+    with pytest.raises(BadInput, match="image and image and image take 54 ids at least, but there is room for 50"):
+        model.generate(document, format=("image",) * 3, max_new=50)
+
+
+def test_guidance_of_documents_has_the_branches_of_its_form(model: Chameleon) -> None:
+    document = Document((Text("a"), Image(picture("red")), Text("b")))
+    two, three = model.guidance(document, 3.0), model.guidance(document, (1.2, 3.0))
+    assert two is not None and two.branches == (model.prompt(Document()),)
+    assert three is not None
+    assert three.branches == (model.prompt(Document((Image(picture("red")),))), model.prompt(Document()))
+    assert model.guidance(document, 1) is None
+    made = model.generate_batch([document] * 2, format=("image",), guidance=3.0, seeds=[1, 2], image=DRAWN)
+    alone = model.generate(document, format=("image",), guidance=3.0, seed=2, image=DRAWN)
+    assert made[1].images[0].tobytes() == alone.images[0].tobytes()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_what_is_generated(model: Chameleon, seed: int) -> None:
+    document = Document((Text("orange"),))
+    options: dict[str, Any] = {"max_new": 60, "max_images": 2, "text": DRAWN, "image": DRAWN, "seed": seed}
+    made = model.generate(document, **options)
+    pieces = list(model.stream(document, previews=1, **options))
+    whole = [piece for piece in pieces if not isinstance(piece, Forming)]
+    assert "".join(part.text for part in whole if isinstance(part, Text)) == made.text
+    pictures = [part.image.tobytes() for part in whole if isinstance(part, Image)]  # type: ignore[union-attr]
+    assert pictures == [image.tobytes() for image in made.images]  # type: ignore[union-attr]
+    forming = [piece for piece in pieces if isinstance(piece, Forming)]
+    assert [piece.rows for piece in forming] == [1, 2, 3] * len(pictures)
+    assert all(piece.image.size == (16, 4 * piece.rows) for piece in forming)
+
+
+def test_text_comes_in_whole_characters_and_is_not_lost_before_a_picture(tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    ids = tokenizer.text_to_ids("aé漢🧑‍🚀")
+    assert len(ids) > 8  # bytes of their own
+    assembler = Assembler(tokenizer)
+    pieces = [list(assembler.push(token)) for token in ids]
+    texts = [part.text for part in itertools.chain(*pieces) if isinstance(part, Text)]
+    assert "".join(texts) == "aé漢🧑‍🚀" and not any("\ufffd" in text for text in texts)
+    assert list(assembler.end()) == []
+    cut = tokenizer.text_to_ids("漢")[:-1]  # a character that ends too early, then a picture
+    block = [v.boi, *[v.image_start] * v.image_length, v.eoi]
+    made = [part for token in [*cut, *block] for part in assembler.push(token)]
+    assert [type(part) for part in made] == [Text, Image]
+    made = [part for token in block[:5] for part in assembler.push(token)]
+    assert made == []
+    assert "cut short" in next(assembler.end()).text  # type: ignore[union-attr]
+
+
+# --- pictures ---
+
+
+def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
+    shown = [picture(colour) for colour in ("red", "green", "blue", "black")]
+    found = model.likelihoods(shown, "orange heart")
+    for one, score in zip(shown, found, strict=True):
+        whole = Conversation(
+            [Message("user", Document((Image(one),))), Message("assistant", Document((Text("orange heart"),)))]
+        )
+        ids = model.encode(whole).tolist()
+        start = ids.index(model.vocabulary.sep) + 1
+        logits = model.model.logits(model.model(torch.tensor([ids])))[0].log_softmax(-1)
+        wanted = sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start)
+        assert math.isclose(score, wanted, rel_tol=1e-5)
+    order = model.rank(shown, "orange heart")
+    assert [found[place] for place in order] == sorted(found, reverse=True)
+    drawn = model.samples("heart", 4, sampling=DRAWN)
+    ranked = model.samples("heart", 4, sampling=DRAWN, ranked=True)
+    assert [one.tobytes() for one in ranked] == [drawn[place].tobytes() for place in model.rank(drawn, "heart")]
+    assert drawn[2].tobytes() == model.draw("heart", seed=2, sampling=DRAWN).tobytes()
+
+
+def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[torch.Tensor] = []
+    decode = model.tokenizer.image.decode
+    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid: (codes.append(grid), decode(grid))[1])
+    shown = picture("red")
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
+    for guidance in (1.0, 2.0):
+        made = model.complete(shown, upper=0.6, prompt="heart", count=3, sampling=DRAWN, guidance=guidance)
+        assert len(made) == 3
+        grids = codes.pop()
+        assert all(torch.equal(grid[:2], whole[:2]) for grid in grids)
+        assert len({tuple(grid[2:].flatten().tolist()) for grid in grids}) == 3
+    with pytest.raises(BadInput, match="between 0 and 1"):
+        model.complete(shown, upper=1.0)
+
+
+def test_variations_keep_a_share_of_the_codes(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[torch.Tensor] = []
+    decode = model.tokenizer.image.decode
+    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid: (codes.append(grid), decode(grid))[1])
+    shown = picture("red")
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
+    model.variations(shown, 20, likeness=0.5, prompt="heart", sampling=DRAWN)
+    same = (codes.pop() == whole).double()
+    assert 0.35 < float(same.mean()) < 0.75
+    model.variations(shown, 2, likeness=1.0, sampling=DRAWN)
+    assert torch.equal(codes.pop(), whole.expand(2, -1, -1))
+    model.variations(shown, 2, likeness=0.0, prompt="heart", sampling=DRAWN, guidance=1.0)
+    drawn = codes.pop()
+    model.draw_batch(["heart"] * 2, sampling=DRAWN, guidance=1.0)
+    assert torch.equal(drawn, codes.pop())
+
+
+def test_grids() -> None:
+    one = [PILImage.new("RGB", (8, 8), (n, 0, 0)) for n in range(5)]
+    assert as_grid(one[:1]) is one[0]
+    grid = as_grid(one)
+    assert grid.size == (3 * 10 + 2, 2 * 10 + 2)
+    assert [grid.getpixel((2 + 10 * (n % 3), 2 + 10 * (n // 3))) for n in range(5)] == [(n, 0, 0) for n in range(5)]
+
+
+# --- for people ---
+
+
+def test_a_terminal_shows_text_and_pictures_as_they_form() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80)
+    view = TerminalView(console, lambda image: RichText(f"<{image.height} high>"))
+    for part in (Text("a [b] "), Forming(picture("red").crop((0, 0, 16, 4)), 1), Image(picture("red")), Text("after")):
+        view.show(part)
+    view.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "a [b] " in shown and "<4 high>" in shown and "<16 high>" in shown and shown.rstrip().endswith("after")
+    out = io.StringIO()
+    view = TerminalView(Console(file=out))  # no terminal
+    for part in (Text("a"), Forming(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
+        view.show(part)
+    assert out.getvalue() == "a[picture][picture p.png]"
+
+
+def test_pages() -> None:
+    parts = (Text("a <b>"), Image(picture("red")), Text("c"))
+    assert as_markdown(parts, ["p.png"]) == "a <b>\n\n![picture](p.png)\n\nc\n"
+    page = as_html(parts, ["p.png"])
+    assert "a &lt;b&gt;" in page and '<img src="p.png"' in page
+
+
+def test_commands_of_documents_and_pictures(
+    bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture("red").save("p.png")
+    Path("d.json").write_text('{"parts": [{"type": "text", "text": "orange"}]}')
+    model = ["--model", str(bundle_folder), "--dtype", "float32"]
+    made = ["--format", "text,image", "--max-new", "40", *model]
+    main(["generate", "d.json", "--out", "page", "--page", "html", *made])
+    shown = capsys.readouterr()
+    assert "[picture]" in shown.out and "page/document.html" in shown.err
+    assert PILImage.open("page/picture-0.png").size == (16, 16)
+    assert 'src="picture-0.png"' in Path("page/document.html").read_text()
+    main(["generate", "d.json", "--out", "page", "--guidance", "2", "--window", "3", "--json", *made])
+    assert [part["type"] for part in json.loads(capsys.readouterr().out)["parts"]] == ["text", "image"]
+    assert "![picture](picture-0.png)" in Path("page/document.md").read_text()
+    main(["draw", "heart", "--out", "n.png", "--number", "5", "--best", "4", "--json", *model])
+    assert len(set(json.loads(capsys.readouterr().out)["seeds"])) == 4
+    assert PILImage.open("n.png").size == (2 * 18 + 2, 2 * 18 + 2)
+    main(["draw", "--like", "p.png", "--out", "l.png", *model])
+    main(["draw", "--complete", "p.png", "--upper", "0.25", "--out", "c.png", *model])
+    assert PILImage.open("c.png").size == (16, 16)
+    main(["caption", "p.png", "--example", "p.png", "heart", "--max-new", "2", *model])
+    main(["answer", "p.png", "what?", "--example", "p.png", "what?", "heart", "--max-new", "2", *model])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["draw", "--out", "o.png"], "nothing says what to draw"),
+        (["draw", "a", "--out", "o.png", "--number", "0"], "expected 1 or more"),
+        (["draw", "--like", "p.png", "--complete", "p.png", "--out", "o.png"], "not both"),
+        (["draw", "--like", "none.png", "--out", "o.png"], "no such picture"),
+        (["draw", "--complete", "p.png", "--upper", "2", "--out", "o.png"], "between 0 and 1"),
+        (["draw", "a", "--out", "o.png", "--seed", "-1"], "seed: -1 is out of range"),
+        (["draw", "a", "--out", "o.png", "--temperature", "-1"], "temperature: -1.0 must be 0"),
+        (["draw", "a", "--out", "o.png", "--weights", "int3"], "no form 'int3'"),
+        (["draw", "a", "--out", "o.png", "--window", "0"], "use 1 or more"),
+        (["generate", "d.json", "--page", "pdf"], "use markdown or html"),
+        (["generate", "d.json", "--format", "text,video"], "neither text nor image"),
+        (["generate", "d.json", "--guidance", "1", "2", "3"], "--guidance: one scale"),
+        (["generate", "d.json", "--max-images", "0", "--guidance", "2"], "none is to be made"),
+        (["generate", "d.json", "--max-new", "0"], "0 ids"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    bundle_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture("red").save("p.png")
+    Path("d.json").write_text('{"parts": [{"type": "text", "text": "orange"}]}')
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--model", str(bundle_folder), "--dtype", "float32"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and message in said.err and said.err.count("\n") == 1 and not said.out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# --- forms of the weights ---
+
+
+def test_forms_are_near_the_weights() -> None:
+    torch.manual_seed(0)
+    weight, few, many = torch.randn(48, 64).bfloat16(), torch.randn(1, 3, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+    for layer, least, most in (
+        (PackedLinear(weight), 0, 0.004),
+        (Int8Linear(weight), 1e-3, 0.012),
+        (Int4Linear(weight), 0.02, 0.12),
+    ):
+        for inputs in (few, many):
+            wanted = inputs.double() @ weight.double().T
+            found = layer(inputs).double()
+            assert found.shape == wanted.shape
+            assert least < float((found - wanted).norm() / wanted.norm()) < most, layer
+    assert torch.equal(PackedLinear(weight).weight, weight)
+    layer = Int8Linear(weight)  # exactly the product with what was stored
+    stored = layer.numbers.double() * layer.scales.double().unsqueeze(1)
+    assert float((layer(few).double() - few.double() @ stored.T).abs().max()) < 0.02 * float(few.abs().sum())
+    assert bool(((stored - weight.double()).abs().amax(1) <= layer.scales.double() * 0.6).all())
+
+
+@pytest.mark.parametrize("form", ["packed", "int8", "int4"])
+def test_engines_run_on_every_form(tokenizer: MixedTokenizer, form: Any) -> None:
+    v = tokenizer.vocabulary
+    model, whole = (random_model(v.size, width=64, ffn_width=96).bfloat16() for _ in range(2))
+    prepare(model, form)
+    ids = torch.randint(0, v.size, (2, 12))
+    near = torch.nn.functional.cosine_similarity(model(ids).float(), whole(ids).float(), dim=-1)
+    assert float(near.min()) > (0.9 if form == "int4" else 0.99)
+    asked = [Request((v.bos, v.text_start + n, v.sep), Rules(v.block_length + 4, max_images=1), GREEDY) for n in range(3)]
+    machine = Engine(model, v, form=form)
+    assert all(machine.generate(asked))
+    heads = {type(part) for part in machine.heads.codes.parts + machine.heads.text.parts}
+    assert heads <= {PackedLinear, Int8Linear, Int4Linear} and len(heads) >= 1
+
+
+def test_forms_that_do_not_fit_are_named(tokenizer: MixedTokenizer, bundle_folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"int8 weights want bfloat16 beside them, not torch\.float32"):
+        Chameleon.load(bundle_folder, dtype="float32", weights="int8")
+    with pytest.raises(BadInput, match="compiled passes pack plain weights themselves"):
+        Chameleon.load(bundle_folder, dtype="bfloat16", weights="packed", compiled=True)
+    with pytest.raises(BadInput, match="int4 wants a width that 32 divides"):
+        prepare(random_model(20, width=48).bfloat16(), "int4")
+    assert Chameleon.load(bundle_folder, weights="int8").engine.dtype == torch.bfloat16
+
+
+def test_changed_weights_are_noticed(model: Chameleon) -> None:
+    document = Document((Text("orange"),))
+    before = model.generate(document, max_images=0)
+    with torch.no_grad():
+        for block in model.model.blocks:
+            block.attention.qkv.weight.mul_(-1)  # type: ignore[union-attr]
+    after = model.generate(document, max_images=0)
+    assert after != before
+    assert Chameleon(model.bundle).generate(document, max_images=0) == after
