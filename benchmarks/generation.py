@@ -78,7 +78,7 @@ def compare(name: str, sides: dict[str, Side], work: float, unit: str, options: 
 def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
     """Ours, 12 layers × 768 with 16,384 ids, in bfloat16, and Hugging Face's with the same weights."""
     vocabulary = Vocabulary.own(image_codes=8186, text_pieces=8192, grid=(32, 32))
-    ours = Transformer(named_size("base", vocab_size=vocabulary.size))
+    ours = Transformer(named_size("base", vocab_size=vocabulary.size, context=4096))
     ours.init_weights()
     ours = ours.bfloat16().eval().requires_grad_(False)
     ours.head.weight[vocabulary.eos] = 0  # nothing ends early
@@ -99,12 +99,18 @@ def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightForm, *, c
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
     """The ways to run a model that are compared."""
     usual: WeightForm = "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
+    ways: dict[str, tuple[WeightForm, bool]] = {
+        f"ours, {usual}": (usual, False),
+        "ours, compiled": ("plain", True),
+        "ours, int8": ("int8", False),
+        "ours, int8, compiled": ("int8", True),
+        "ours, int4": ("int4", False),
+        "ours, int4, compiled": ("int4", True),
+    }
     return {
-        f"ours, {usual}": engine_of(model, vocabulary, usual),
-        "ours, compiled": engine_of(model, vocabulary, "plain", compiled=True),
-        "ours, int8": engine_of(model, vocabulary, "int8"),
-        "ours, int8, compiled": engine_of(model, vocabulary, "int8", compiled=True),
-        "ours, int4": engine_of(model, vocabulary, "int4"),
+        name: engine_of(model, vocabulary, form, compiled=compiled)
+        for name, (form, compiled) in ways.items()
+        if not options.ways or name.removeprefix("ours, ") in options.ways
     }
 
 
@@ -163,12 +169,18 @@ def decoding(options: Any) -> dict[str, Any]:
         sides: dict[str, Side] = {"Hugging Face": their_side}
         sides |= {name: fresh(engine, requests, NEW) for name, engine in ways.items()}
         results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
+    prompt = tuple(torch.randint(vocabulary.text_start, vocabulary.size, (PROMPT,)).tolist())
+    short, whole = ([Request(prompt, Rules(new), text=GREEDY)] for new in (1, NEW))
     for name, form in (("ours, packed", "packed"), ("ours, compiled", "packed"), ("ours, int8, compiled", "int8")):
         if name in ways:
             least = product_seconds(ours, vocabulary, form)  # type: ignore[arg-type]
-            share = least * results["1"][name]["median"]
-            results[f"share of the products' rate, {name}"] = share
-            print(f"{name}: products of one id {least * 1e3:.2f} ms, {share:.2f} of the time", file=sys.stderr)
+            one, all_ = (
+                statistics.median(seconds(fresh(ways[name], requests, new), options.device) for _ in range(options.rounds))
+                for requests, new in ((short, 1), (whole, NEW))
+            )
+            step = (all_ - one) / (NEW - 1)  # of an id behind the first
+            results[f"{name}: an id"] = {"seconds": step, "of the products": least, "share": least / step}
+            print(f"{name}: {step * 1e3:.2f} ms an id, its products alone {least * 1e3:.2f}", file=sys.stderr)
     return results
 
 
@@ -230,13 +242,12 @@ def guided(options: Any) -> dict[str, Any]:
         return call
 
     ways = engines(options, ours, vocabulary)
-    kept = {name: engine for name, engine in ways.items() if "int4" not in name}
     weights = three_way([], [], 1.2, 3.0).weights
     three: dict[str, Side] = {"loop, three rows": loop([full, image, nothing], weights)}
-    three |= {name: fresh(engine, request, v.block_length) for name, engine in kept.items()}
+    three |= {name: fresh(engine, request, v.block_length) for name, engine in ways.items()}
     three_rows = loop([[v.bos, *text, v.sep], nothing, nothing], weights)
     two: dict[str, Side] = {"loop, three rows": three_rows}
-    two |= {name: fresh(engine, short, v.block_length) for name, engine in kept.items()}
+    two |= {name: fresh(engine, short, v.block_length) for name, engine in ways.items()}
     return {
         "three-way, behind a picture": compare("picture, three-way", three, 1, "pictures/s", options),
         "two-way, behind text": compare("picture, two-way", two, 1, "pictures/s", options),
@@ -359,6 +370,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--ways", nargs="*", help="ours to compare: packed, compiled, int8, 'int4, compiled' … (default: all)"
+    )
     parser.add_argument("--pictures", type=int, default=12, help="of the part drafts")
     parser.add_argument("--documents", type=int, default=300, help="of the part forms")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
