@@ -96,9 +96,14 @@ def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightForm, *, c
     return Engine(mine, vocabulary, form=form, compiled=compiled)
 
 
+def form_of(options: Any) -> WeightForm:
+    """The form that a model is loaded in."""
+    return "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
+
+
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
     """The ways to run a model that are compared."""
-    usual: WeightForm = "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
+    usual = form_of(options)
     ways: dict[str, tuple[WeightForm, bool]] = {
         f"ours, {usual}": (usual, False),
         "ours, compiled": ("plain", True),
@@ -171,7 +176,8 @@ def decoding(options: Any) -> dict[str, Any]:
         results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
     prompt = tuple(torch.randint(vocabulary.text_start, vocabulary.size, (PROMPT,)).tolist())
     short, whole = ([Request(prompt, Rules(new), text=GREEDY)] for new in (1, NEW))
-    for name, form in (("ours, packed", "packed"), ("ours, compiled", "packed"), ("ours, int8, compiled", "int8")):
+    plain = form_of(options)
+    for name, form in ((f"ours, {plain}", plain), ("ours, compiled", plain), ("ours, int8, compiled", "int8")):
         if name in ways:
             least = product_seconds(ours, vocabulary, form)  # type: ignore[arg-type]
             one, all_ = (
@@ -309,8 +315,8 @@ def forms(options: Any) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
-    usual: tuple[WeightForm, ...] = ("plain", "packed", "int8", "int4") if fast_bfloat16() else ("plain", "int8", "int4")
-    for form in usual:
+    kinds: tuple[WeightForm, ...] = ("plain", "int8", "int4")
+    for form in kinds:
         model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)
         v, heads = model.vocabulary, model.engine.heads
         sums = {"text": [0.0, 0], "image": [0.0, 0]}
@@ -339,7 +345,7 @@ def forms(options: Any) -> dict[str, Any]:
 def batches(options: Any) -> dict[str, Any]:
     """Share of requests that come out otherwise in a batch than alone, in bfloat16: captions and drawings."""
     result = {}
-    for form in ("plain", "packed") if fast_bfloat16() else ("plain",):
+    for form in dict.fromkeys(("plain", form_of(options))):
         model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)  # type: ignore[arg-type]
         prompts = prompts_of(48)
         rules = Rules(model.vocabulary.block_length, format=("image",))
@@ -370,9 +376,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--ways", nargs="*", help="ours to compare: packed, compiled, int8, 'int4, compiled' … (default: all)"
-    )
+    parser.add_argument("--ways", nargs="*", help="ours to compare: packed, 'int4, compiled' … (default: all)")
     parser.add_argument("--pictures", type=int, default=12, help="of the part drafts")
     parser.add_argument("--documents", type=int, default=300, help="of the part forms")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -140,6 +140,8 @@ def draw(arguments: argparse.Namespace) -> None:
         raise BadInput("give --like or --complete, not both", where="draw")
     if arguments.prompt is None and not (arguments.like or arguments.complete):
         raise BadInput("nothing says what to draw", where="draw", remedy="give a prompt, --like or --complete")
+    if arguments.best is not None and not 1 <= arguments.best <= arguments.number:
+        raise BadInput(f"expected 1 to {arguments.number}, the number drawn", where=f"--best {arguments.best}")
     if arguments.best and arguments.prompt is None:
         raise BadInput("--best asks how well pictures fit a prompt", where="draw", remedy="give one")
     model = load_model(arguments)
@@ -192,7 +194,7 @@ def written_file(path: Path) -> Iterator[Path]:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from chameleon.document import Document, read_json_document
+    from chameleon.document import Document, Image, read_json_document
     from chameleon.document_view import PAGES, TerminalView, write_page
     from chameleon.files import written_into
     from chameleon.generation.engine import IMAGE_SAMPLING, TEXT_SAMPLING
@@ -220,22 +222,26 @@ def generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         previews=1 if view is not None and view.draws is not None else 0,
     )
-    try:
-        for part in stream:
-            if not isinstance(part, Forming):
-                parts.append(part)
+    with written_into(Path(arguments.out)) if arguments.out else nullcontext() as folder:
+        try:
+            for part in stream:
+                if not isinstance(part, Forming):
+                    parts.append(part)
+                if view is not None:
+                    view.show(part)
+        finally:
             if view is not None:
-                view.show(part)
-    finally:
+                view.close()
+        made = Document(tuple(merged(parts)))
         if view is not None:
-            view.close()
-    made = Document(tuple(merged(parts)))
-    if view is not None:
-        print()
-    if arguments.out:
-        with written_into(Path(arguments.out)) as folder:
-            page = Path(arguments.out) / write_page(folder, made.parts, arguments.page).name
-        say(f"written to {page}")
+            print()
+        if folder is not None:
+            page, names = write_page(folder, made.parts, arguments.page)
+    if folder is not None:
+        files = iter(names)
+        kept = [Image(Path(arguments.out) / next(files)) if isinstance(p, Image) else p for p in made.parts]
+        made = Document(tuple(kept))
+        say(f"written to {Path(arguments.out) / page}")
     elif made.images and view is not None and view.draws is None:
         say("pictures were not kept; --out DIR keeps them")
     if view is None:
@@ -701,7 +707,7 @@ def build_parser() -> Parser:
             help="plain, packed, int8, int4 (default: packed for bfloat16 on CPUs, else plain)",
         )
         sub.add_argument("--window", type=int, default=1, help="codes of a picture decoded at once (default: 1)")
-        sub.add_argument("--compile", action="store_true", help="compile what runs for each id: a minute, then faster")
+        sub.add_argument("--compile", action="store_true", help="compile what makes an id at a time: a minute, then faster")
         sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
     def tokenizer_options(sub: Parser) -> None:

@@ -34,19 +34,24 @@ class TerminalView:
     def show(self, part: Part | Forming) -> None:
         """A part, or the upper part of a picture that the next one replaces."""
         if isinstance(part, Text):
-            self.console.out(part.text, end="", highlight=False)
+            self.write(part.text)
         elif self.draws is None or not isinstance(part.image, PILImage.Image):
             if isinstance(part, Image):
                 name = "" if isinstance(part.image, PILImage.Image) else f" {part.image}"
-                self.console.out(f"[picture{name}]", end="", highlight=False)
+                self.write(f"[picture{name}]")
         else:
             if self.live is None:
-                self.console.out("")
+                self.write("\n")
                 self.live = Live(console=self.console, auto_refresh=False)
                 self.live.start()
             self.live.update(self.draws(part.image), refresh=True)
             if isinstance(part, Image):
                 self.close()
+
+    def write(self, text: str) -> None:
+        """As it is: no tab is widened, nothing is taken for markup."""
+        self.console.file.write(text)
+        self.console.file.flush()
 
     def close(self) -> None:
         """Leaves the last picture where it is."""
@@ -85,8 +90,8 @@ PAGES: dict[str, tuple[str, Callable[[Sequence[Part], Sequence[str]], str]]] = {
 }
 
 
-def write_page(folder: Path, parts: Sequence[Part], kind: str) -> Path:
-    """Writes the page and its pictures, `picture-0.png` and so on, into a folder; the page's path."""
+def write_page(folder: Path, parts: Sequence[Part], kind: str) -> tuple[str, list[str]]:
+    """Writes the page and its pictures into a folder; the names of their files."""
     pictures = [part.image for part in parts if isinstance(part, Image)]
     names = [f"picture-{number}.png" for number in range(len(pictures))]
     for name, picture in zip(names, pictures, strict=True):
@@ -94,7 +99,7 @@ def write_page(folder: Path, parts: Sequence[Part], kind: str) -> Path:
         picture.save(folder / name)
     file, render = PAGES[kind]
     (folder / file).write_text(render(parts, names), encoding="utf-8")
-    return folder / file
+    return file, names
 
 
 def as_grid(pictures: Sequence[PILImage.Image]) -> PILImage.Image:

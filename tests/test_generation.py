@@ -18,7 +18,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 
 from chameleon.errors import BadInput
 from chameleon.generation.engine import Engine, Request
-from chameleon.generation.guidance import combine, three_way, two_way
+from chameleon.generation.guidance import Guidance, combine, three_way, two_way
 from chameleon.generation.modality import FORCED, ModalityState, Next, Rules
 from chameleon.generation.sampling import GREEDY, Sampling, Settings, cut, penalize_repetition, sample, times
 from chameleon.model.cache import KVCache
@@ -423,8 +423,10 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
     asked = requests(tokenizer.vocabulary, DRAWN)[:4]
-    wanted = engine(tokenizer, layers=1).generate(asked)
-    assert engine(tokenizer, {"compiled": True}, layers=1).generate(asked) == wanted
+    plain, machine = engine(tokenizer, layers=1), engine(tokenizer, {"compiled": True}, layers=1)
+    assert machine.generate(asked) == plain.generate(asked)
+    machine.forget()  # another cache
+    assert machine.generate(asked[::-1]) == plain.generate(asked[::-1])
 
 
 def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
@@ -457,6 +459,24 @@ def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokeni
     assert machine.generate(asked) == wanted
 
 
+def test_requests_with_nothing_to_choose_take_no_place(tokenizer: MixedTokenizer) -> None:
+    v = tokenizer.vocabulary
+    machine = engine(tokenizer, {"rows": 3})
+    whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.image_length))
+    asked = [Request(whole, Rules(5, format=()))] * 7 + requests(v, DRAWN)[:2]
+    assert machine.generate(asked) == [[v.eoi]] * 7 + engine(tokenizer).generate(asked[7:])
+
+
+def test_a_stream_whose_request_was_dropped_says_so(tokenizer: MixedTokenizer) -> None:
+    machine = engine(tokenizer)
+    stream = machine.stream(requests(tokenizer.vocabulary, DRAWN)[:1])
+    next(stream)
+    machine.reset()
+    with pytest.raises(BadInput, match="the request was dropped"):
+        list(stream)
+    assert machine.generate(requests(tokenizer.vocabulary, DRAWN)[:1])[0]
+
+
 def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
     machine = engine(tokenizer)
     asked = requests(tokenizer.vocabulary, DRAWN)[:2]
@@ -486,6 +506,15 @@ def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytes
     guided = Request((v.bos,), Rules(v.block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
     with pytest.raises(BadInput, match="takes 2 rows, the engine has 1"):
         engine(tokenizer, {"rows": 1}).generate([guided])
+    rest = Request((v.bos, v.boi, v.image_start, v.image_start), Rules(20, format=("image",)))
+    with pytest.raises(BadInput, match="the rest of a picture and image take 33 ids at least, but there is room for 13"):
+        machine.generate([rest])
+    with pytest.raises(BadInput, match="more codes than a picture has"):
+        engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), Rules(4))])
+    with pytest.raises(BadInput, match=f"{v.eos} is the id of no image code"):
+        machine.generate([Request((v.bos,), Rules(4), given=(v.eos,))])
+    with pytest.raises(BadInput, match="3 weights for 2 prompts"):
+        machine.generate([Request((v.bos,), Rules(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
     # what fits is cut to the room that is left, and no picture starts that would not fit
     made = machine.generate([Request((v.bos,) * 10, Rules(100, max_images=1), GREEDY, GREEDY)])[0]
     assert len(made) <= 7 and v.boi not in made

@@ -229,9 +229,9 @@ def test_a_terminal_shows_text_and_pictures_as_they_form() -> None:
     assert "a [b] " in shown and "<4 high>" in shown and "<16 high>" in shown and shown.rstrip().endswith("after")
     out = io.StringIO()
     view = TerminalView(Console(file=out))  # no terminal
-    for part in (Text("a"), Forming(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
+    for part in (Text("a\tb"), Forming(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
         view.show(part)
-    assert out.getvalue() == "a[picture][picture p.png]"
+    assert out.getvalue() == "a\tb[picture][picture p.png]"
 
 
 def test_pages() -> None:
@@ -255,7 +255,8 @@ def test_commands_of_documents_and_pictures(
     assert PILImage.open("page/picture-0.png").size == (16, 16)
     assert 'src="picture-0.png"' in Path("page/document.html").read_text()
     main(["generate", "d.json", "--out", "page", "--guidance", "2", "--window", "3", "--json", *made])
-    assert [part["type"] for part in json.loads(capsys.readouterr().out)["parts"]] == ["text", "image"]
+    text, image = json.loads(capsys.readouterr().out)["parts"]
+    assert (text["type"], image) == ("text", {"type": "image", "image": "page/picture-0.png"})
     assert "![picture](picture-0.png)" in Path("page/document.md").read_text()
     main(["draw", "heart", "--out", "n.png", "--number", "5", "--best", "4", "--json", *model])
     assert len(set(json.loads(capsys.readouterr().out)["seeds"])) == 4
@@ -272,6 +273,8 @@ def test_commands_of_documents_and_pictures(
     [
         (["draw", "--out", "o.png"], "nothing says what to draw"),
         (["draw", "a", "--out", "o.png", "--number", "0"], "expected 1 or more"),
+        (["draw", "a", "--out", "o.png", "--best", "2"], "expected 1 to 1"),
+        (["generate", "d.json", "--out", "p.png"], "p.png"),
         (["draw", "--like", "p.png", "--complete", "p.png", "--out", "o.png"], "not both"),
         (["draw", "--like", "none.png", "--out", "o.png"], "no such picture"),
         (["draw", "--complete", "p.png", "--upper", "2", "--out", "o.png"], "between 0 and 1"),
@@ -353,6 +356,19 @@ def test_forms_that_do_not_fit_are_named(tokenizer: MixedTokenizer, bundle_folde
     assert Chameleon.load(bundle_folder, weights="int8").engine.dtype == torch.bfloat16
 
 
+def test_a_packed_model_can_be_saved_a_quantised_one_says_why_not(bundle_folder: Path, tmp_path: Path) -> None:
+    Chameleon.load(bundle_folder, dtype="bfloat16", weights="packed").bundle.save(tmp_path / "again")
+    plain, again = (Chameleon.load(path, dtype="bfloat16", weights="plain") for path in (bundle_folder, tmp_path / "again"))
+    for one, other in zip(plain.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(BadInput, match="quantised weights are for running alone"):
+        Chameleon.load(bundle_folder, weights="int8").bundle.save(tmp_path / "other")
+
+
+def test_nothing_asked_is_nothing_made(model: Chameleon) -> None:
+    assert model.draw_batch([]) == model.samples("a", 0) == model.rank([], "a") == model.caption_batch([]) == []
+
+
 def test_changed_weights_are_noticed(model: Chameleon) -> None:
     document = Document((Text("orange"),))
     before = model.generate(document, max_images=0)
@@ -361,4 +377,8 @@ def test_changed_weights_are_noticed(model: Chameleon) -> None:
             block.attention.qkv.weight.mul_(-1)  # type: ignore[union-attr]
     after = model.generate(document, max_images=0)
     assert after != before
+    flipped = model.model.head.weight.flip(0)
+    with torch.no_grad():
+        model.model.head.weight.copy_(flipped)
+    after = model.generate(document, max_images=0)
     assert Chameleon(model.bundle).generate(document, max_images=0) == after

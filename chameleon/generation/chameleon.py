@@ -252,6 +252,8 @@ class Chameleon:
         """Mean log-probability (natural) that the model gives the ids of the caption, and its end, after each picture."""
         v = self.vocabulary
         answer = [*self.tokenizer.text_to_ids(caption), v.eos]
+        if not pictures:
+            return []
         prompts = [self.prompt(Document((Image(picture),))) for picture in pictures]
         ids = torch.tensor([[*prompt, *answer] for prompt in prompts], device=self.engine.device)
         scores: list[float] = []
@@ -321,7 +323,7 @@ class Chameleon:
         """A picture for each prompt, seed and row of given codes (−1: free); leading ones are read, not drawn."""
         self.tokenizer.image.network.check_decoder()
         v = self.vocabulary
-        requests = []
+        requests: list[Request] = []
         for prompt, seed, codes in zip(prompts, seeds, given, strict=True):
             document = Document((Text(prompt),) if prompt else ())
             ids, branches = self.prompt(document), self.guidance(document, guidance)
@@ -333,6 +335,8 @@ class Chameleon:
                     branches = Guidance(tuple((*branch, *begun) for branch in branches.branches), branches.weights)
             rules = Rules(v.block_length, format=() if begun else ("image",))
             requests.append(Request(ids, rules, image=sampling, guidance=branches, seed=seed, given=codes))
+        if not requests:
+            return []
         made = self.engine.generate(requests)
         blocks = [[*request.prompt, *ids] for request, ids in zip(requests, made, strict=True)]
         grids = torch.tensor([block[-1 - v.image_length : -1] for block in blocks])

@@ -163,29 +163,36 @@ class Engine:
         """rows: sequences that run at a time; more requests wait. window: codes of a picture decoded at once.
 
         form: of the head's weights, that of the blocks. compiled: compile the pass of one new id a row, which takes about
-        a minute; on GPUs it becomes a CUDA graph, on CPUs it takes a packed copy of plain weights.
+        a minute; on GPUs it becomes a CUDA graph, on CPUs it takes a packed copy of plain weights. Passes with drafts, that
+        is pictures with a window, are not compiled.
         """
         if rows < 1 or window < 1:
             raise BadInput(f"{rows} rows, a window of {window}", where="engine", remedy="use 1 or more")
         self.model, self.vocabulary, self.window, self.capacity = model, vocabulary, window, rows
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        head_form: WeightForm = "packed" if compiled and form == "plain" and self.packs else form
-        self.heads = Heads(model.head, vocabulary, lambda part: prepared(part, head_form))
-        self.decode: Callable[..., Tensor] | None = None
-        if compiled:
-            if self.device.type == "cpu" and form == "packed":
-                raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
-            compiled_pass = torch.compile(self.one_each, mode="reduce-overhead" if self.device.type == "cuda" else None)
-            self.decode = compiled_pass
-            if self.device.type == "cpu":  # freezing is looked up when it is called, not when it is wrapped
-                self.decode = torch._inductor.config.patch(COMPILED_ON_CPUS)(compiled_pass)
+        self.form, self.compiled = form, compiled
+        self.columns = {number: column for column, number in enumerate(self.build())}
         self.tickets = count()
         self.passes = 0
         """Passes of the model so far."""
         self.cache: KVCache | None = None
         self.read_with = self.version()
         self.reset()
+
+    def build(self) -> list[int]:
+        """Slices of the head, and the compiled pass, from the weights as they are; the ids of the text slice."""
+        head_form: WeightForm = "packed" if self.compiled and self.form == "plain" and self.packs else self.form
+        self.heads = Heads(self.model.head, self.vocabulary, lambda part: prepared(part, head_form))
+        self.decode: Callable[..., Tensor] | None = None
+        if self.compiled:
+            if self.device.type == "cpu" and self.form == "packed":
+                raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
+            torch.compiler.reset()  # a frozen pass holds the weights that it was compiled with
+            self.decode = torch.compile(self.one_each, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            if self.device.type == "cpu":  # freezing is looked up when it is called, not when it is wrapped
+                self.decode = torch._inductor.config.patch(COMPILED_ON_CPUS)(self.decode)
+        return self.heads.text.ids.tolist()
 
     @property
     def packs(self) -> bool:
@@ -195,7 +202,7 @@ class Engine:
     def reset(self) -> None:
         """Drops all requests and what the cache holds."""
         self.active: list[Row] = []
-        self.held: list[list[int]] = []
+        self.held: list[list[int]] = [[] for _ in range(self.cache.rows)] if self.cache is not None else []
         """What each slot of the cache holds, free ones too."""
         self.running: list[Running] = []
         self.waiting: deque[Running] = deque()
@@ -204,11 +211,11 @@ class Engine:
 
     def forget(self) -> None:
         """Drops all requests and frees the cache."""
-        self.reset()
         self.cache = None
+        self.reset()
 
     def version(self) -> int:
-        """Grows when weights are changed in place: what the cache holds is of no use then."""
+        """Grows when weights are changed in place: what was made from them is of no use then."""
         return sum(p._version for p in self.model.parameters() if not p.is_inference())
 
     # --- requests ---
@@ -229,24 +236,31 @@ class Engine:
                 where="prompt",
                 remedy=f"shorten it to {context - 1} or fewer, of which a picture takes {self.vocabulary.block_length}",
             )
-        least = rules.least(self.vocabulary)
+        begun = ModalityState(rules, self.vocabulary, request.prompt)
+        still = 0 if begun.codes_left is None or rules.format is None else begun.codes_left + 1  # of an open picture
+        if (begun.codes_left or 0) < 0:
+            raise BadInput("its last picture has more codes than a picture has", where="prompt")
+        least = still + rules.least(self.vocabulary)
         if least > min(room, rules.max_new):
+            parts = ["the rest of a picture"] * bool(still) + list(rules.format or ())
             raise BadInput(
-                f"{' and '.join(rules.format or ())} take {least} ids at least, but there is room for "
+                f"{' and '.join(parts)} take {least} ids at least, but there is room for "
                 f"{min(room, rules.max_new)} (the prompt has {longest}, the context {context}, max_new is {rules.max_new})",
                 where="prompt",
                 remedy="shorten it" if room < least else "raise max_new",
             )
+        for number in request.given:
+            if number != -1 and number not in self.vocabulary.image_ids:
+                raise BadInput(f"{number} is the id of no image code", where="given")
+        if request.guidance and len(request.guidance.weights) != len(request.prompts):
+            weights = len(request.guidance.weights)
+            raise BadInput(f"{weights} weights for {len(request.prompts)} prompts", where="guidance")
         if len(request.prompts) > self.capacity:
             raise BadInput(
                 f"a guided request takes {len(request.prompts)} rows, the engine has {self.capacity}", where="engine"
             )
         rules = replace(rules, max_new=min(rules.max_new, room))
-        if (
-            request.guidance
-            and not rules.wants_images
-            and ModalityState(rules, self.vocabulary, request.prompt).images == 0
-        ):
+        if request.guidance and not rules.wants_images + begun.images:
             raise BadInput("guidance sharpens pictures, and none is to be made", where="guidance")
         return rules
 
@@ -255,6 +269,7 @@ class Engine:
         rules = self.check(request)
         if self.idle and self.version() != self.read_with:
             self.cache, self.held, self.read_with = None, [], self.version()
+            self.build()
         entry = Running(next(self.tickets), request, ModalityState(rules, self.vocabulary, request.prompt))
         if request.text.repetition_penalty != 1:
             entry.seen = torch.isin(self.heads.text.ids, torch.tensor(request.prompt, device=self.device))
@@ -300,10 +315,13 @@ class Engine:
             while open_:
                 self.advance(horizon)
                 for number, ticket in list(open_.items()):
-                    made = self.made[ticket]
+                    made = self.made.get(ticket, deque())
                     while made:
                         yield number, made.popleft()
-                    if self.ended(ticket) and not made:
+                    if ticket not in self.made:
+                        remedy = "ask again: another request failed, or this one was cancelled"
+                        raise BadInput("the request was dropped", where="engine", remedy=remedy)
+                    if self.ended(ticket):
                         del open_[number]
                         del self.made[ticket]
         finally:
@@ -350,14 +368,14 @@ class Engine:
             rows = len(self.active) + len(prompts)
             length = max(map(len, prompts)) + entry.state.rules.max_new
             if rows > self.capacity or not self.make_room(rows, min(length, self.model.config.context)):
-                return
+                break
             self.waiting.popleft()
             entry.rows = [self.place(prompt) for prompt in prompts]
             kind = entry.state.next()
             self.running.append(entry)
             if kind in FORCED:
                 self.follow_rules(entry)
-        self.tidy()  # some had nothing to make but what must come
+                self.tidy()  # it may have nothing to make but what must come
 
     def make_room(self, rows: int, length: int) -> bool:
         """Whether the cache has, or now gets, so many rows of that length. Raises `BadInput` where one never would fit."""
@@ -372,7 +390,9 @@ class Engine:
         if self.active and least * length * a_slot > free:
             return False  # until those that run have ended
         if not self.active and least * length * a_slot > free:
-            self.cache, self.held, least, free = None, [], rows, free_memory(self.device)
+            old = self.cache = None
+            self.held, least = [], rows
+            free = free_memory(self.device)
             if rows * length * a_slot > free:
                 raise BadInput(
                     f"{rows} row{'s' * (rows > 1)} of {length} ids take {rows * length * a_slot / 1e9:.1f} GB for keys and "
@@ -380,15 +400,15 @@ class Engine:
                     where="engine",
                     remedy=f"{max(0, int(free / a_slot / rows))} ids fit: shorten the prompt or lower max_new",
                 )
-            wanted, old = rows, None
+            wanted = rows
         cache = KVCache(
             self.model.config,
-            wanted if wanted * length * a_slot <= free else least,
+            wanted if 2 * wanted * length * a_slot <= free else least,
             length,
             dtype=self.dtype,
             device=self.device,
         )
-        if self.decode is not None:  # CUDA graphs read it where it lies
+        if self.compiled and self.device.type == "cuda":  # CUDA graphs read it where it lies
             for buffer in (*cache.keys, *cache.values):
                 torch._dynamo.mark_static_address(buffer)
         if old is not None:
@@ -625,7 +645,7 @@ class Engine:
         entry.state.push(token)
         self.made[entry.ticket].append(token)
         if entry.seen is not None and entry.state.codes_left is None and token in self.vocabulary.text_ids:
-            entry.seen[torch.searchsorted(self.heads.text.ids, token)] = True
+            entry.seen[self.columns[token]] = True
 
     def follow_rules(self, entry: Running) -> None:
         """Adds the ids that must come, which need no choosing."""

@@ -38,11 +38,26 @@ class PackedLinear(nn.Module):
         """The matrix in its plain order, a copy."""
         return self.packed.to_dense()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """What the quantised forms share."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise BadInput(
+            "quantised weights are for running alone", where="weights", remedy="load the bundle as plain to save it"
+        )
+
+
+class Int8Linear(QuantizedLinear):
     """A linear layer of int8 weights on a CPU."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -50,9 +65,6 @@ class Int8Linear(nn.Module):
         quantized = quantized_by_torchao(weight, 8)
         self.register_buffer("numbers", quantized.qdata, persistent=False)
         self.register_buffer("scales", quantized.scale.flatten().to(weight.dtype), persistent=False)
-
-    numbers: Tensor
-    scales: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -63,7 +75,7 @@ class Int8Linear(nn.Module):
         return found.unflatten(0, x.shape[:-1])
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """A linear layer of int4 weights on a CPU."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -71,9 +83,6 @@ class Int4Linear(nn.Module):
         quantized = quantized_by_torchao(weight, 4)
         self.register_buffer("numbers", quantized.qdata, persistent=False)
         self.register_buffer("scales", quantized.scale_and_zero, persistent=False)
-
-    numbers: Tensor
-    scales: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
