@@ -21,6 +21,7 @@ from itertools import count
 
 import psutil
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import Tensor
 
@@ -45,6 +46,8 @@ STEP = 64
 """The cache's length grows by multiples of this."""
 COMPILED_ON_CPUS = {"freezing": True, "cpp_wrapper": True}
 """Plain weights are packed for oneDNN, in a copy, and no Python stands between the kernels."""
+RECOMPILES = 64
+"""Shapes of a pass that are compiled before it runs uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,10 @@ class Engine:
                 raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
             torch.compiler.reset()  # a frozen pass holds the weights that it was compiled with
             self.decode = torch.compile(self.one_each, mode="reduce-overhead" if self.device.type == "cuda" else None)
-            if self.device.type == "cpu":  # freezing is looked up when it is called, not when it is wrapped
+            # Both are looked up when the pass is called, not when it is wrapped. Engines of one process share the limit.
+            if self.device.type == "cpu":
                 self.decode = torch._inductor.config.patch(COMPILED_ON_CPUS)(self.decode)
+            self.decode = torch._dynamo.config.patch(recompile_limit=RECOMPILES)(self.decode)
         return self.heads.text.ids.tolist()
 
     @property
