@@ -19,6 +19,7 @@ from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
 from chameleon.model.loss import rows_at_once
 from chameleon.model.recompute import Checkpointing, products_per_token
+from chameleon.model.running import packs
 from chameleon.model.transformer import Transformer, packed_mask
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -304,4 +305,4 @@ def fast_bfloat16(device: torch.device | str = "cpu") -> bool:
     """
     if torch.device(device).type != "cpu":
         return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return packs()

@@ -31,7 +31,7 @@ from chameleon.generation.head import Heads, HeadSlice
 from chameleon.generation.modality import FORCED, ModalityState, Next, Rules
 from chameleon.generation.sampling import Sampling, Settings, sample
 from chameleon.model.cache import KVCache, Window
-from chameleon.model.running import WeightForm, prepared
+from chameleon.model.running import WeightForm, packs, prepared
 from chameleon.model.transformer import Transformer
 from chameleon.vocabulary import Vocabulary
 
@@ -185,7 +185,15 @@ class Engine:
 
     def build(self) -> list[int]:
         """Slices of the head, and the compiled pass, from the weights as they are; the ids of the text slice."""
-        head_form: WeightForm = "packed" if self.compiled and self.form == "plain" and self.packs else self.form
+        head_form = self.form
+        if (
+            self.compiled
+            and head_form == "plain"
+            and self.device.type == "cpu"
+            and self.dtype == torch.bfloat16
+            and packs()
+        ):
+            head_form = "packed"
         self.heads = Heads(self.model.head, self.vocabulary, lambda part: prepared(part, head_form))
         self.decode: Callable[..., Tensor] | None = None
         if self.compiled:
@@ -198,11 +206,6 @@ class Engine:
                 self.decode = torch._inductor.config.patch(COMPILED_ON_CPUS)(self.decode)
             self.decode = torch._dynamo.config.patch(recompile_limit=RECOMPILES)(self.decode)
         return self.heads.text.ids.tolist()
-
-    @property
-    def packs(self) -> bool:
-        """Whether this device and dtype know packed weights."""
-        return self.device.type == "cpu" and self.dtype == torch.bfloat16
 
     def reset(self) -> None:
         """Drops all requests and what the cache holds."""

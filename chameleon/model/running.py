@@ -26,6 +26,11 @@ FEW = 32
 MATRICES = ("qkv", "out", "gate_up", "down")
 
 
+def packs() -> bool:
+    """Whether this machine's oneDNN knows packed bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose matrix oneDNN has put in an order of its own."""
 
@@ -133,6 +138,8 @@ def prepared(weight: Tensor, form: WeightForm) -> nn.Module:
         layer = plain(weight)
         layer.weight = nn.Parameter(quantized_by_torchao(weight, 8 if form == "int8" else 4), requires_grad=False)
         return layer
+    if form == "packed" and not packs():
+        raise BadInput("this processor does not pack bfloat16", where="weights", remedy="use plain, int8 or int4")
     return {"packed": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}[form](weight)
 
 
