@@ -185,19 +185,13 @@ class Engine:
 
     def build(self) -> list[int]:
         """Slices of the head, and the compiled pass, from the weights as they are; the ids of the text slice."""
-        head_form = self.form
-        if (
-            self.compiled
-            and head_form == "plain"
-            and self.device.type == "cpu"
-            and self.dtype == torch.bfloat16
-            and packs()
-        ):
+        on_cpu, head_form = self.device.type == "cpu", self.form
+        if self.compiled and head_form == "plain" and on_cpu and self.dtype == torch.bfloat16 and packs():
             head_form = "packed"
         self.heads = Heads(self.model.head, self.vocabulary, lambda part: prepared(part, head_form))
         self.decode: Callable[..., Tensor] | None = None
         if self.compiled:
-            if self.device.type == "cpu" and self.form == "packed":
+            if on_cpu and self.form == "packed":
                 raise BadInput("compiled passes pack plain weights themselves", where="weights", remedy="use plain or int8")
             torch.compiler.reset()  # a frozen pass holds the weights that it was compiled with
             self.decode = torch.compile(self.one_each, mode="reduce-overhead" if self.device.type == "cuda" else None)
