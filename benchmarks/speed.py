@@ -61,16 +61,21 @@ def seconds(side: Side, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, options: Any) -> dict[str, Any]:
-    """Medians of both sides over the rounds, after one round each that is not counted. `work`: units a call does."""
-    sides = {"ours": ours, **({"theirs": theirs} if theirs is not None else {})}
+def times_of(sides: dict[str, Side], options: Any) -> dict[str, list[float]]:
+    """Seconds of each side, round by round in turn, after one round that is not counted."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.rounds + 1):
-        order = list(sides) if number % 2 else list(sides)[::-1]
-        for side in order:
+        for side in list(sides) if number % 2 else list(sides)[::-1]:
             taken = seconds(sides[side], options.device)
             if number:
                 times[side].append(taken)
+    return times
+
+
+def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, options: Any) -> dict[str, Any]:
+    """Medians of both sides over the rounds, after one round each that is not counted. `work`: units a call does."""
+    sides = {"ours": ours, **({"theirs": theirs} if theirs is not None else {})}
+    times = times_of(sides, options)
     result: dict[str, Any] = {"unit": unit}
     for side, values in times.items():
         result[side] = work / statistics.median(values)

@@ -59,6 +59,14 @@ def asked_of(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[Request]
     return found
 
 
+def decoded_by(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The codes [B, h, w] that the model's image tokenizer decodes from here on."""
+    codes: list[torch.Tensor] = []
+    decode = model.tokenizer.image.decode
+    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid: (codes.append(grid), decode(grid))[1])
+    return codes
+
+
 # --- text ---
 
 
@@ -175,9 +183,7 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
 
 
 def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes: list[torch.Tensor] = []
-    decode = model.tokenizer.image.decode
-    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid: (codes.append(grid), decode(grid))[1])
+    codes = decoded_by(model, monkeypatch)
     shown = picture("red")
     whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
     for guidance in (1.0, 2.0):
@@ -191,9 +197,7 @@ def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.M
 
 
 def test_variations_keep_a_share_of_the_codes(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes: list[torch.Tensor] = []
-    decode = model.tokenizer.image.decode
-    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid: (codes.append(grid), decode(grid))[1])
+    codes = decoded_by(model, monkeypatch)
     shown = picture("red")
     whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
     model.variations(shown, 20, likeness=0.5, prompt="heart", sampling=DRAWN)

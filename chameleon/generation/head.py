@@ -16,7 +16,7 @@ GAP = 256
 
 
 class HeadSlice:
-    """Rows of the head for the ids of some kinds, and for each combination of kinds which of them it allows."""
+    """Rows of the head for the ids of some kinds, in the order of the ids."""
 
     def __init__(self, weight: Tensor, wanted: Tensor, prepared: Callable[[Tensor], Linear]) -> None:
         """weight [V, D]; wanted bool [V]; prepared: makes a linear layer of some rows of the weight."""
@@ -37,7 +37,7 @@ class HeadSlice:
 
 
 class Heads:
-    """The slices for text and for codes."""
+    """The slices for text and for codes, and which of a slice's ids each kind allows: bool [n], or None for all."""
 
     def __init__(self, head: nn.Linear, vocabulary: Vocabulary, prepared: Callable[[Tensor], Linear]) -> None:
         v, weight = vocabulary, head.weight.detach()
@@ -53,7 +53,8 @@ class Heads:
                 names = [name for kind, name in ((start, "boi"), (end, "eos")) if kind]
                 mask = v.mask(text=True, specials=names).to(weight.device)
                 self.allowed[Next.TEXT | start | end] = mask[self.text.ids]
-                self.allowed[start | end] = v.mask(specials=names).to(weight.device)[self.text.ids]
+        either = v.mask(specials=("boi", "eos")).to(weight.device)  # behind a text that may not go on
+        self.allowed[Next.IMAGE_START | Next.END] = either[self.text.ids]
 
     def slice_for(self, kind: Next) -> HeadSlice:
         return self.codes if kind == Next.CODE else self.text

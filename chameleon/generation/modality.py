@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from itertools import pairwise
 from typing import Literal
 
 from chameleon.errors import BadInput
@@ -52,7 +53,7 @@ class Rules:
         for kind in self.format or ():
             if kind not in ("text", "image"):
                 raise BadInput(f"{kind!r} is neither text nor image", where="format")
-        if self.format and ("text", "text") in zip(self.format, self.format[1:], strict=False):
+        if self.format and ("text", "text") in pairwise(self.format):
             raise BadInput("two texts in a row are one", where="format")
 
     @property

@@ -211,9 +211,9 @@ class Transformer(nn.Module):
             x = block(x, turn, mask, window)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
-        """hidden [..., D] to logits [..., n] of the `n` ids in the slice (default: all)."""
-        return F.linear(hidden, self.head.weight[ids])
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] to logits [..., vocab_size]. Engines cut the head to the ids that may come instead."""
+        return F.linear(hidden, self.head.weight)
 
 
 def initial(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
