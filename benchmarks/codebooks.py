@@ -27,9 +27,9 @@ def main() -> None:
     for seed in options.seeds:
         for kind in get_args(CodebookKind):
             with tempfile.TemporaryDirectory() as folder:
-                settings = [f"codebook={kind}", f"run.steps={options.steps}", f"run.seed={seed}", f"run.out={folder}"]
+                settings = [f"codebook={kind}", f"run.max_steps={options.steps}", f"run.seed={seed}", f"run.out={folder}"]
                 recipe = read_recipe(
-                    FitImageRecipe, "emoji-image", [*settings, "run.progress=false", "run.validate_every=0"]
+                    FitImageRecipe, "emoji-image", [*settings, "run.progress=false", "run.validate_every_n_steps=0"]
                 )
                 started = time.monotonic()
                 _, figures = fit_image(recipe)

@@ -32,7 +32,7 @@ from chameleon.data.tokenize import tokenize
 from chameleon.files import write_json
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.text import SentencePieceTokenizer, chunks, reservoir
+from chameleon.tokenizers.text import SentencePieceTokenizer, chunks, reservoir_sample
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.vocabulary import Vocabulary
 
@@ -97,7 +97,7 @@ def beside_hugging_face(text: str) -> None:
     """The same sample, the same number of pieces: byte-level BPE as the library trains it, on both cores."""
     import tokenizers
 
-    sample = reservoir(chunks(text), 4 * MIB // 2048, 0)
+    sample = reservoir_sample(chunks(text), 4 * MIB // 2048, 0)
 
     def theirs() -> None:
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -134,7 +134,7 @@ def lengths_of(stream: np.random.Generator, count: int) -> np.ndarray:
 
 def synthetic(folder: Path, documents: int, per_shard: int) -> None:
     """Shards with true offsets; the ids are a hole in the file."""
-    vocabulary = Vocabulary.own(**PAPER).to_json()  # type: ignore[arg-type]
+    vocabulary = Vocabulary.build(**PAPER).to_json()  # type: ignore[arg-type]
     stream = np.random.default_rng(0)
     for number in range(documents // per_shard):
         place = folder / f"{number:05}"
@@ -205,7 +205,7 @@ def packing() -> None:
 def loader() -> None:
     """Rows of the 7b recipe from real token shards, on one core."""
     torch.set_num_threads(1)
-    vocabulary = Vocabulary.own(**PAPER)  # type: ignore[arg-type]
+    vocabulary = Vocabulary.build(**PAPER)  # type: ignore[arg-type]
     stream = np.random.default_rng(0)
     print("\nrows of 4,096 ids a second on one core; 20 times what the 7b recipe takes on an H100 at 12,000 tokens/s: 58.6")
     print("| source | documents a row | rows/s | times an H100 |\n| --- | --- | --- | --- |")
@@ -214,7 +214,7 @@ def loader() -> None:
             lengths = stream.integers(8, 80, 3000) if name != "texts" else np.minimum(lengths_of(stream, 9000), 30_000)
             with write_shard(Path(folder) / name / "s", "", vocabulary) as writer:
                 for length in lengths.tolist():
-                    ids = vocabulary.text_start + torch.randint(vocabulary.text_count, (length,))
+                    ids = vocabulary.text_start + torch.randint(vocabulary.num_text_pieces, (length,))
                     if name != "texts":
                         codes = vocabulary.codes_to_ids(torch.randint(8192, (1024,)))
                         block = torch.cat((torch.tensor([vocabulary.boi]), codes, torch.tensor([vocabulary.eoi])))
@@ -222,7 +222,7 @@ def loader() -> None:
                         ids = torch.cat((torch.tensor([vocabulary.bos]), *middle, ids, torch.tensor([vocabulary.eos])))
                     writer.add(ids)
             config = SourceConfig(str(Path(folder) / name), loss="answers" if name == "answers" else "all")
-            mixture = Mixture([config], context=CONTEXT, rows=1, seed=0, vocabulary=vocabulary)
+            mixture = Mixture([config], context_length=CONTEXT, global_batch_size=1, seed=0, vocabulary=vocabulary)
             rows = 300
             mixture.batch(0)
             began = time.perf_counter()

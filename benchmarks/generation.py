@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from chameleon.generation.constraints import OutputConstraints
 from hugging_face import config_of, state_of
 from speed import Side, seconds, times_of
 from torch import Tensor
@@ -31,10 +32,9 @@ from chameleon.document import Document, Text
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.engine import IMAGE_SAMPLING, Engine, Request
 from chameleon.generation.guidance import three_way, two_way
-from chameleon.generation.modality import Rules
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.model.config import named_size
-from chameleon.model.running import MATRICES, WeightForm, prepare
+from chameleon.model.quantization import MATRICES, WeightFormat, convert_weights
 from chameleon.model.transformer import Transformer
 from chameleon.plan import fast_bfloat16
 from chameleon.vocabulary import Vocabulary
@@ -63,8 +63,8 @@ def compare(name: str, sides: dict[str, Side], work: float, unit: str, options: 
 
 def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
     """Ours, 12 layers × 768 with 16,384 ids, in bfloat16, and Hugging Face's with the same weights."""
-    vocabulary = Vocabulary.own(image_codes=8186, text_pieces=8192, grid=(32, 32))
-    ours = Transformer(named_size("base", vocab_size=vocabulary.size, context=4096))
+    vocabulary = Vocabulary.build(image_codes=8186, text_pieces=8192, grid=(32, 32))
+    ours = Transformer(named_size("base", vocab_size=vocabulary.size, context_length=4096))
     ours.init_weights()
     ours = ours.bfloat16().eval().requires_grad_(False)
     ours.head.weight[vocabulary.eos] = 0  # nothing ends early
@@ -76,13 +76,13 @@ def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
     return vocabulary, ours.to(options.device), theirs.to(options.device)
 
 
-def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightForm, *, compiled: bool = False) -> Engine:
+def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightFormat, *, compiled: bool = False) -> Engine:
     mine = copy.deepcopy(model)
-    prepare(mine, form)
+    convert_weights(mine, form)
     return Engine(mine, vocabulary, form=form, compiled=compiled)
 
 
-def form_of(options: Any) -> WeightForm:
+def form_of(options: Any) -> WeightFormat:
     """The form that a model is loaded in."""
     return "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
 
@@ -90,7 +90,7 @@ def form_of(options: Any) -> WeightForm:
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
     """The ways to run a model that are compared."""
     usual = form_of(options)
-    ways: dict[str, tuple[WeightForm, bool]] = {
+    ways: dict[str, tuple[WeightFormat, bool]] = {
         f"ours, {usual}": (usual, False),
         "ours, compiled": ("plain", True),
         "ours, int8": ("int8", False),
@@ -120,10 +120,10 @@ def matrices(block: Any) -> list[Any]:
     return [getattr(part, name) for part in (block.attention, block.ffn) for name in MATRICES if hasattr(part, name)]
 
 
-def product_seconds(model: Transformer, vocabulary: Vocabulary, form: WeightForm) -> float:
+def product_seconds(model: Transformer, vocabulary: Vocabulary, form: WeightFormat) -> float:
     """The least time that the products of one new id take: all matrices once, and the head's rows for text."""
     mine = copy.deepcopy(model)
-    prepare(mine, form)
+    convert_weights(mine, form)
     layers = [layer for block in mine.blocks for layer in matrices(block)]
     layers += Engine(mine, vocabulary, form=form).heads.text.parts
     like = model.head.weight
@@ -148,7 +148,7 @@ def decoding(options: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for batch in (1, 8):
         prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT), device=options.device)
-        requests = [Request(tuple(prompt), Rules(NEW), text=GREEDY) for prompt in prompts.tolist()]
+        requests = [Request(tuple(prompt), OutputConstraints(NEW), text=GREEDY) for prompt in prompts.tolist()]
 
         def their_side(prompts: Tensor = prompts) -> None:
             mask = torch.ones_like(prompts)
@@ -161,7 +161,7 @@ def decoding(options: Any) -> dict[str, Any]:
         sides |= {name: fresh(engine, requests, NEW) for name, engine in ways.items()}
         results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
     prompt = tuple(torch.randint(vocabulary.text_start, vocabulary.size, (PROMPT,)).tolist())
-    short, whole = ([Request(prompt, Rules(new), text=GREEDY)] for new in (1, NEW))
+    short, whole = ([Request(prompt, OutputConstraints(new), text=GREEDY)] for new in (1, NEW))
     plain = form_of(options)
     for name, form in ((f"ours, {plain}", plain), ("ours, compiled", plain), ("ours, int8, compiled", "int8")):
         if name in ways:
@@ -180,7 +180,7 @@ def first(options: Any) -> dict[str, Any]:
     """The first id behind a prompt of 1,024."""
     vocabulary, ours, theirs = models(options)
     prompt = torch.randint(vocabulary.text_start, vocabulary.size, (1, 1024), device=options.device)
-    request = [Request(tuple(prompt[0].tolist()), Rules(1), text=GREEDY)]
+    request = [Request(tuple(prompt[0].tolist()), OutputConstraints(1), text=GREEDY)]
 
     def their_side() -> None:
         theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=1)
@@ -200,11 +200,11 @@ def guided(options: Any) -> dict[str, Any]:
     """
     vocabulary, ours, theirs = models(options)
     v = vocabulary
-    codes = (torch.randint(0, v.image_count, (v.image_length,)) + v.image_start).tolist()
+    codes = (torch.randint(0, v.num_image_codes, (v.codes_per_image,)) + v.image_start).tolist()
     text = torch.randint(v.text_start, v.size, (16,)).tolist()
     full, image, nothing = [v.bos, v.boi, *codes, v.eoi, *text, v.sep], [v.bos, v.boi, *codes, v.eoi, v.sep], [v.bos, v.sep]
     sampling = Sampling(0.7, 0.9)
-    one = Rules(v.block_length, format=("image",))
+    one = OutputConstraints(v.image_block_length, format=("image",))
     request = [Request(tuple(full), one, image=sampling, guidance=three_way(image, nothing, 1.2, 3.0))]
     short = [Request((v.bos, *text, v.sep), one, image=sampling, guidance=two_way(nothing, 3.0))]
     masked = ~v.mask(image=True).to(options.device)
@@ -218,7 +218,7 @@ def guided(options: Any) -> dict[str, Any]:
             mask = (ids != v.pad).long()
             cache, warper, made = DynamicCache(), TopPLogitsWarper(sampling.top_p), []
             scales = torch.tensor(weights, device=options.device).unsqueeze(1)
-            for _ in range(v.image_length):
+            for _ in range(v.codes_per_image):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
                 out = theirs(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
@@ -229,17 +229,17 @@ def guided(options: Any) -> dict[str, Any]:
                 made.append(token.item())
                 ids = token.expand(len(prompts), 1)
                 mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
-            assert len(made) == v.image_length
+            assert len(made) == v.codes_per_image
 
         return call
 
     ways = engines(options, ours, vocabulary)
     weights = three_way([], [], 1.2, 3.0).weights
     three: dict[str, Side] = {"loop, three rows": loop([full, image, nothing], weights)}
-    three |= {name: fresh(engine, request, v.block_length) for name, engine in ways.items()}
+    three |= {name: fresh(engine, request, v.image_block_length) for name, engine in ways.items()}
     three_rows = loop([[v.bos, *text, v.sep], nothing, nothing], weights)
     two: dict[str, Side] = {"loop, three rows": three_rows}
-    two |= {name: fresh(engine, short, v.block_length) for name, engine in ways.items()}
+    two |= {name: fresh(engine, short, v.image_block_length) for name, engine in ways.items()}
     return {
         "three-way, behind a picture": compare("picture, three-way", three, 1, "pictures/s", options),
         "two-way, behind text": compare("picture, two-way", two, 1, "pictures/s", options),
@@ -275,7 +275,7 @@ def drafts(options: Any) -> dict[str, Any]:
             sides: dict[str, Side] = {f"window {window}": partial(draw, window) for window in windows}
             entry = compare(name, sides, len(prompts), "pictures/s", options)
             for window, model in models.items():
-                accepted = len(prompts) * model.vocabulary.image_length / model.engine.passes
+                accepted = len(prompts) * model.vocabulary.codes_per_image / model.engine.passes
                 alone, together = torch.tensor(made[1]), torch.tensor(made[window])
                 differ = float((alone != together).double().mean())
                 entry[f"window {window}"] |= {"codes a pass": accepted, "codes that differ": differ}
@@ -287,7 +287,7 @@ def drafts(options: Any) -> dict[str, Any]:
 def drawings(model: Chameleon, prompts: Sequence[str], sampling: Sampling, guidance: float) -> list[Request]:
     """A picture for each prompt, seeds 0, 1, 2 …"""
     documents = [Document((Text(prompt),)) for prompt in prompts]
-    rules = Rules(model.vocabulary.block_length, format=("image",))
+    rules = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
     return [
         Request(model.prompt(d), rules, image=sampling, guidance=model.guidance(d, guidance), seed=seed)
         for seed, d in enumerate(documents)
@@ -301,7 +301,7 @@ def forms(options: Any) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
-    kinds: tuple[WeightForm, ...] = ("plain", "int8", "int4")
+    kinds: tuple[WeightFormat, ...] = ("plain", "int8", "int4")
     for form in kinds:
         model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)
         v, heads = model.vocabulary, model.engine.heads
@@ -334,12 +334,12 @@ def batches(options: Any) -> dict[str, Any]:
     for form in dict.fromkeys(("plain", form_of(options))):
         model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)  # type: ignore[arg-type]
         prompts = prompts_of(48)
-        rules = Rules(model.vocabulary.block_length, format=("image",))
+        rules = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
         documents = [Document((Text(prompt),)) for prompt in prompts]
         for name, sampling, make in (
             ("drawings, as released", IMAGE_SAMPLING, rules),
             ("drawings, temperature 1", Sampling(1.0, 1.0), rules),
-            ("text, temperature 0.7", IMAGE_SAMPLING, Rules(20)),
+            ("text, temperature 0.7", IMAGE_SAMPLING, OutputConstraints(20)),
         ):
             requests = [Request(model.prompt(d), make, image=sampling, seed=n) for n, d in enumerate(documents)]
             alone = []

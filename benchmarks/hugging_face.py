@@ -21,7 +21,7 @@ def config_of(ours: ModelConfig, **more: Any) -> ChameleonConfig:
         num_attention_heads=ours.heads,
         num_key_value_heads=ours.kv_heads,
         rms_norm_eps=ours.norm_eps,
-        max_position_embeddings=ours.context,
+        max_position_embeddings=ours.context_length,
         swin_norm=ours.norm_order == "swin",
         model_parallel_size=ours.qk_norm_shards,
         vocabulary_map={"<image>": 0},

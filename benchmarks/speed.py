@@ -31,11 +31,11 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from chameleon.bundle import Bundle
 from chameleon.data import emoji
-from chameleon.data.mixture import PackedSource, Rows, SourceConfig
+from chameleon.data.mixture import PackedBatch, PackedSource, SourceConfig
 from chameleon.data.token_shards import write_shard
 from chameleon.model.config import named_size
 from chameleon.model.loss import chunked_cross_entropy
-from chameleon.model.transformer import Transformer, packed_mask
+from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
 from chameleon.plan import flops_per_token, matmul_peak
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -91,14 +91,14 @@ def compare(name: str, ours: Side, theirs: Side | None, work: float, unit: str, 
 
 
 def our_model(vocabulary: Vocabulary, options: Any) -> Transformer:
-    model = Transformer(named_size("base", vocab_size=vocabulary.size, context=1024))
+    model = Transformer(named_size("base", vocab_size=vocabulary.size, context_length=1024))
     model.init_weights()
     return model.to(options.device)
 
 
 def their_model(vocabulary: Vocabulary, options: Any) -> Any:
     """Hugging Face's model of the same shape."""
-    shape = named_size("base", vocab_size=vocabulary.size, context=1024)
+    shape = named_size("base", vocab_size=vocabulary.size, context_length=1024)
     config = config_of(shape, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
     return ChameleonForConditionalGeneration(config).to(options.device)
 
@@ -112,7 +112,7 @@ def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     """
     result = in_turn("training step", ("ours", "theirs", "theirs, memory kept"), ROWS * LENGTH, options)
     result["ratio, memory kept on both sides"] = result["ours"] / result["theirs, memory kept"]
-    flops = flops_per_token(named_size("base", vocab_size=vocabulary.size, context=1024), LENGTH // 2)
+    flops = flops_per_token(named_size("base", vocab_size=vocabulary.size, context_length=1024), LENGTH // 2)
     peak = matmul_peak(options.device)
     for side in ("ours", "theirs"):
         result[f"{side}_share_of_matmul_peak"] = result[side] * flops / peak
@@ -189,7 +189,7 @@ def our_step(vocabulary: Vocabulary, options: Any) -> Side:
 
     def step() -> None:
         with torch.autocast(options.device.type, torch.bfloat16):
-            hidden = model(ids[:, :-1], positions, packed_mask(documents)).bfloat16()
+            hidden = model(ids[:, :-1], positions, block_diagonal_causal_mask(documents)).bfloat16()
             result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, ids[:, 1:].flatten(), weights)
         finish(model, optimizers, result.loss)
 
@@ -241,7 +241,7 @@ def tiny_documents() -> tuple[Vocabulary, list[list[Tensor]]]:
     documents = [*itertools.islice(emoji.words("train"), 500), *emoji.code("train", 100_000)]
     ids = [tokenizer.encode(document)[:257] for document in documents]
     for words in range(500):  # pairs, whose codes are random: that changes no speed
-        codes = torch.randint(0, v.image_count, (v.block_length - 2,)) + v.image_start
+        codes = torch.randint(0, v.num_image_codes, (v.image_block_length - 2,)) + v.image_start
         text = torch.randint(v.text_start, v.size, (1 + words % 12,))
         ids.append(torch.cat([torch.tensor([v.bos, v.boi]), codes, torch.tensor([v.eoi]), text, torch.tensor([v.eos])]))
     order = torch.randperm(len(ids)).tolist()
@@ -261,7 +261,7 @@ def our_tiny(options: Any, *, compiled: bool) -> Side:
         for batch in rows:
             weights = (batch.weights / batch.weights.sum()).flatten()
             with torch.autocast(options.device.type, torch.bfloat16):
-                hidden = model(batch.ids, batch.positions, packed_mask(batch.document_ids)).bfloat16()
+                hidden = model(batch.ids, batch.positions, block_diagonal_causal_mask(batch.document_ids)).bfloat16()
                 result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights)
             finish(model, optimizers, result.loss)
 
@@ -283,15 +283,18 @@ def their_tiny(options: Any) -> Side:
     return call
 
 
-def packed_rows(documents: list[Tensor], context: int, vocabulary: Vocabulary, rows: int = 16) -> list[Rows]:
+def packed_rows(documents: list[Tensor], context_length: int, vocabulary: Vocabulary, rows: int = 16) -> list[PackedBatch]:
     """Batches of rows that hold the documents, packed as training packs them."""
     with tempfile.TemporaryDirectory() as folder:
         with write_shard(Path(folder) / "shard", "none", vocabulary) as writer:
             for document in documents:
                 writer.add(document)
-        source = PackedSource(SourceConfig(folder), context, vocabulary, None)
+        source = PackedSource(SourceConfig(folder), context_length, vocabulary, None)
         found = [source.row(number, 0, 0) for number in range(len(source))]
-    return [Rows(*map(torch.stack, zip(*found[start : start + rows], strict=True))) for start in range(0, len(found), rows)]
+    return [
+        PackedBatch(*map(torch.stack, zip(*found[start : start + rows], strict=True)))
+        for start in range(0, len(found), rows)
+    ]
 
 
 def loss(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
@@ -417,7 +420,7 @@ def main() -> None:
         print(loss_peak(options.loss_peak[0], int(options.loss_peak[1])))
         return
     torch.manual_seed(0)
-    vocabulary = Vocabulary.own(image_codes=CODES, text_pieces=PIECES, grid=(32, 32))
+    vocabulary = Vocabulary.build(image_codes=CODES, text_pieces=PIECES, grid=(32, 32))
     if options.serve:
         serve(*options.serve, vocabulary, options)
         return

@@ -35,7 +35,7 @@ EVERY = 4  # steps between two rows of the log
 RAMP, RAMP_STEPS = "ramp", 300
 LAST = 6
 """Rows of the log that a final loss is the mean of."""
-SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn_width": 352, "context": 240}
+SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn_width": 352, "context_length": 240}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the paper's 7b, no dropout": {},
     "without QK-norm": {"model.qk_norm": False},
@@ -44,8 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without QK-norm, dropout 0.1": {"model.qk_norm": False, "model.dropout": 0.1},
     "Swin order": {"model.norm_order": "swin"},
     "Swin order without QK-norm": {"model.norm_order": "swin", "model.qk_norm": False},
-    "no image codes in the loss": {"image_weight": 0.0},
-    "no image codes in the loss, without QK-norm": {"image_weight": 0.0, "model.qk_norm": False},
+    "no image codes in the loss": {"image_loss_weight": 0.0},
+    "no image codes in the loss, without QK-norm": {"image_loss_weight": 0.0, "model.qk_norm": False},
 }
 
 
@@ -56,13 +56,13 @@ def recipe(shards: Path, bundle: Path) -> dict[str, Any]:
         "size": "tiny",
         "model": SHAPE,
         "context": SHAPE["context"],
-        "rows": 8,
-        "run": {"steps": STEPS, "log_every": EVERY, "progress": False, "checkpoint_minutes": 0, "devices": 1},
-        "optimizer": {"warmup": 30, "eps": 1.0e-8, "schedule": "cosine", "final": 0.1},
+        "global_batch_size": 8,
+        "run": {"max_steps": STEPS, "log_every_n_steps": EVERY, "progress": False, "save_every_n_minutes": 0, "devices": 1},
+        "optimizer": {"warmup_steps": 30, "eps": 1.0e-8, "schedule": "cosine", "min_lr_ratio": 0.1},
         "mixture": [{"shards": str(shards / name), "weight": weight} for name, weight in mixture],
-        "stability": {"spike": 0.0, "patience": 0},
-        "samples": 0,
-        "verify": False,
+        "stability": {"max_grad_norm_ratio": 0.0, "max_consecutive_skips": 0},
+        "num_samples": 0,
+        "verify_shards": False,
     }
 
 
@@ -77,10 +77,10 @@ def train(out: Path, config: Path, variant: str, rate: float | str, seed: int) -
         return
     settings = {**VARIANTS[variant], "run.seed": seed, "run.out": str(place)}
     if rate == RAMP:
-        growing = {"rate": 1e-3, "final": 1000.0, "schedule": "exponential", "warmup": 10, "eps": 1e-8, "clip": 0.0}
-        settings |= {"optimizer": growing, "run.steps": RAMP_STEPS, "stability.window": 20}
+        growing = {"lr": 1e-3, "min_lr_ratio": 1000.0, "schedule": "exponential", "warmup_steps": 10, "eps": 1e-8, "max_grad_norm": 0.0}
+        settings |= {"optimizer": growing, "run.max_steps": RAMP_STEPS, "stability.window_steps": 20}
     else:
-        settings["optimizer.rate"] = rate
+        settings["optimizer.lr"] = rate
     command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(config)]
     command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread())
@@ -120,9 +120,9 @@ def figures(place: Path) -> dict[str, Any]:
             break
     return {
         "start": losses[0],
-        "final": statistics.fmean(losses[-LAST:]),
+        "min_lr_ratio": statistics.fmean(losses[-LAST:]),
         "output_norm_growth": norms[-1] / norms[30 // EVERY],
-        "largest_attention_logit": max(logits, default=math.nan),
+        "max_attention_logit": max(logits, default=math.nan),
         "blown_at": blown,
         "alarm_at": min((event["step"] for event in signs), default=None),
         "output_norm_alarm_at": min((e["step"] for e in signs if e["text"].startswith("output norm")), default=None),

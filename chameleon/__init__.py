@@ -1,4 +1,4 @@
-"""Open Chameleon: text and pictures as one sequence of tokens, one Transformer that captions, answers and draws."""
+"""Open Chameleon: unified multimodal token models, one Transformer over text and image tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from chameleon.generation.sampling import GREEDY, Sampling
     from chameleon.vocabulary import Vocabulary
 
-# Imported on first use, so that `import chameleon` is quick and pulls in no torch.
+# Imported on first use, so that `import chameleon` is fast and does not import torch.
 PUBLIC = {
     "BadInput": "chameleon.errors",
     "Bundle": "chameleon.bundle",

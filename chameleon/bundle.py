@@ -1,10 +1,10 @@
-"""A bundle: one folder that holds a model with both tokenizers. Saved whole or not at all; loaded strictly.
+"""A bundle: one folder with a model and both tokenizers. Saved atomically, loaded strictly.
 
-config.json                  shape of the model, vocabulary, how it is prompted
+config.json                  shape of the model, vocabulary, prompt format
 model.safetensors            weights (several files and an index past 4 GB)
-text_tokenizer.model         our own text tokenizer, or tokenizer.json: the originals'
+text_tokenizer.model         sentencepiece text tokenizer, or tokenizer.json of Hugging Face's library
 image_tokenizer.json, image_tokenizer.safetensors
-provenance.json              how it came to be, and SHA-256 of every other file
+provenance.json              recipes, data and figures of the training, and SHA-256 of every other file
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from chameleon.errors import BadInput
-from chameleon.files import checksum, read_json, write_json, written_whole
+from chameleon.files import atomic_folder, read_json, sha256_of, write_json
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
-from chameleon.tensor_files import Progress, SafetensorsFiles, nothing, write_safetensors
+from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress, write_safetensors
 from chameleon.tokenizers.image import write_files as write_image_files
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import TextTokenizer
@@ -31,7 +31,7 @@ from chameleon.vocabulary import Vocabulary
 
 CONFIG_FILE, MODEL_FILE, PROVENANCE_FILE = "config.json", "model.safetensors", "provenance.json"
 SHIPPED = Path(__file__).parent / "bundles" / "emoji"
-FORMAT = 2
+FORMAT = 3
 
 Prompting = Literal["document", "conversation"]
 
@@ -43,7 +43,7 @@ class Bundle:
     model: Transformer
     tokenizer: MixedTokenizer
     prompting: Prompting = "document"
-    """Whether prompts end with `sep` (tuned on conversations) or are plain documents (pretrained)."""
+    """`conversation`: prompts end with `sep` (fine-tuned models); `document`: prompts are the start of a document."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,19 +51,19 @@ class Bundle:
         return self.tokenizer.vocabulary
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Writes the bundle, weights in `dtype`. What was there before is replaced only once all is written."""
+        """Write the bundle atomically, with weights in `dtype`."""
         state = self.model.state_dict()
         names = stored_names(self.model.config)
-        image = self.tokenizer.image.network.released_state_dict()
-        with written_whole(Path(folder)) as place:
+        image_state = self.tokenizer.image.network.released_state_dict()
+        with atomic_folder(Path(folder)) as partial:
             write_bundle(
-                place,
+                partial,
                 self.model.config,
                 self.vocabulary,
                 ((name, state[name].detach().to("cpu", dtype)) for name in names),
                 self.tokenizer.text,
                 self.tokenizer.image.config,
-                {name: value.to("cpu", dtype) for name, value in image.items()},
+                {name: value.to("cpu", dtype) for name, value in image_state.items()},
                 prompting=self.prompting,
                 provenance=self.provenance,
             )
@@ -77,22 +77,23 @@ class Bundle:
         dtype: torch.dtype = torch.bfloat16,
         verify: bool = True,
     ) -> Bundle:
-        """Reads a bundle (None: the shipped one), the model in `dtype`, the image tokenizer in float32.
+        """Read a bundle (None: the shipped one), the model in `dtype`, the image tokenizer in float32.
 
-        Raises `BadInput` for a missing, altered or unfitting file, naming it.
+        `verify`: compare every file with its checksum. Raises `BadInput` that names a missing, altered or incompatible
+        file.
         """
-        place = Path(folder) if folder is not None else SHIPPED
-        if not place.is_dir():
-            raise BadInput("no bundle here", where=place, remedy="give the folder that `pretrain` or `finetune` wrote")
-        header = read_header(place, verify)
-        tokenizer = MixedTokenizer.load(place, header.vocabulary, device)
-        model = load_weights(header.model, place, device, dtype)
+        path = Path(folder) if folder is not None else SHIPPED
+        if not path.is_dir():
+            raise BadInput("no bundle here", where=path, remedy="give the folder that `pretrain` or `finetune` wrote")
+        header = read_header(path, verify)
+        tokenizer = MixedTokenizer.load(path, header.vocabulary, device)
+        model = load_weights(header.model, path, device, dtype)
         return cls(model, tokenizer, header.prompting, header.provenance)
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a bundle says of itself."""
+class BundleHeader:
+    """The contents of config.json and provenance.json."""
 
     model: ModelConfig
     vocabulary: Vocabulary
@@ -100,12 +101,12 @@ class Header:
     provenance: dict[str, Any]
 
 
-def read_header(place: Path, verify: bool = True) -> Header:
-    """Reads config.json and provenance.json, and with `verify` checks every file's checksum. Raises `BadInput`."""
-    provenance = read_json(place / PROVENANCE_FILE)
+def read_header(folder: Path, verify: bool = True) -> BundleHeader:
+    """Read config.json and provenance.json; with `verify` check every file's checksum. Raises `BadInput`."""
+    provenance = read_json(folder / PROVENANCE_FILE)
     if verify:
-        verify_files(place, provenance)
-    path = place / CONFIG_FILE
+        verify_files(folder, provenance)
+    path = folder / CONFIG_FILE
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise BadInput(f"bundle format {config.get('format')!r}, this version reads {FORMAT}", where=path)
@@ -118,38 +119,38 @@ def read_header(place: Path, verify: bool = True) -> Header:
         raise BadInput(f"vocabulary says {vocabulary.size} ids, the model has {model.vocab_size}", where=path)
     if config["prompting"] not in get_args(Prompting):
         raise BadInput(f"prompting is none of {', '.join(get_args(Prompting))}", where=path)
-    return Header(model, vocabulary, config["prompting"], provenance)
+    return BundleHeader(model, vocabulary, config["prompting"], provenance)
 
 
-def version() -> str:
-    """The package's version; "unknown" in a checkout that is not installed."""
+def package_version() -> str:
+    """Return the version of this package; "unknown" in a checkout that is not installed."""
     try:
         return importlib.metadata.version("open-chameleon")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
 
-def verify_files(place: Path, provenance: dict[str, Any]) -> None:
-    """Raises `BadInput` naming a file that is missing or not what provenance.json says."""
-    hashes = provenance.get("sha256")
-    if not isinstance(hashes, dict) or CONFIG_FILE not in hashes:
-        raise BadInput("no checksums", where=place / PROVENANCE_FILE, remedy="copy the whole bundle again")
-    for name, wanted in hashes.items():
-        if not (place / name).is_file():
-            raise BadInput("file is missing", where=place / name, remedy="copy the whole bundle again")
-        if checksum(place / name) != wanted:
-            raise BadInput("file was altered: its checksum does not fit", where=place / name, remedy="copy it again")
+def verify_files(folder: Path, provenance: dict[str, Any]) -> None:
+    """Raise `BadInput` that names a file which is missing or does not match its checksum in provenance.json."""
+    checksums = provenance.get("sha256")
+    if not isinstance(checksums, dict) or CONFIG_FILE not in checksums:
+        raise BadInput("no checksums", where=folder / PROVENANCE_FILE, remedy="copy the whole bundle again")
+    for name, expected in checksums.items():
+        if not (folder / name).is_file():
+            raise BadInput("file is missing", where=folder / name, remedy="copy the whole bundle again")
+        if sha256_of(folder / name) != expected:
+            raise BadInput("file was altered: its checksum does not match", where=folder / name, remedy="copy it again")
 
 
 def stored_names(config: ModelConfig) -> list[str]:
-    """Names of the tensors that are written, in order: a tied head is the embedding again, and left out."""
+    """Return the names of the tensors that a bundle stores, in order. A tied head is stored as the embedding alone."""
     with torch.device("meta"):
         names = list(Transformer(config).state_dict())
     return [name for name in names if not (config.tied_head and name == "head.weight")]
 
 
 def write_bundle(
-    place: Path,
+    folder: Path,
     config: ModelConfig,
     vocabulary: Vocabulary,
     weights: Iterable[tuple[str, Tensor]],
@@ -159,22 +160,23 @@ def write_bundle(
     *,
     prompting: Prompting,
     provenance: dict[str, Any],
-    progress: Progress = nothing,
+    progress: Progress = no_progress,
 ) -> None:
-    """Writes a bundle's files into an empty folder, weights as they come, one at a time."""
+    """Write a bundle's files into an empty folder; the weights are streamed one at a time."""
     write_json(
-        place / CONFIG_FILE,
+        folder / CONFIG_FILE,
         {"format": FORMAT, "model": config.to_json(), "vocabulary": vocabulary.to_json(), "prompting": prompting},
     )
-    write_safetensors(place, weights, stored_names(config), progress=progress)
-    (place / text.FILE).write_bytes(text.data)
-    write_image_files(place, image, image_weights, progress)
-    files = {path.name: checksum(path) for path in sorted(place.iterdir())}
-    write_json(place / PROVENANCE_FILE, {**provenance, "version": version(), "sha256": files})
+    write_safetensors(folder, weights, stored_names(config), progress=progress)
+    (folder / text.FILE).write_bytes(text.data)
+    write_image_files(folder, image, image_weights, progress)
+    checksums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    write_json(folder / PROVENANCE_FILE, {**provenance, "version": package_version(), "sha256": checksums})
 
 
-def load_weights(config: ModelConfig, place: Path, device: str | torch.device, dtype: torch.dtype) -> Transformer:
-    files = SafetensorsFiles.of_folder(place)
+def load_weights(config: ModelConfig, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Transformer:
+    """Load the Transformer of a bundle, frozen and in evaluation mode. Raise `BadInput` where tensors do not fit."""
+    files = SafetensorsFiles.from_folder(folder)
     state = {name: value.to(device, dtype) for name, value in files.items()}
     with torch.device("meta"):
         model = Transformer(config)
@@ -183,7 +185,7 @@ def load_weights(config: ModelConfig, place: Path, device: str | torch.device, d
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise BadInput(f"tensors do not fit {CONFIG_FILE} ({error})", where=place / MODEL_FILE) from None
+        raise BadInput(f"tensors do not fit {CONFIG_FILE} ({error})", where=folder / MODEL_FILE) from None
     if config.tied_head:
         model.head.weight = model.embed.weight
     return model.requires_grad_(False).eval()

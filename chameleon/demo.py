@@ -1,4 +1,4 @@
-"""The whole road in one call: both tokenizers, token shards, pretraining, tuning, evaluation, and a gallery page."""
+"""The complete pipeline in one call: both tokenizers, token shards, pretraining, fine-tuning, evaluation, gallery."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from chameleon import gallery
 from chameleon.bundle import SHIPPED
+from chameleon.config_reader import read_config
 from chameleon.data.sources import texts_of
 from chameleon.data.tokenize import tokenize
 from chameleon.evaluation.emoji import evaluate
@@ -17,104 +18,87 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.train.image_tokenizer import fit_image
-from chameleon.train.recipe import FinetuneRecipe, FitImageRecipe, PretrainRecipe, RoadRecipe, TrainRecipe, read_recipe
+from chameleon.train.recipe import (
+    FinetuneRecipe,
+    FitImageRecipe,
+    PipelineRecipe,
+    PretrainRecipe,
+    TrainRecipe,
+    find_recipe,
+    read_recipe,
+)
 from chameleon.train.run import train
 
-LANGUAGE_CURVES = {
-    "train/loss": "loss",
-    "train/text_loss": "text loss",
-    "train/image_loss": "image loss",
-    "train/output_norm": "output norm of the last layer",
-    "train/gradient_norm": "gradient norm",
-    "speed/tokens_per_second": "tokens a second",
-}
-IMAGE_CURVES = {"train/loss": "loss", "train/psnr": "PSNR (dB)", "train/perplexity": "perplexity of the codes"}
 
+def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
+    """Run the pipeline of recipe `name` in folder `out`; return the path of the gallery page."""
+    pipeline = read_config(PipelineRecipe, find_recipe(name))
+    start_time = time.monotonic()
 
-def run_road(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
-    """Runs the road of recipe `name` in folder `out`; returns the path of the gallery page."""
-    road = read_recipe(RoadRecipe, name)
-    started = time.monotonic()
+    def begin_stage(title: str) -> None:
+        say(f"[{time.monotonic() - start_time:5.0f} s] {title}")
 
-    def stage(text: str) -> None:
-        say(f"[{time.monotonic() - started:5.0f} s] {text}")
+    tokenizers_folder, shards_folder = out / "tokenizers", out / "shards"
+    begin_stage("training the text tokenizer")
+    text = SentencePieceTokenizer.fit(texts_of(pipeline.text_sources), pipeline.text_pieces)
+    text.save(tokenizers_folder)
 
-    tokenizers, shards = out / "tokenizers", out / "shards"
-    stage("fitting the text tokenizer")
-    text = SentencePieceTokenizer.fit(texts_of(road.text_sources), road.text_pieces)
-    text.save(tokenizers)
-
-    stage("training the image tokenizer")
-    image_recipe = read_recipe(FitImageRecipe, road.image)
-    image_recipe.run.out, image_recipe.run.devices = str(tokenizers), 1
+    begin_stage("training the image tokenizer")
+    image_recipe = read_recipe(FitImageRecipe, pipeline.image)
+    image_recipe.run.out, image_recipe.run.devices = str(tokenizers_folder), 1
     image, _ = fit_image(image_recipe)
 
-    stage("turning documents into token shards")
-    shutil.rmtree(shards, ignore_errors=True)  # of an earlier run with other tokenizers
+    begin_stage("tokenizing documents to token shards")
+    shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
     tokenizer = MixedTokenizer(text, image)
-    for task, source in road.shards.items():
-        report = tokenize([source], tokenizer, shards / task)
-        stage(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} ids")
+    for task, source in pipeline.shards.items():
+        report = tokenize([source], tokenizer, shards_folder / task)
+        begin_stage(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
 
-    stage("pretraining")
-    pretrain = read_recipe(PretrainRecipe, road.pretrain)
-    place(pretrain, out / "pretrain", shards)
-    pretrain.tokenizers = str(tokenizers)
+    begin_stage("pretraining")
+    pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
+    set_folders(pretrain, out / "pretrain", shards_folder)
+    pretrain.tokenizers = str(tokenizers_folder)
     train(pretrain)
 
-    stage("tuning on conversations")
-    finetune = read_recipe(FinetuneRecipe, road.finetune)
-    place(finetune, out / "finetune", shards)
+    begin_stage("fine-tuning on conversations")
+    finetune = read_recipe(FinetuneRecipe, pipeline.finetune)
+    set_folders(finetune, out / "finetune", shards_folder)
     finetune.bundle = str(out / "pretrain" / "bundle")
     train(finetune)
 
-    stage("evaluating")
-    own = Chameleon.load(out / "finetune" / "bundle")
-    figures = evaluate(own, concepts=road.concepts, drawings=road.drawings)
+    begin_stage("evaluating")
+    model = Chameleon.load(out / "finetune" / "bundle")
+    figures = evaluate(model, concepts=pipeline.concepts, drawings=pipeline.drawings)
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    logs = "".join(
-        f"<h3>{title}</h3>" + gallery.curves(folder / "log", wanted)
-        for title, folder, wanted in (
-            ("Image tokenizer", tokenizers, IMAGE_CURVES),
-            ("Pretraining", out / "pretrain", LANGUAGE_CURVES),
-            ("Tuning", out / "finetune", LANGUAGE_CURVES),
-        )
-    )
-    minutes = (time.monotonic() - started) / 60
-    sections = [
-        gallery.model_section(
-            own,
-            "The model of this run",
-            f"Trained here in {minutes:.0f} minutes by recipe {name}.",
-            road.concepts,
-            figures,
-            logs,
-        )
-    ]
+    runs = {"Image tokenizer": tokenizers_folder, "Pretraining": out / "pretrain", "Fine-tuning": out / "finetune"}
+    curves = "".join(gallery.curves_section(title, folder) for title, folder in runs.items())
+    minutes = (time.monotonic() - start_time) / 60
+    note = f"Trained here in {minutes:.0f} minutes by recipe {name}."
+    sections = [gallery.model_section(model, "The model of this run", note, pipeline.concepts, figures, curves)]
     if SHIPPED.is_dir():
-        stage("the shipped model's results")
+        begin_stage("the shipped model's results")
         shipped = Chameleon.load()
-        # Its figures on everything are in its provenance; the pictures here are those of the run above.
         sections.append(
             gallery.model_section(
                 shipped,
                 "The shipped model",
-                "Trained longer, on all of the set; the figures are those of its provenance.",
-                road.concepts,
+                "Trained longer, on the complete set. The pictures are those above; the figures are on the complete set.",
+                pipeline.concepts,
                 shipped.bundle.provenance.get("evaluation", {}),
             )
         )
     page = out / "gallery.html"
     page.write_text(gallery.page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
-    stage("done")
+    begin_stage("done")
     return page
 
 
-def place(recipe: TrainRecipe, out: Path, shards: Path) -> None:
-    """Sets the recipe's folders to those of this run, on one device; shard folders keep their last name.
+def set_folders(recipe: TrainRecipe, out: Path, shards_folder: Path) -> None:
+    """Set the recipe's folders to those of this run, on one device; shard folders keep their last name.
 
-    Further devices would be processes that each begin the road anew.
+    Further devices would be processes that each start the pipeline.
     """
     recipe.run.out, recipe.run.devices = str(out), 1
     for source in (*recipe.mixture, *recipe.validation):
-        source.shards = str(shards / Path(source.shards).name)
+        source.shards = str(shards_folder / Path(source.shards).name)

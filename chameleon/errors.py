@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: what was wrong, where, and what to do about it."""
+"""`BadInput`, the one error that a user is meant to read, and the checks that raise it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+MAX_SEED = 2**63 - 1
+
 
 class BadInput(ValueError):
-    """Input that cannot be used. The message is one line that names the file, key or sample and the remedy.
+    """Invalid input. The message is one line: where the problem is, what it is, and how to fix it.
 
-    The command line prints the message without a traceback and ends with exit code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, what: str, *, where: object = None, remedy: str | None = None) -> None:
         self.reason = " ".join((f"{what}; {remedy}" if remedy else what).split())
-        """The message without the place."""
+        """The message without `where`."""
         super().__init__(" ".join(f"{where}: {self.reason}".split()) if where is not None else self.reason)
 
 
 @contextmanager
-def reading(what: str, where: object) -> Iterator[None]:
-    """Turns what values of wrong kinds lead to, `BadInput` without a place too, into `BadInput` that names `where`."""
+def as_bad_input(what: str, where: object) -> Iterator[None]:
+    """Re-raise errors caused by values of the wrong type, and `BadInput` without a location, as `BadInput` at `where`.
+
+    `what` completes the message "not {what}".
+    """
     try:
         yield
     except BadInput as error:
@@ -32,22 +37,30 @@ def reading(what: str, where: object) -> Iterator[None]:
         raise BadInput(f"not {what} ({error})", where=where) from None
 
 
-def check_fields(value: Any, where: object) -> None:
-    """Raises `BadInput` naming a field of a dataclass that is not of its kind.
+def check_seed(seed: int, where: str = "seed", *, largest: int = MAX_SEED) -> int:
+    """Return the seed. Raise `BadInput` unless it is an integer in [0, largest]."""
+    if type(seed) is not int or not 0 <= seed <= largest:
+        raise BadInput(f"{seed} is out of range", where=where, remedy=f"use an integer from 0 to {largest}")
+    return seed
 
-    `int`: an integer of 1 or more; `float`: finite, 0 or more; `bool`; `tuple[int, ...]`: integers of 1 or more.
+
+def check_fields(config: Any, where: object) -> None:
+    """Raise `BadInput` that names the first field of a dataclass whose value does not match its annotation.
+
+    `int`: an integer of at least 1; `float`: finite and at least 0; `bool`; `tuple[int, ...]`: integers of at least 1.
     """
-    for field in dataclasses.fields(value):
-        found = getattr(value, field.name)
-        entries = found if field.type == "tuple[int, ...]" and isinstance(found, tuple) else (found,)
-        for entry in entries:
-            number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
-            wanted = {
-                "int": (number and isinstance(entry, int) and 1 <= entry < 2**53, "an integer of 1 or more"),
-                "tuple[int, ...]": (number and isinstance(entry, int) and entry >= 1, "integers of 1 or more"),
-                "float": (number and 0 <= entry < math.inf, "a number of 0 or more"),
-                "bool": (isinstance(entry, bool), "true or false"),
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        elements = value if field.type == "tuple[int, ...]" and isinstance(value, tuple) else (value,)
+        for element in elements:
+            is_number = isinstance(element, (int, float)) and not isinstance(element, bool)
+            is_positive_int = is_number and isinstance(element, int) and 1 <= element < 2**53
+            checks = {
+                "int": (is_positive_int, "an integer of 1 or more"),
+                "tuple[int, ...]": (is_positive_int, "integers of 1 or more"),
+                "float": (is_number and 0 <= element < math.inf, "a number of 0 or more"),
+                "bool": (isinstance(element, bool), "true or false"),
             }
-            right, what = wanted.get(str(field.type), (True, ""))
-            if not right:
-                raise BadInput(f"{field.name} is {found!r}, expected {what}", where=where)
+            valid, expected = checks.get(str(field.type), (True, ""))
+            if not valid:
+                raise BadInput(f"{field.name} is {value!r}, expected {expected}", where=where)

@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all, and their checksums."""
+"""Writing files and folders atomically, their checksums, and the files that a training run keeps."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from safetensors import SafetensorError
 
 from chameleon.errors import BadInput
 
+RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
+"""In the folder of a training run: its recipe and start, and one JSON line for each alarm, skipped step or rollback."""
+
 
 @contextmanager
-def partial_folder(place: Path, target: Path) -> Iterator[Path]:
-    """A fresh folder at `place` that is gone when the block ends. Raises `BadInput` about `target` where writing fails."""
+def temporary_folder(path: Path, target: Path) -> Iterator[Path]:
+    """Create an empty folder and remove it when the block ends. Raise `BadInput` about `target` where writing fails."""
     try:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        yield place
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        yield path
     except (OSError, SafetensorError) as error:
         raise BadInput(f"could not be written ({error})", where=target, remedy="nothing was changed there") from None
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, renamed to `folder` when the block ends well; else nothing of it stays.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to that replaces `folder` if the block succeeds, and disappears if it fails.
 
-    Raises `BadInput` where the disk is full or the place cannot be written; what was at `folder` before is then kept.
+    Raises `BadInput` where the disk is full or the folder cannot be written; the previous contents then stay.
     """
-    folder = folder.resolve()  # so that a link stays one, and "." has a name
+    folder = folder.resolve()  # a symbolic link stays one, and "." gets a name
     old = folder.with_name(f".{folder.name}.old")
-    remove_left_over(folder)
-    with partial_folder(folder.with_name(f".{folder.name}.partial-{os.getpid()}"), folder) as partial:
+    remove_stale_partials(folder)
+    with temporary_folder(folder.with_name(f".{folder.name}.partial-{os.getpid()}"), folder) as partial:
         yield partial
-        if old.exists():  # a process was killed between the lines below
+        if old.exists():  # a process was killed between the two renames below
             shutil.rmtree(old) if folder.exists() else old.rename(folder)
         try:
             if folder.exists():
@@ -54,17 +57,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_left_over(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote `folder` have left."""
+def remove_stale_partials(folder: Path) -> None:
+    """Remove partial folders left by processes that were killed while writing `folder`."""
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and not is_running(int(number)):
+        process_id = path.name.rpartition("-")[2]
+        if process_id.isdigit() and not is_running(int(process_id)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def is_running(process: int) -> bool:
+def is_running(process_id: int) -> bool:
+    """Return whether a process of that number exists."""
     try:
-        os.kill(process, 0)
+        os.kill(process_id, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
@@ -73,24 +77,37 @@ def is_running(process: int) -> bool:
 
 
 @contextmanager
-def written_into(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files move into `folder` when the block ends well, each replacing its namesake.
+def atomic_update(folder: Path) -> Iterator[Path]:
+    """Yield a folder whose files move into `folder` if the block succeeds, each replacing the file of its name.
 
-    Other files of `folder` stay. Raises `BadInput` where the disk is full or the place cannot be written; what was there
-    before is then kept. Files are whole at any time, but a process that is killed while they move leaves old beside new.
+    Other files of `folder` stay. Raises `BadInput` where the disk is full or the folder cannot be written; the previous
+    files then stay. Each file is replaced atomically, but a process killed during the moves leaves old beside new files.
     """
-    with partial_folder(folder / f".partial-{os.getpid()}", folder) as partial:
+    with temporary_folder(folder / f".partial-{os.getpid()}", folder) as partial:
         yield partial
         for path in sorted(partial.iterdir()):
             path.replace(folder / path.name)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to that replaces `path` if the block succeeds. Raise `BadInput` where writing fails."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise BadInput(f"could not be written ({error})", where=path) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `BadInput` where it is missing or none."""
+    """Return the object in a JSON file. Raise `BadInput` where the file is missing or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput("file is missing", where=path, remedy="is this folder a bundle, and whole?") from None
+        raise BadInput("file is missing", where=path, remedy="is this folder a complete bundle?") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})", where=path) from None
     if not isinstance(value, dict):
@@ -99,26 +116,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON in UTF-8."""
+    """Write a value as indented JSON in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-RECORD, EVENTS = "run.json", "events.jsonl"
-"""Files of a run's folder: what it is, and what happened to it."""
-
-
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run, a JSON object a line; a line that a kill has torn is left out."""
-    found = []
+    """Return the events of a run. A last line cut off by a killed process is ignored."""
+    events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
+            events.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return events

@@ -1,20 +1,24 @@
-"""The gallery: one self-contained page that shows what a model does, beside the truth."""
+"""The gallery: one self-contained page that shows a model's output beside the reference."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image as PILImage
 
 from chameleon.data import emoji
+from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
+from chameleon.run_view import plot_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # ruff: noqa: E501 (style sheet)
 STYLE = """
@@ -30,18 +34,34 @@ figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 
 figure img { width: 64px; height: 64px; image-rendering: auto; }
 figure .big { width: 96px; height: 96px; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; }
-.said { font-weight: 600; } .truth { color: var(--soft); }
+.answer { font-weight: 600; } .reference { color: var(--soft); }
 .right { color: var(--good); } .wrong { color: var(--bad); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 3px 20px 3px 0; }
-th { color: var(--soft); font-weight: 500; } svg { max-width: 100%; height: auto; } .curves { display: flex; flex-wrap: wrap; gap: 20px; }
+th { color: var(--soft); font-weight: 500; } .plot { max-width: 100%; height: auto; }
 """
+NUM_PICTURES = 24
+NUM_RECONSTRUCTIONS = 12
 
 
-def picture_tag(picture: PILImage.Image, kind: str = "") -> str:
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def png_tag(data: bytes, css_class: str) -> str:
+    return f'<img class="{css_class}" alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def picture_tag(picture: PILImage.Image, css_class: str = "") -> str:
+    """Return an <img> element with the picture as a data URL."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="{kind}" alt="" src="data:image/png;base64,{data}">'
+    return png_tag(buffer.getvalue(), css_class)
+
+
+def plot_tag(plot: Figure) -> str:
+    """Return an <img> element with a matplotlib figure."""
+    buffer = io.BytesIO()
+    plot.savefig(buffer, dpi=90, format="png")
+    return png_tag(buffer.getvalue(), "plot")
 
 
 def figure(pictures: Iterable[str], lines: Iterable[str]) -> str:
@@ -52,146 +72,105 @@ def grid(figures: Iterable[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def said(text: str, truth: str) -> str:
-    kind = "right" if text.lower() == truth.lower() else "wrong"
-    return f'<span class="said {kind}">{html.escape(text) or "(nothing)"}</span>'
-
-
-def short(value: float) -> str:
-    """A number as an axis has room for it."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def curve(
-    title: str, points: Sequence[tuple[float, float]], size: tuple[int, int] = (320, 180), across_name: str = "step"
-) -> str:
-    """A line through points as SVG, with the ends of both axes named."""
-    points = [(x, y) for x, y in points if y == y]
-    if len(points) < 2:
-        return ""
-    width, height = size
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    low, high = min(ys), max(ys)
-    across, up = max(xs) - min(xs) or 1, high - low or 1
-    line = " ".join(
-        f"{45 + (x - min(xs)) / across * (width - 60):.1f},{height - 25 - (y - low) / up * (height - 55):.1f}"
-        for x, y in points
-    )
-    label = 'font-size="11" fill="#667085"'
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(title)}">'
-        f'<text x="45" y="16" font-size="13" fill="#1c2430">{html.escape(title)}</text>'
-        f'<text x="40" y="34" text-anchor="end" {label}>{short(high)}</text>'
-        f'<text x="40" y="{height - 22}" text-anchor="end" {label}>{short(low)}</text>'
-        f'<text x="45" y="{height - 6}" {label}>{across_name} {min(xs):.0f}</text>'
-        f'<text x="{width - 12}" y="{height - 6}" text-anchor="end" {label}>{max(xs):.0f}</text>'
-        f'<polyline points="{line}" fill="none" stroke="#3b5bdb" stroke-width="1.6"/></svg>'
-    )
-
-
-def curves(log: Path, wanted: dict[str, str]) -> str:
-    """Curves of the named columns of a run's metrics.csv."""
-    path = log / "metrics.csv"
-    if not path.is_file():
-        return ""
-    with open(path, encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    drawn = []
-    for column, title in wanted.items():
-        points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
-        drawn.append(curve(title, points))
-    return f'<div class="curves">{"".join(drawn)}</div>'
-
-
-def usage(codes: torch.Tensor, size: int) -> str:
-    """How often each code is used, commonest first, as a curve of log10 counts."""
-    counts = torch.bincount(codes.flatten(), minlength=size).sort(descending=True).values
-    points = [(float(rank), float(count)) for rank, count in enumerate((counts + 1).double().log10().tolist())]
-    used = int((counts > 0).sum())
-    return curve(f"codebook: {used} of {size} codes used; log10(uses + 1) by rank", points, (460, 200), "rank")
-
-
-def model_section(
-    model: Chameleon, title: str, note: str, concepts: int | None, figures: dict[str, Any], extra: str = "", seed: int = 0
-) -> str:
-    """What one model makes of held-out pictures and of prompts."""
-    shown = emoji.representatives(emoji.subset("validation", concepts), seed)[:24]
-    pictures = [entry.picture for entry in shown]
-    codes = model.tokenizer.image.encode(pictures)
-    rebuilt = model.tokenizer.image.decode(codes)
-    parts = [f'<section class="model"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>']
-    parts.append("<h3>Figures on held-out styles</h3>" + figure_table(figures))
-    parts.append("<h3>Pictures and their reconstructions from codes</h3>")
-    parts.append(
-        grid(
-            figure([picture_tag(a), " ", picture_tag(b)], [html.escape(entry.name)])
-            for a, b, entry in list(zip(pictures, rebuilt, shown, strict=True))[:12]
-        )
-    )
-    all_codes = model.tokenizer.image.encode([entry.picture for entry in emoji.subset("validation", concepts)])
-    parts.append("<h3>Use of the codebook</h3>" + usage(all_codes, model.tokenizer.image.config.codebook_size))
-    captions = model.caption_batch(pictures)
-    parts.append("<h3>Captions</h3><p>What the model says, and the name. No picture was seen in this style.</p>")
-    parts.append(
-        grid(
-            figure(
-                [picture_tag(entry.picture)],
-                [said(text, entry.caption), f'<span class="truth">{html.escape(entry.caption)}</span>'],
-            )
-            for entry, text in zip(shown, captions, strict=True)
-        )
-    )
-    asked = []
-    for number, entry in enumerate(shown):
-        choices = emoji.questions(entry)
-        asked.append((entry, choices[number % len(choices)]))
-    answers = model.answer_batch([(entry.picture, question.question) for entry, question in asked])
-    parts.append("<h3>Questions</h3>")
-    parts.append(
-        grid(
-            figure(
-                [picture_tag(entry.picture)],
-                [
-                    html.escape(question.question),
-                    said(text, question.answer),
-                    f'<span class="truth">{html.escape(question.answer)}</span>',
-                ],
-            )
-            for (entry, question), text in zip(asked, answers, strict=True)
-        )
-    )
-    known = emoji.representatives([e for e in emoji.subset("train", concepts) if e.hexcode == e.base], seed + 1)
-    step = max(1, len(known) // 24)
-    prompts = [entry.caption for entry in known[::step][:24]]
-    parts.append("<h3>Drawings by prompt</h3>")
-    parts.append(
-        grid(
-            figure([picture_tag(picture, "big")], [html.escape(prompt)])
-            for prompt, picture in zip(prompts, model.draw_batch(prompts), strict=True)
-        )
-    )
-    parts.append(extra + "</section>")
-    return "".join(parts)
-
-
-def figure_table(figures: dict[str, Any]) -> str:
-    rows = []
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name} / {key}" if name else key, inner)
-        else:
-            rows.append(f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{value:.4g}</td></tr>")
-
-    walk("", figures)
-    return f"<table>{''.join(rows)}</table>"
+def answer_lines(answer: str, reference: str) -> list[str]:
+    """Return the model's answer, coloured by whether it is right, and the reference."""
+    css_class = "right" if answer.lower() == reference.lower() else "wrong"
+    shown = html.escape(answer) or "(nothing)"
+    return [
+        f'<span class="answer {css_class}">{shown}</span>',
+        f'<span class="reference">{html.escape(reference)}</span>',
+    ]
 
 
 def page(sections: Sequence[str], title: str, note: str) -> str:
-    """The whole page."""
+    """Return the complete page."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main><h1>{html.escape(title)}</h1><p>{html.escape(note)}</p>{''.join(sections)}</main></body></html>"
     )
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """Return nested metrics as a table."""
+    rows = []
+
+    def add_rows(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add_rows(f"{name} / {key}" if name else key, inner)
+        else:
+            rows.append(f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{value:.4g}</td></tr>")
+
+    add_rows("", metrics)
+    return f"<table>{''.join(rows)}</table>"
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def curves_section(title: str, run: Path) -> str:
+    """Return the curves of a run's log; nothing where it logged nothing."""
+    try:
+        return f"<h3>{html.escape(title)}</h3>{plot_tag(plot_curves(run))}"
+    except BadInput:
+        return ""
+
+
+def codebook_plot(codes: torch.Tensor, codebook_size: int) -> str:
+    """Return a plot of how often each code is used, most frequent first."""
+    from matplotlib.figure import Figure
+
+    counts = torch.bincount(codes.flatten(), minlength=codebook_size).sort(descending=True).values
+    plot = Figure(figsize=(5.2, 2.4), layout="constrained")
+    axes = plot.add_subplot()
+    axes.plot((counts + 1).tolist(), linewidth=1.2)
+    axes.set_yscale("log")
+    axes.set_title(f"{int((counts > 0).sum())} of {codebook_size} codes used", fontsize=10)
+    axes.set_xlabel("codes by frequency", fontsize=8)
+    axes.set_ylabel("uses + 1", fontsize=8)
+    axes.tick_params(labelsize=8)
+    return plot_tag(plot)
+
+
+def model_section(
+    model: Chameleon, title: str, note: str, concepts: int | None, metrics: dict[str, Any], extra: str = "", seed: int = 0
+) -> str:
+    """Return what one model generates for held-out pictures and for prompts, with its metrics."""
+    held_out = emoji.subset("validation", concepts)
+    shown = emoji.representatives(held_out, seed)[:NUM_PICTURES]
+    pictures = [entry.picture for entry in shown]
+    tokenizer = model.tokenizer.image
+    reconstructions = tokenizer.decode(tokenizer.encode(pictures))
+    captions = model.caption_batch(pictures)
+    questions = [(entry, choices[i % len(choices)]) for i, entry in enumerate(shown) if (choices := emoji.questions(entry))]
+    answers = model.answer_batch([(entry.picture, question.question) for entry, question in questions])
+    drawable = emoji.representatives([e for e in emoji.subset("train", concepts) if e.hexcode == e.base], seed + 1)
+    prompts = [entry.caption for entry in drawable[:: max(1, len(drawable) // NUM_PICTURES)][:NUM_PICTURES]]
+    drawings = model.draw_batch(prompts)
+    all_codes = tokenizer.encode([entry.picture for entry in held_out])
+    parts = {
+        "Metrics on held-out styles": metrics_table(metrics),
+        "Pictures and their reconstructions from codes": grid(
+            figure([picture_tag(original), " ", picture_tag(reconstruction)], [html.escape(entry.name)])
+            for original, reconstruction, entry in list(zip(pictures, reconstructions, shown, strict=True))[
+                :NUM_RECONSTRUCTIONS
+            ]
+        ),
+        "Use of the codebook": codebook_plot(all_codes, tokenizer.config.codebook_size),
+        "Captions": "<p>The model's caption, and the name. No picture was seen in this style during training.</p>"
+        + grid(
+            figure([picture_tag(entry.picture)], answer_lines(caption, entry.caption))
+            for entry, caption in zip(shown, captions, strict=True)
+        ),
+        "Questions": grid(
+            figure([picture_tag(entry.picture)], [html.escape(question.question), *answer_lines(answer, question.answer)])
+            for (entry, question), answer in zip(questions, answers, strict=True)
+        ),
+        "Drawings by prompt": grid(
+            figure([picture_tag(drawing, "big")], [html.escape(prompt)])
+            for prompt, drawing in zip(prompts, drawings, strict=True)
+        ),
+    }
+    body = "".join(f"<h3>{heading}</h3>{content}" for heading, content in parts.items())
+    return f'<section class="model"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{body}{extra}</section>'

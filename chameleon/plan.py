@@ -1,12 +1,11 @@
-"""Arithmetic of a model: bytes, operations and days of a size on a number of devices, and what a machine can do.
+"""Planning: memory, operations and days of training a model on a number of devices.
 
-Nothing is estimated that can be counted: parameters, gradients and optimiser are counted on the model built without
-memory, and activations by running the very code that trains on fake tensors and adding up what autograd keeps.
+Nothing is estimated that can be counted: parameters, gradients and optimiser state are counted on the model built on
+`meta`, and activations by running the training code on fake tensors and adding up what autograd saves.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -16,14 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chameleon.errors import BadInput
+from chameleon.model.activation_checkpointing import ActivationCheckpointing, saved_activations_per_token
 from chameleon.model.config import ModelConfig
-from chameleon.model.loss import rows_at_once
-from chameleon.model.recompute import Checkpointing, products_per_token
-from chameleon.model.running import packs
-from chameleon.model.transformer import Transformer, packed_mask
+from chameleon.model.loss import loss_chunk_size
+from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
-# Precision as Lightning names it → dtype of parameters, gradients and moments; dtype of products.
 PRECISIONS = {
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "16-mixed": (torch.float32, torch.float16),
@@ -31,7 +28,7 @@ PRECISIONS = {
     "16-true": (torch.float16, torch.float16),
     "32-true": (torch.float32, torch.float32),
 }
-# Bytes of memory, and dense operations a second of 16-bit products with 32-bit sums (vendors' data sheets).
+"""Lightning's name of a precision → (dtype of parameters, gradients and moments; dtype of matrix products)."""
 DEVICES = {
     "rtx4090": (24e9, 165e12),
     "a100-40": (40e9, 312e12),
@@ -41,50 +38,51 @@ DEVICES = {
     "h200": (141e9, 989e12),
     "b200": (180e9, 2250e12),
 }
-RESERVED = 2e9
-"""Bytes of a device left to its runtime and to gaps between allocations: an allowance, not a measurement."""
+"""Bytes of memory, and dense 16-bit operations a second with 32-bit accumulation (vendors' data sheets)."""
+RESERVED_BYTES = 2e9
+"""Bytes of a GPU left to its runtime and to fragmentation: an allowance, not a measurement."""
 
-Sharding = Literal["none", "ddp", "fsdp"]
+DataParallel = Literal["none", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """How a model is trained, and run."""
+class TrainingSetup:
+    """How a model is trained."""
 
-    rows: int = 1
-    """Rows of one forward and backward pass on one device; of one batch when it runs."""
-    context: int = 4096
-    """Ids a row."""
+    micro_batch_size: int = 1
+    """Rows of one forward and backward pass on a device; for inference, the batch size."""
+    context_length: int = 4096
+    """Tokens of a row."""
     precision: str = "bf16-mixed"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    sharding: Sharding = "none"
-    """`fsdp`: parameters, gradients and optimiser split over the devices block by block (arXiv 2304.11277)."""
-    checkpointing: Checkpointing = "none"
-    """`full`: a block's activations are computed again in the backward pass; `selective`: all but products'."""
+    data_parallel: DataParallel = "none"
+    """`fsdp`: parameters, gradients and optimiser state are sharded block by block (arXiv 2304.11277)."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """`full`: a block's activations are recomputed in the backward pass; `selective`: all but those of products."""
     devices: int = 1
-    utilisation: float = 0.4
+    utilization: float = 0.4
     """Share of the devices' peak that training reaches."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("precision", self.precision, tuple(PRECISIONS)),
             ("optimizer", self.optimizer, ("adamw", "muon")),
-            ("sharding", self.sharding, ("none", "ddp", "fsdp")),
-            ("checkpointing", self.checkpointing, ("none", "selective", "full")),
+            ("data_parallel", self.data_parallel, ("none", "ddp", "fsdp")),
+            ("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full")),
         ):
             if value not in known:
-                raise BadInput(f"{name} {value!r} is not known", where="plan", remedy=f"one of {', '.join(known)}")
-        if min(self.rows, self.context, self.devices) < 1:
-            raise BadInput("rows, context and devices must be positive", where="plan")
-        if not 0 < self.utilisation <= 1:
-            raise BadInput(f"utilisation {self.utilisation} is not in (0, 1]", where="plan")
-        if self.sharding == "none" and self.devices > 1:
-            raise BadInput(f"{self.devices} devices and no sharding", where="plan", remedy="choose ddp or fsdp")
+                raise BadInput(f"unknown {name} {value!r}", where="plan", remedy=f"one of {', '.join(known)}")
+        if min(self.micro_batch_size, self.context_length, self.devices) < 1:
+            raise BadInput("micro_batch_size, context_length and devices must be positive", where="plan")
+        if not 0 < self.utilization <= 1:
+            raise BadInput(f"utilization {self.utilization} is not in (0, 1]", where="plan")
+        if self.data_parallel == "none" and self.devices > 1:
+            raise BadInput(f"{self.devices} devices without data_parallel", where="plan", remedy="choose ddp or fsdp")
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Memory of one device by what it is for."""
+class MemoryUse:
+    """Memory of one device by purpose, in bytes."""
 
     @property
     def total(self) -> int:
@@ -92,7 +90,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class TrainingBytes(Bytes):
+class TrainingBytes(MemoryUse):
     """Memory of one device while training, in bytes."""
 
     parameters: int
@@ -100,13 +98,13 @@ class TrainingBytes(Bytes):
     optimizer: int
     activations: int
     logits: int
-    """The loss: logits of one chunk, the head's gradient and its copy in the dtype of the products."""
+    """Of the loss: logits of one chunk, the head's gradient and its copy in the dtype of products."""
     communication: int
     """DDP's buckets; what FSDP has gathered at one time."""
 
 
 @dataclass(frozen=True)
-class RunningBytes(Bytes):
+class InferenceBytes(MemoryUse):
     """Memory of one device while generating in 16 bits, in bytes."""
 
     parameters: int
@@ -118,93 +116,97 @@ class RunningBytes(Bytes):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `make_plan` found."""
+    """The result of `plan_training`."""
 
     config: ModelConfig
-    setup: Setup
+    setup: TrainingSetup
     training: TrainingBytes
-    running: RunningBytes
+    inference: InferenceBytes
     flops_per_token: float
 
     def tokens_per_second(self, device: str) -> float:
-        """Over all devices, at the setup's utilisation. Raises `BadInput` for an unknown device."""
-        return self.setup.devices * self.setup.utilisation * named_device(device)[1] / self.flops_per_token
+        """Return the tokens a second of all devices, at the setup's utilisation. Raise `BadInput` for an unknown device."""
+        return self.setup.devices * self.setup.utilization * device_specs(device)[1] / self.flops_per_token
 
     def days(self, device: str, tokens: float) -> float:
-        """Days to train on that many tokens. Raises `BadInput` for an unknown device."""
+        """Return the days to train on that many tokens. Raise `BadInput` for an unknown device."""
         return tokens / self.tokens_per_second(device) / 86400
 
-    def spare(self, device: str) -> float:
-        """Bytes left on the device while training; negative: by how much it does not fit."""
-        return named_device(device)[0] - RESERVED - self.training.total
+    def spare_bytes(self, device: str) -> float:
+        """Return the bytes left on the device while training; negative where it does not fit."""
+        return device_specs(device)[0] - RESERVED_BYTES - self.training.total
 
     def to_json(self, tokens: float | None = None) -> dict[str, Any]:
-        """Everything as plain values; with `tokens` to train on, the days that takes on each kind of device."""
+        """Return everything as plain values; with `tokens` to train on, also the days on each kind of device."""
         devices = {
-            name: {"spare_bytes": self.spare(name), "tokens_per_second": self.tokens_per_second(name)} for name in DEVICES
+            name: {"spare_bytes": self.spare_bytes(name), "tokens_per_second": self.tokens_per_second(name)}
+            for name in DEVICES
         }
-        for name, found in devices.items():
+        for name, values in devices.items():
             if tokens is not None:
-                found["days"] = self.days(name, tokens)
+                values["days"] = self.days(name, tokens)
         return {
             "model": self.config.to_json(),
             "setup": asdict(self.setup),
             "parameters": self.config.parameters,
             "training_bytes": {**asdict(self.training), "total": self.training.total},
-            "running_bytes": {**asdict(self.running), "total": self.running.total},
+            "inference_bytes": {**asdict(self.inference), "total": self.inference.total},
             "flops_per_token": self.flops_per_token,
             "devices": devices,
         }
 
 
-def named_device(name: str) -> tuple[float, float]:
-    """(bytes, operations a second) of a device in the table. Raises `BadInput` for another one."""
+def device_specs(name: str) -> tuple[float, float]:
+    """Return (bytes of memory, operations a second) of a device. Raise `BadInput` for one that is not in `DEVICES`."""
     if name not in DEVICES:
-        raise BadInput(f"no device {name!r}", where="plan", remedy=f"one of {', '.join(DEVICES)}")
+        raise BadInput(f"unknown device {name!r}", where="plan", remedy=f"one of {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
-def make_plan(config: ModelConfig, setup: Setup, image: VQGANConfig | None = None) -> Plan:
-    """Memory and speed of a model under a setup. `image`: the image tokenizer, by default the released one.
+def plan_training(config: ModelConfig, setup: TrainingSetup, image: VQGANConfig | None = None) -> Plan:
+    """Return memory and speed of a model in a setup. image: the image tokenizer, by default Meta's released one.
 
-    Raises `BadInput` where the context exceeds the model's.
+    Raises `BadInput` where the context length exceeds the model's.
     """
-    if setup.context > config.context:
-        raise BadInput(f"context {setup.context} exceeds the model's {config.context}", where="plan")
+    if setup.context_length > config.context_length:
+        raise BadInput(f"context_length {setup.context_length} exceeds the model's {config.context_length}", where="plan")
     with torch.device("meta"):
         model, tokenizer = Transformer(config), VQGAN(image or VQGANConfig())
-    cache = 2 * config.layers * setup.rows * config.kv_heads * setup.context * config.head_width
-    running = RunningBytes(
+    batch_size, kv_width = setup.micro_batch_size, config.kv_heads * config.head_width
+    inference = InferenceBytes(
         parameters=2 * config.parameters,
-        kv_cache=2 * cache,
-        logits=4 * setup.rows * config.vocab_size,
+        kv_cache=2 * 2 * config.layers * batch_size * kv_width * setup.context_length,
+        logits=4 * batch_size * config.vocab_size,
         image_tokenizer=4 * sum(p.numel() for p in tokenizer.parameters()),
     )
-    return Plan(config, setup, training_bytes(model, setup), running, flops_per_token(config, setup.context))
+    flops = flops_per_token(config, setup.context_length)
+    return Plan(config, setup, training_bytes(model, setup), inference, flops)
 
 
-def training_bytes(model: Transformer, setup: Setup) -> TrainingBytes:
-    """What one device holds at the end of a forward pass, loss and gradients included. The model may lie on `meta`."""
-    config, (stored, products) = model.config, PRECISIONS[setup.precision]
-    size, low = stored.itemsize, products.itemsize
+def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
+    """Return what one device holds at the end of a forward pass, with loss and gradients. The model may be on `meta`."""
+    config, (param_dtype, product_dtype) = model.config, PRECISIONS[setup.precision]
+    param_size, product_size = param_dtype.itemsize, product_dtype.itemsize
     named = dict(model.named_parameters())
-    count = sum(p.numel() for p in named.values())
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    # AdamW keeps two moments and a float32 count for each tensor; Muon one momentum for each matrix of a block.
-    muon = {n for n, p in named.items() if setup.optimizer == "muon" and n.startswith("blocks.") and "_norm." not in n}
-    moments = sum(p.numel() * (1 if name in muon else 2) for name, p in named.items())
-    parameters, gradients, optimizer = count * size, count * size, moments * size + 4 * (len(named) - len(muon))
+    num_parameters = sum(p.numel() for p in named.values())
+    block_parameters = sum(p.numel() for p in model.blocks[0].parameters())
+    # AdamW has two moments, and a float32 step count for each tensor; Muon one momentum for each matrix of a block.
+    muon = {n for n in named if setup.optimizer == "muon" and n.startswith("blocks.") and "_norm." not in n}
+    num_moments = sum(p.numel() * (1 if name in muon else 2) for name, p in named.items())
+    parameters = gradients = num_parameters * param_size
+    optimizer = num_moments * param_size + 4 * (len(named) - len(muon))
     communication = 0
-    if setup.sharding == "fsdp":
-        parameters, gradients, optimizer = (-(-part // setup.devices) for part in (parameters, gradients, optimizer))
-        communication = (count - config.layers * block + 2 * block) * low  # the root's, and a block with the next one
-    elif setup.sharding == "ddp":
+    if setup.data_parallel == "fsdp":
+        parameters, gradients, optimizer = (-(-size // setup.devices) for size in (parameters, gradients, optimizer))
+        root_parameters = num_parameters - config.layers * block_parameters
+        communication = (root_parameters + 2 * block_parameters) * product_size  # the root, a block and the next one
+    elif setup.data_parallel == "ddp":
         communication = gradients
-    ids, head = setup.rows * setup.context, config.vocab_size * config.width
-    logits = min(rows_at_once(config.vocab_size), ids) * config.vocab_size * (4 + low) + head * (
-        4 + low + (low if low != size else 0)
-    )
-    logits += 2 * ids * config.width * low  # hidden states that count, and their gradient
+    num_tokens, head_size = setup.micro_batch_size * setup.context_length, config.vocab_size * config.width
+    chunk_logits = min(loss_chunk_size(config.vocab_size), num_tokens) * config.vocab_size
+    head_copies = 4 + product_size + (product_size if product_size != param_size else 0)
+    logits = chunk_logits * (4 + product_size) + head_size * head_copies
+    logits += 2 * num_tokens * config.width * product_size  # hidden states of weighted tokens, and their gradient
     return TrainingBytes(
         parameters=parameters,
         gradients=gradients,
@@ -215,94 +217,65 @@ def training_bytes(model: Transformer, setup: Setup) -> TrainingBytes:
     )
 
 
-def activation_bytes(config: ModelConfig, setup: Setup) -> int:
-    """Bytes that autograd keeps of one forward pass from ids to hidden states, parameters themselves left out.
+def activation_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
+    """Return the bytes that autograd saves in a forward pass from token ids to hidden states, without parameters.
 
-    One and two blocks are run on fake tensors; every further block adds what the second one did. Copies of weights
-    that mixed precision makes count here, since they live as long. The kernels are those of a CPU.
+    One and two blocks are run on fake tensors; every further block adds what the second one did. Copies of weights made by
+    mixed precision count, since they live as long. The kernels are those of a CPU.
     """
-    one, two = (traced_bytes(replace(config, layers=layers), setup) for layers in (1, 2))
-    block, ends = two - one, 2 * one - two
-    if setup.checkpointing == "none":
-        return ends + config.layers * block
-    ids, (stored, low) = setup.rows * setup.context, PRECISIONS[setup.precision]
-    kept = ids * config.width * stored.itemsize
-    if setup.checkpointing == "selective":
-        kept += ids * products_per_token(config) * low.itemsize
-    return ends + config.layers * kept + block
+    one_block, two_blocks = (traced_bytes(replace(config, layers=layers), setup) for layers in (1, 2))
+    per_block, rest = two_blocks - one_block, 2 * one_block - two_blocks
+    if setup.activation_checkpointing == "none":
+        return rest + config.layers * per_block
+    num_tokens, (param_dtype, product_dtype) = (
+        setup.micro_batch_size * setup.context_length,
+        PRECISIONS[setup.precision],
+    )
+    saved = num_tokens * config.width * param_dtype.itemsize
+    if setup.activation_checkpointing == "selective":
+        saved += num_tokens * saved_activations_per_token(config) * product_dtype.itemsize
+    return rest + config.layers * saved + per_block
 
 
-def traced_bytes(config: ModelConfig, setup: Setup) -> int:
-    """`saved_bytes` of a pass over packed rows of the setup's shape, on fake tensors."""
-    stored, products = PRECISIONS[setup.precision]
-    before = torch.get_default_dtype()
+def traced_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
+    """Return the `saved_bytes` of a forward pass over a packed batch of the setup's shape, on fake tensors."""
+    param_dtype, product_dtype = PRECISIONS[setup.precision]
+    default_dtype = torch.get_default_dtype()
     with FakeTensorMode():
         try:
-            torch.set_default_dtype(stored)
+            torch.set_default_dtype(param_dtype)
             model = Transformer(config)
         finally:
-            torch.set_default_dtype(before)
-        ids = torch.zeros(setup.rows, setup.context, dtype=torch.int64)
-        with torch.autocast("cpu", products, enabled=products != stored):
-            return saved_bytes(lambda: model(ids, ids, packed_mask(ids)), list(model.parameters()))
+            torch.set_default_dtype(default_dtype)
+        token_ids = torch.zeros(setup.micro_batch_size, setup.context_length, dtype=torch.int64)
+        with torch.autocast("cpu", product_dtype, enabled=product_dtype != param_dtype):
+            mask = block_diagonal_causal_mask(token_ids)
+            return saved_bytes(lambda: model(token_ids, token_ids, mask), list(model.parameters()))
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: list[torch.nn.Parameter]) -> int:
-    """Bytes of the distinct storages that autograd saves during `run()`, those of the parameters left out."""
+    """Return the bytes of the distinct storages that autograd saves during `run()`, without those of the parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}  # storages stay alive, so that no address is met twice
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps storages alive, so that no address occurs twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def flops_per_token(config: ModelConfig, context: int) -> float:
-    """Floating-point operations of training for one token: 6 for each weight of a product, and attention's.
+def flops_per_token(config: ModelConfig, context_length: int) -> float:
+    """Return the floating-point operations of training for one token: 6 for each weight of a product, and attention's.
 
-    The embedding is a look-up and counts nothing. Attention at full `context`, halved for causality
-    (PaLM, arXiv 2204.02311, appendix B, halved).
+    The embedding is a lookup and counts nothing. Attention at full `context_length`, halved for causality (PaLM,
+    arXiv 2204.02311, appendix B, halved).
     """
     kv = config.kv_heads * config.head_width
     block = config.width * (2 * config.width + 2 * kv) + 3 * config.width * config.ffn_width
     weights = config.layers * block + config.vocab_size * config.width
-    return 6.0 * weights + 6.0 * config.layers * config.width * context
-
-
-def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> float:
-    """Measured operations a second of a large square product: the best of a few tries."""
-    device = torch.device(device)
-    largest = 2048 if device.type == "cpu" else 8192  # large enough that starting it counts for nothing
-    size, seconds = 256, 0.0
-    while seconds < 0.01 and size < largest:  # where such products are slow, smaller ones do
-        size *= 2
-        seconds = product_seconds(size, device, dtype, tries=2)
-    return 2.0 * size**3 / product_seconds(size, device, dtype, tries=6)
-
-
-def product_seconds(size: int, device: torch.device, dtype: torch.dtype, tries: int) -> float:
-    """The least time of a square product in some tries."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(tries):
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether products in bfloat16 are worth it: processors that oneDNN has no such kernels for (x86 without AVX-512)
-    take a hundred times as long.
-    """
-    if torch.device(device).type != "cpu":
-        return True
-    return packs()
+    return 6.0 * weights + 6.0 * config.layers * config.width * context_length

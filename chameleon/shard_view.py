@@ -1,4 +1,4 @@
-"""What token shards hold, for people: decoded documents as lines for a terminal, or as a page with pictures and masks."""
+"""Views of token shards: decoded documents as lines for a terminal, or as a page with pictures and loss masks."""
 
 from __future__ import annotations
 
@@ -19,119 +19,124 @@ from chameleon.vocabulary import Modality, Vocabulary
 STYLE = """<style>
 .document { background: white; border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 10px 0; overflow-wrap: anywhere; }
 .document header { color: var(--soft); font-size: 13px; margin-bottom: 6px; }
-.text { white-space: pre-wrap; color: var(--soft); } .text.learned { color: var(--ink); background: #d3f0e0; }
+.text { white-space: pre-wrap; color: var(--soft); } .text.loss { color: var(--ink); background: #d3f0e0; }
 .special { font: 11px monospace; color: var(--soft); border: 1px solid var(--line); border-radius: 4px; padding: 0 3px; margin: 0 2px; }
-.special.learned { background: #d3f0e0; }
-.document img { vertical-align: middle; margin: 3px; border: 3px solid var(--line); max-width: 256px; } .document img.learned { border-color: #5fc592; }
+.special.loss { background: #d3f0e0; }
+.document img { vertical-align: middle; margin: 3px; border: 3px solid var(--line); max-width: 256px; } .document img.loss { border-color: #5fc592; }
 </style>"""
 LEGEND = (
-    "Green is what the loss is taken on where a recipe says `loss: answers`; of a document without answers it is all, as "
-    "with `loss: all`. The first id is never a target."
+    "The loss is taken on green tokens where a recipe has `loss: answers`; in a document without answers, on all tokens, as "
+    "with `loss: all`. The first token is never a target."
 )
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of ids of one kind: a text, a whole picture with boi and eoi, a special, or codes of a picture cut short."""
+class TokenSpan:
+    """A span of tokens of one kind: a text, a complete picture with boi and eoi, a special token, or stray codes."""
 
     kind: str
-    ids: tuple[int, ...]
-    learned: bool
+    token_ids: tuple[int, ...]
+    has_loss: bool
 
 
-def segments(ids: torch.Tensor, vocabulary: Vocabulary) -> Iterator[Segment]:
-    """The segments of a document's ids [T], which joined are the ids again."""
+def token_spans(token_ids: torch.Tensor, vocabulary: Vocabulary) -> Iterator[TokenSpan]:
+    """Split a document's token ids [T] into spans."""
     v = vocabulary
-    learned = torch.from_numpy(answer_mask(ids.numpy(), v))
-    if not bool((ids == v.sep).any()):
-        learned = torch.ones_like(learned)
-    learned[:1] = False
-    kinds, values, taken = v.modality(ids).tolist(), ids.tolist(), learned.tolist()
-    place = 0
-    while place < len(values):
-        start = place
-        block = values[place : place + v.block_length]
-        if values[place] == v.boi and len(block) == v.block_length and block[-1] == v.eoi:
-            place += v.block_length
-            yield Segment("picture", tuple(block), taken[start + 1])
+    mask = torch.from_numpy(answer_mask(token_ids.numpy(), v))
+    if not bool((token_ids == v.sep).any()):
+        mask = torch.ones_like(mask)
+    mask[:1] = False
+    modality, values, has_loss = v.modality(token_ids).tolist(), token_ids.tolist(), mask.tolist()
+    position = 0
+    while position < len(values):
+        start = position
+        block = values[start : start + v.image_block_length]
+        if values[start] == v.boi and len(block) == v.image_block_length and block[-1] == v.eoi:
+            position += v.image_block_length
+            yield TokenSpan("picture", tuple(block), has_loss[start + 1])
             continue
-        place += 1
-        if kinds[start] != Modality.STRUCTURE:
-            while place < len(values) and (kinds[place], taken[place]) == (kinds[start], taken[start]):
-                place += 1
+        position += 1
+        if modality[start] != Modality.STRUCTURE:
+            first = (modality[start], has_loss[start])
+            while position < len(values) and (modality[position], has_loss[position]) == first:
+                position += 1
         names = {Modality.TEXT: "text", Modality.IMAGE: "codes"}
-        kind = names.get(Modality(kinds[start])) or special_name(values[start], v)
-        yield Segment(kind, tuple(values[start:place]), taken[start])
+        kind = names.get(Modality(modality[start])) or special_name(values[start], v)
+        yield TokenSpan(kind, tuple(values[start:position]), has_loss[start])
 
 
-def special_name(number: int, vocabulary: Vocabulary) -> str:
-    return next((name for name, value in vocabulary.specials.items() if value == number), f"id {number}")
+def special_name(token_id: int, vocabulary: Vocabulary) -> str:
+    return next((name for name, value in vocabulary.specials.items() if value == token_id), f"id {token_id}")
 
 
-def chosen(shards: Sequence[TokenShard], count: int) -> list[tuple[TokenShard, int]]:
-    """`count` documents spread evenly over all."""
-    firsts = list(accumulate(map(len, shards), initial=0))
-    count = min(count, firsts[-1])
-    wanted = [place * firsts[-1] // count for place in range(count)]
+def evenly_spaced_documents(shards: Sequence[TokenShard], count: int) -> list[tuple[TokenShard, int]]:
+    """Return `count` documents (shard, index), evenly spaced over all."""
+    first_documents = list(accumulate(map(len, shards), initial=0))
+    total = first_documents[-1]
+    count = min(count, total)
+    chosen = [index * total // count for index in range(count)]
     return [
-        (shard, number - first)
-        for shard, (first, end) in zip(shards, pairwise(firsts), strict=True)
-        for number in wanted
-        if first <= number < end
+        (shard, document - first)
+        for shard, (first, end) in zip(shards, pairwise(first_documents), strict=True)
+        for document in chosen
+        if first <= document < end
     ]
 
 
-def describe(shard: TokenShard, number: int, tokenizer: MixedTokenizer) -> dict[str, Any]:
-    """A document as JSON: where it lies, its counts of ids, and its segments, pictures by their marker."""
-    ids = torch.from_numpy(shard[number])
-    parts = [
-        {"kind": part.kind, "ids": len(part.ids), "learned": part.learned}
-        | ({"text": tokenizer.text_bytes(part.ids).decode("utf-8", errors="replace")} if part.kind == "text" else {})
-        for part in segments(ids, tokenizer.vocabulary)
-    ]
-    return {"shard": shard.folder.name, "document": number, "tokens": len(ids), **counts(parts), "parts": parts}
-
-
-def counts(parts: Sequence[dict[str, Any]]) -> dict[str, int]:
+def describe(shard: TokenShard, index: int, tokenizer: MixedTokenizer) -> dict[str, Any]:
+    """Return a document as JSON: where it is, counts of its tokens, and its spans, pictures by their marker."""
+    token_ids = torch.from_numpy(shard[index])
+    parts = []
+    for span in token_spans(token_ids, tokenizer.vocabulary):
+        part: dict[str, Any] = {"kind": span.kind, "tokens": len(span.token_ids), "loss": span.has_loss}
+        if span.kind == "text":
+            part["text"] = tokenizer.text_bytes(span.token_ids).decode("utf-8", errors="replace")
+        parts.append(part)
     return {
-        "text_tokens": sum(part["ids"] for part in parts if part["kind"] == "text"),
+        "shard": shard.folder.name,
+        "document": index,
+        "tokens": len(token_ids),
+        "text_tokens": sum(part["tokens"] for part in parts if part["kind"] == "text"),
         "pictures": sum(part["kind"] == "picture" for part in parts),
-        "learned_tokens": sum(part["ids"] for part in parts if part["learned"]),
+        "loss_tokens": sum(part["tokens"] for part in parts if part["loss"]),
+        "parts": parts,
     }
 
 
-def title(found: dict[str, Any]) -> str:
+def title(document: dict[str, Any]) -> str:
     return (
-        f"{found['shard']}, document {found['document']}: {found['tokens']} ids, {found['text_tokens']} of text, "
-        f"{found['pictures']} pictures, loss on {found['learned_tokens']}"
+        f"{document['shard']}, document {document['document']}: {document['tokens']} tokens, {document['text_tokens']} of "
+        f"text, {document['pictures']} pictures, loss on {document['loss_tokens']}"
     )
 
 
-def as_line(found: dict[str, Any]) -> str:
-    """A described document for a terminal: what the loss is taken on stands between « and »."""
+def as_line(document: dict[str, Any]) -> str:
+    """Return a described document for a terminal, with « and » around tokens on which the loss is taken."""
     shown = []
-    for part in found["parts"]:
-        text = part.get("text", f"[{part['kind']}]" if part["kind"] in ("picture", "codes") else f"<{part['kind']}>")
-        shown.append(f"«{text}»" if part["learned"] else text)
-    return f"{title(found)}\n{''.join(shown)}"
+    for part in document["parts"]:
+        is_image = part["kind"] in ("picture", "codes")
+        text = part.get("text", f"[{part['kind']}]" if is_image else f"<{part['kind']}>")
+        shown.append(f"«{text}»" if part["loss"] else text)
+    return f"{title(document)}\n{''.join(shown)}"
 
 
 def as_page(documents: Sequence[tuple[TokenShard, int]], tokenizer: MixedTokenizer, name: str) -> str:
-    """One self-contained page of documents with their pictures decoded, and what the loss is taken on in green."""
+    """Return a self-contained page of documents with their pictures decoded; tokens with loss are green."""
     v = tokenizer.vocabulary
+    code_ids = set(v.image_ids.order)
     shown = []
-    for shard, number in documents:
+    for shard, index in documents:
         parts = []
-        for part in segments(torch.from_numpy(shard[number]), v):
-            kind = "learned" if part.learned else ""
-            if part.kind == "text":
-                text = tokenizer.text_bytes(part.ids).decode("utf-8", errors="replace")
-                parts.append(f'<span class="text {kind}">{html.escape(text)}</span>')
-            elif part.kind == "picture" and set(part.ids[1:-1]) <= set(v.image_ids.order):
-                codes = v.ids_to_codes(torch.tensor(part.ids[1:-1])).view(1, *v.grid)
-                parts.append(picture_tag(tokenizer.image.decode(codes)[0], kind))
+        for span in token_spans(torch.from_numpy(shard[index]), v):
+            css_class = "loss" if span.has_loss else ""
+            if span.kind == "text":
+                text = tokenizer.text_bytes(span.token_ids).decode("utf-8", errors="replace")
+                parts.append(f'<span class="text {css_class}">{html.escape(text)}</span>')
+            elif span.kind == "picture" and set(span.token_ids[1:-1]) <= code_ids:
+                codes = v.ids_to_codes(torch.tensor(span.token_ids[1:-1])).view(1, *v.grid)
+                parts.append(picture_tag(tokenizer.image.decode(codes)[0], css_class))
             else:
-                parts.append(f'<span class="special {kind}">{html.escape(part.kind)}</span>')
-        heading = html.escape(title(describe(shard, number, tokenizer)))
+                parts.append(f'<span class="special {css_class}">{html.escape(span.kind)}</span>')
+        heading = html.escape(title(describe(shard, index, tokenizer)))
         shown.append(f'<div class="document"><header>{heading}</header>{"".join(parts)}</div>')
     return page([STYLE, f"<p>{html.escape(LEGEND)}</p>", *shown], f"Token shards: {name}", f"{len(shown)} documents.")

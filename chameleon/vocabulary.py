@@ -1,7 +1,8 @@
-"""The one id space that text, pictures and structure share.
+"""The vocabulary: the token ids of special tokens, image codes and text pieces in one id space.
 
-Our own layout is `[specials][image codes][text pieces]`. The originals' layout is read from the names in their
-tokenizer. Whoever needs an id, a mask or the grid of a picture asks here, and ids are written nowhere else.
+The project's own layout is `[specials][image codes][text pieces]`; the layout of Meta's models is read from the names in
+their tokenizer.json. Code that needs a token id, a mask over the vocabulary or the grid of an image asks this module, and
+token ids are written nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from chameleon.errors import BadInput
 
 
 class Modality(IntEnum):
-    """What an id stands for. Structure are the special ids, and ids that nothing uses."""
+    """What a token id stands for. STRUCTURE: special tokens, and reserved ids that nothing uses."""
 
     TEXT = 0
     IMAGE = 1
@@ -28,7 +29,7 @@ class Modality(IntEnum):
 
 
 SPECIALS = ("pad", "bos", "eos", "boi", "eoi", "sep")
-NAMES = {
+SPECIAL_PIECES = {
     "pad": "<pad>",
     "bos": "<s>",
     "eos": "</s>",
@@ -36,69 +37,71 @@ NAMES = {
     "eoi": "<eoss>",
     "sep": "<reserved08706>",
 }
-"""Names of the special ids in the originals' tokenizers."""
-IMAGE_NAME = re.compile("IMGIMG([A-J]+)Z")
-"""Name of an image code there: the letters A to J spell its decimal number."""
+"""Names of the special tokens in the tokenizers of Meta's models."""
+IMAGE_PIECE = re.compile("IMGIMG([A-J]+)Z")
+"""Name of an image code in those tokenizers: the letters A to J spell its decimal digits."""
 
 Runs = tuple[tuple[int, int], ...]
-"""An order of ids, as (first, count) of ascending runs that follow one another."""
+"""An ordered list of token ids, run-length encoded as (first id, count) of consecutive ascending ids."""
 
 
-def runs_of(ids: Iterable[int]) -> Runs:
-    """The ids in their order, neighbours that ascend by one drawn together."""
+def runs_of(token_ids: Iterable[int]) -> Runs:
+    """Run-length encode token ids in their given order."""
     runs: list[tuple[int, int]] = []
-    for number in ids:
-        if runs and number == sum(runs[-1]):
+    for token_id in token_ids:
+        if runs and token_id == sum(runs[-1]):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
-            runs.append((number, 1))
+            runs.append((token_id, 1))
     return tuple(runs)
 
 
-def image_name(code: int) -> str:
-    """The name of an image code in the originals' tokenizers."""
+def image_piece(code: int) -> str:
+    """Return the name of an image code in the tokenizers of Meta's models."""
     return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
 
 
 class IdSet:
-    """The ids of one kind: the n-th of them and back, and which ids are among them."""
+    """The ordered token ids of one kind, with conversion between an id and its index (image code or text piece)."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self.count = sum(count for _, count in runs)
-        self.order = [number for first, count in runs for number in range(first, first + count)]
+        self.order = [token_id for first, count in runs for token_id in range(first, first + count)]
+        """Index → token id."""
         self.ids = torch.tensor(self.order)
-        self.number = {number: place for place, number in enumerate(self.order)}
-        self.ranges = runs_of(sorted(self.number))
+        self.index_of = {token_id: index for index, token_id in enumerate(self.order)}
+        self.ranges = runs_of(sorted(self.index_of))
 
-    def __contains__(self, number: int) -> bool:
-        return number in self.number
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self.index_of
 
-    def holds(self, ids: Tensor) -> Tensor:
-        """Which ids are among these: a bool tensor of the same shape."""
-        found = torch.zeros_like(ids, dtype=torch.bool)
+    def contains(self, token_ids: Tensor) -> Tensor:
+        """Return which of the token ids are in the set: a bool tensor of the same shape."""
+        result = torch.zeros_like(token_ids, dtype=torch.bool)
         for first, count in self.ranges:
-            found |= (ids >= first) & (ids < first + count)
-        return found
+            result |= (token_ids >= first) & (token_ids < first + count)
+        return result
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """The ids of these numbers: a tensor of the same shape."""
-        return numbers + self.runs[0][0] if len(self.runs) == 1 else self.ids.to(numbers.device)[numbers]
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return the token ids at the indices: a tensor of the same shape."""
+        return indices + self.runs[0][0] if len(self.runs) == 1 else self.ids.to(indices.device)[indices]
 
-    def numbers(self, ids: Tensor) -> Tensor:
-        """The inverse of `[]`, for ids that are among these."""
+    def indices(self, token_ids: Tensor) -> Tensor:
+        """Return the index of each token id, all of which must be in the set: the inverse of `[]`."""
         if len(self.runs) == 1:
-            return ids - self.runs[0][0]
-        ordered, places = self.ids.to(ids.device).sort()
-        return places[torch.searchsorted(ordered, ids)]
+            return token_ids - self.runs[0][0]
+        sorted_ids, order = self.ids.to(token_ids.device).sort()
+        return order[torch.searchsorted(sorted_ids, token_ids)]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of special tokens, image codes and text pieces.
+    """Token ids of special tokens, image codes and text pieces.
 
-    `size` counts everything. Image code c is the c-th id of `image`, text piece p the p-th id of `text`; ids in neither
-    are specials, or reserved and never produced. A picture is a grid of `grid = (height, width)` codes, row by row.
+    `size` counts every id. Image code c is the c-th id of `image`, text piece p the p-th id of `text`; ids in neither are
+    special tokens, or reserved and never generated. An image is a grid of `grid = (height, width)` codes in row-major
+    order.
     """
 
     pad: int
@@ -113,11 +116,11 @@ class Vocabulary:
     grid: tuple[int, int]
 
     @classmethod
-    def own(cls, *, image_codes: int, text_pieces: int, grid: tuple[int, int]) -> Vocabulary:
-        """The project's own layout: specials, then image codes, then text pieces."""
+    def build(cls, *, image_codes: int, text_pieces: int, grid: tuple[int, int]) -> Vocabulary:
+        """Create the project's own layout: special tokens, then image codes, then text pieces."""
         if min(image_codes, text_pieces, *grid) < 1:
             raise BadInput("image codes, text pieces and grid must be positive", where="vocabulary")
-        specials = {name: number for number, name in enumerate(SPECIALS)}
+        specials = {name: token_id for token_id, name in enumerate(SPECIALS)}
         text_start = len(SPECIALS) + image_codes
         return cls(
             **specials,
@@ -128,7 +131,7 @@ class Vocabulary:
         )
 
     @classmethod
-    def of_names(
+    def from_names(
         cls,
         names: Mapping[str, int],
         text: Iterable[int],
@@ -137,34 +140,34 @@ class Vocabulary:
         size: int | None = None,
         where: object = "tokenizer.json",
     ) -> Vocabulary:
-        """The originals' layout: specials and image codes by their names, `text` the ids that text may be made of.
+        """Create the layout of Meta's models from the names of its tokens; `text` are the ids of the text pieces.
 
-        `size`: rows of the model's embedding, where it has more than there are names. Raises `BadInput` naming a special
-        that is missing, an image code that is missing or there twice, or an id that does not fit.
+        `size`: rows of the model's embedding, where it has more than there are names. Raises `BadInput` that names a
+        missing special token, a missing or duplicated image code, or an id that does not fit.
         """
-        for name in NAMES.values():
+        for name in SPECIAL_PIECES.values():
             if name not in names:
                 raise BadInput(f"no piece {name}", where=where)
-        codes: dict[int, int] = {}
-        for name, number in names.items():
-            match = IMAGE_NAME.fullmatch(name)
+        id_of_code: dict[int, int] = {}
+        for name, token_id in names.items():
+            match = IMAGE_PIECE.fullmatch(name)
             if match:
                 code = int("".join(str("ABCDEFGHIJ".index(letter)) for letter in match[1]))
-                if code in codes:
-                    raise BadInput(f"two image pieces have number {code}, one is {name}", where=where)
-                codes[code] = number
-        for code in range(len(codes)):
-            if code not in codes:
+                if code in id_of_code:
+                    raise BadInput(f"two image pieces for code {code}, one is {name}", where=where)
+                id_of_code[code] = token_id
+        for code in range(len(id_of_code)):
+            if code not in id_of_code:
                 raise BadInput(
-                    f"{len(codes)} image pieces, but none is {image_name(code)}, code {code}",
+                    f"{len(id_of_code)} image pieces, but none is {image_piece(code)}, code {code}",
                     where=where,
-                    remedy="they must number 0…n−1",
+                    remedy="their codes must be 0…n−1",
                 )
-        if not codes:
+        if not id_of_code:
             raise BadInput("no image pieces IMGIMG…Z", where=where)
         value = {
-            **{field: names[name] for field, name in NAMES.items()},
-            "image": runs_of(codes[code] for code in range(len(codes))),
+            **{field: names[name] for field, name in SPECIAL_PIECES.items()},
+            "image": runs_of(id_of_code[code] for code in range(len(id_of_code))),
             "text": runs_of(sorted(text)),
             "size": max(names.values()) + 1 if size is None else size,
             "grid": grid,
@@ -173,47 +176,47 @@ class Vocabulary:
 
     @cached_property
     def image_ids(self) -> IdSet:
-        """Ids of the image codes, in the order of the codes."""
+        """The token ids of the image codes, in the order of the codes."""
         return IdSet(self.image)
 
     @cached_property
     def text_ids(self) -> IdSet:
-        """Ids of the text pieces, in the order of the pieces."""
+        """The token ids of the text pieces, in the order of the pieces."""
         return IdSet(self.text)
 
     @property
     def image_start(self) -> int:
-        """The id of image code 0."""
+        """The token id of image code 0."""
         return self.image[0][0]
 
     @property
     def text_start(self) -> int:
-        """The id of text piece 0."""
+        """The token id of text piece 0."""
         return self.text[0][0]
 
     @property
-    def image_count(self) -> int:
-        """How many image codes there are."""
+    def num_image_codes(self) -> int:
+        """Size of the image codebook."""
         return self.image_ids.count
 
     @property
-    def text_count(self) -> int:
-        """How many text pieces there are."""
+    def num_text_pieces(self) -> int:
+        """Number of text pieces."""
         return self.text_ids.count
 
     @property
-    def image_length(self) -> int:
-        """How many codes a picture has."""
+    def codes_per_image(self) -> int:
+        """Number of codes of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def block_length(self) -> int:
-        """How many ids a picture takes in a sequence: boi, its codes, eoi."""
-        return self.image_length + 2
+    def image_block_length(self) -> int:
+        """Number of tokens that an image takes in a sequence: boi, its codes, eoi."""
+        return self.codes_per_image + 2
 
     @property
     def image_slice(self) -> slice:
-        """The least range that holds the ids of all image codes."""
+        """The smallest range that contains the token ids of all image codes."""
         ranges = self.image_ids.ranges
         return slice(ranges[0][0], sum(ranges[-1]))
 
@@ -222,32 +225,32 @@ class Vocabulary:
         return {name: getattr(self, name) for name in SPECIALS}
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Image codes (any shape, integers in [0, image_count)) to ids of the same shape."""
+        """Map image codes (any shape, integers in [0, num_image_codes)) to token ids of the same shape."""
         return self.image_ids[codes]
 
-    def ids_to_codes(self, ids: Tensor) -> Tensor:
-        """Image ids (any shape) to codes of the same shape. Raises `BadInput` on an id that is no image code."""
-        if not self.is_image(ids).all():
-            raise BadInput("an id that is no image code stands inside a picture", where="vocabulary")
-        return self.image_ids.numbers(ids)
+    def ids_to_codes(self, token_ids: Tensor) -> Tensor:
+        """Map token ids of image codes (any shape) to codes of the same shape. Raise `BadInput` for other token ids."""
+        if not self.is_image(token_ids).all():
+            raise BadInput("a token inside an image is not an image code", where="vocabulary")
+        return self.image_ids.indices(token_ids)
 
-    def is_image(self, ids: Tensor) -> Tensor:
-        """Which ids are image codes: a bool tensor of the same shape."""
-        return self.image_ids.holds(ids)
+    def is_image(self, token_ids: Tensor) -> Tensor:
+        """Return which token ids are image codes: a bool tensor of the same shape."""
+        return self.image_ids.contains(token_ids)
 
-    def is_text(self, ids: Tensor) -> Tensor:
-        """Which ids are text pieces: a bool tensor of the same shape."""
-        return self.text_ids.holds(ids)
+    def is_text(self, token_ids: Tensor) -> Tensor:
+        """Return which token ids are text pieces: a bool tensor of the same shape."""
+        return self.text_ids.contains(token_ids)
 
-    def modality(self, ids: Tensor) -> Tensor:
-        """The `Modality` of each id: an int64 tensor of the same shape."""
-        result = torch.full_like(ids, Modality.STRUCTURE, dtype=torch.int64)
-        result[self.is_image(ids)] = Modality.IMAGE
-        result[self.is_text(ids)] = Modality.TEXT
+    def modality(self, token_ids: Tensor) -> Tensor:
+        """Return the `Modality` of each token id: an int64 tensor of the same shape."""
+        result = torch.full_like(token_ids, Modality.STRUCTURE, dtype=torch.int64)
+        result[self.is_image(token_ids)] = Modality.IMAGE
+        result[self.is_text(token_ids)] = Modality.TEXT
         return result
 
     def mask(self, *, text: bool = False, image: bool = False, specials: Iterable[str] = ()) -> Tensor:
-        """A bool tensor [size] of the ids of the named kinds."""
+        """Return a bool tensor [size] that is True at the token ids of the named kinds."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         if text:
             mask[self.text_ids.ids] = True
@@ -268,24 +271,24 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, where: object = "vocabulary") -> Vocabulary:
-        """Reads `to_json`'s form. Raises `BadInput` where keys are missing, unknown or do not fit together."""
+        """Read the form of `to_json`. Raise `BadInput` where keys are missing, unknown or inconsistent."""
         try:
             runs = {kind: tuple((int(first), int(count)) for first, count in value[kind]) for kind in ("image", "text")}
             vocabulary = cls(**{**value, **runs, "grid": tuple(value["grid"])})
-            numbers = [*vocabulary.specials.values(), vocabulary.size, *vocabulary.grid]
-            if len(vocabulary.grid) != 2 or not all(type(number) is int for number in numbers) or min(vocabulary.grid) < 1:
-                raise BadInput("ids, size and the two sides of the grid must be whole numbers", where=where)
+            integers = [*vocabulary.specials.values(), vocabulary.size, *vocabulary.grid]
+            if len(vocabulary.grid) != 2 or not all(type(n) is int for n in integers) or min(vocabulary.grid) < 1:
+                raise BadInput("token ids, size and the two sides of the grid must be integers", where=where)
             for kind in ("image", "text"):
                 if not 0 < sum(count for _, count in runs[kind]) <= vocabulary.size:
                     raise BadInput(f"{kind} ids do not fit into {vocabulary.size}", where=where)
-            ids = [*vocabulary.specials.values(), *vocabulary.image_ids.order, *vocabulary.text_ids.order]
-            beyond = [number for number in ids if not 0 <= number < vocabulary.size]
+            token_ids = [*vocabulary.specials.values(), *vocabulary.image_ids.order, *vocabulary.text_ids.order]
+            out_of_range = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary.size]
         except BadInput:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BadInput(f"vocabulary has wrong keys ({error})", where=where) from None
-        if beyond:
-            raise BadInput(f"id {beyond[0]} is not below the size, {vocabulary.size}", where=where)
-        if len(set(ids)) != len(ids):
+        if out_of_range:
+            raise BadInput(f"id {out_of_range[0]} is not below the size, {vocabulary.size}", where=where)
+        if len(set(token_ids)) != len(token_ids):
             raise BadInput("ids of specials, image codes and text pieces overlap", where=where)
         return vocabulary

@@ -78,7 +78,7 @@ def tokenizer(text_tokenizer: SentencePieceTokenizer, image_tokenizer: ImageToke
 def random_model(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
     """A small model whose weights are large enough that its logits differ clearly."""
     torch.manual_seed(seed)
-    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": 96, **changes}
+    shape = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context_length": 96, **changes}
     model = Transformer(ModelConfig(vocab_size=vocab_size, **shape))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -116,11 +116,11 @@ def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) ->
         "tokenizers": str(tmp_path / "tokenizers"),
         "size": "tiny",
         "model": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn_width": 32},
-        "context": 48,
-        "rows": 4,
+        "context_length": 48,
+        "global_batch_size": 4,
         "mixture": [{"shards": str(tmp_path / "shards")}],
-        "run": {"out": str(tmp_path / "run"), "steps": 30, "log_every": 5, "progress": False, "precision": "32-true"},
-        "optimizer": {"rate": 0.01, "warmup": 2, "eps": 1e-8},
+        "run": {"out": str(tmp_path / "run"), "max_steps": 30, "log_every_n_steps": 5, "progress": False, "precision": "32-true"},
+        "optimizer": {"lr": 0.01, "warmup_steps": 2, "eps": 1e-8},
         **changes,
     }
     path = tmp_path / "recipe.yaml"

@@ -28,7 +28,7 @@ from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match
 from chameleon.generation.chameleon import Chameleon
-from chameleon.generation.streaming import whole_characters
+from chameleon.generation.streaming import complete_utf8_length
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.optimizer import OptimizerConfig, rate_at
 from chameleon.train.recipe import (
@@ -130,7 +130,7 @@ def test_bfloat16_is_used_where_it_is_fast(bundle_folder: Path, monkeypatch: pyt
 
 
 def test_unknown_and_wrong_keys_are_named(tmp_path: Path) -> None:
-    for key, near in (("rwos", "rows"), ("run.stepz", "run.steps"), ("optimizer.rat", "optimizer.rate")):
+    for key, near in (("rwos", "rows"), ("run.stepz", "run.max_steps"), ("optimizer.rat", "optimizer.lr")):
         with pytest.raises(BadInput, match=f"unknown key {key}; did you mean {near}"):
             read_recipe(PretrainRecipe, "demo-pretrain", [f"{key}=1"])
     path = tmp_path / "r.yaml"
@@ -138,25 +138,25 @@ def test_unknown_and_wrong_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"r\.yaml: unknown key mixture\.shard; did you mean mixture\.shards"):
         read_recipe(PretrainRecipe, path)
     with pytest.raises(BadInput, match="rows"):
-        read_recipe(PretrainRecipe, "demo-pretrain", ["rows=many"])
+        read_recipe(PretrainRecipe, "demo-pretrain", ["global_batch_size=many"])
     with pytest.raises(BadInput, match="no such recipe"):
         read_recipe(PretrainRecipe, "nothing")
 
 
 def test_rates_follow_the_paper() -> None:
-    config = OptimizerConfig(rate=1.0, warmup=10, schedule="exponential", final=0.01)
+    config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="exponential", min_lr_ratio=0.01)
     assert rate_at(0, 110, config) == pytest.approx(0.1)
     assert rate_at(10, 110, config) == pytest.approx(1.0)
     assert rate_at(60, 110, config) == pytest.approx(0.1)
     assert rate_at(110, 110, config) == pytest.approx(0.01)
-    cosine = OptimizerConfig(rate=1.0, warmup=0, schedule="cosine", final=0.0)
+    cosine = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="cosine", min_lr_ratio=0.0)
     assert rate_at(50, 100, cosine) == pytest.approx(0.5)
 
 
 def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
-    whole, figures = train(read_recipe(PretrainRecipe, path, ["run.steps=60"]))
-    changes = ["run.steps=60", "micro_rows=1", f"run.out={tmp_path / 'parted'}"]
+    whole, figures = train(read_recipe(PretrainRecipe, path, ["run.max_steps=60"]))
+    changes = ["run.max_steps=60", "micro_batch_size=1", f"run.out={tmp_path / 'parted'}"]
     parted, _ = train(read_recipe(PretrainRecipe, path, changes))
     chance = math.log(tokenizer.vocabulary.size)
     assert figures["train/image_loss"] < chance / 2
@@ -169,7 +169,7 @@ def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokeni
         read_recipe(
             FinetuneRecipe,
             path,
-            ["tokenizers=null", "size=null", "model={}", f"bundle={tmp_path / 'run' / 'bundle'}", "run.steps=2"],
+            ["tokenizers=null", "size=null", "model={}", f"bundle={tmp_path / 'run' / 'bundle'}", "run.max_steps=2"],
         )
     )
     assert tuned.prompting == "conversation"
@@ -190,8 +190,8 @@ def test_api_on_a_random_model(chameleon: Chameleon) -> None:
     assert isinstance(chameleon.answer(picture, "what is it?"), str)
     assert chameleon.draw("orange heart", seed=3).size == (16, 16)
     document = Document((Text("a"), Image(picture)))
-    made = chameleon.generate(document, max_new=40)
-    streamed = Document(tuple(chameleon.stream(document, max_new=40)))
+    made = chameleon.generate(document, max_new_tokens=40)
+    streamed = Document(tuple(chameleon.stream(document, max_new_tokens=40)))
     assert streamed.text == made.text
     assert len(streamed.images) == len(made.images)
     ids = chameleon.encode(document)
@@ -204,10 +204,10 @@ def test_whole_characters_never_cut_one() -> None:
     text = "aé漢🧑‍🚀"
     data = text.encode()
     for end in range(len(data) + 1):
-        whole = whole_characters(data[:end])
+        whole = complete_utf8_length(data[:end])
         assert text.startswith(data[:whole].decode())
         assert end - whole < 4
-    assert whole_characters(b"\xff") == 1
+    assert complete_utf8_length(b"\xff") == 1
 
 
 def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,9 +291,9 @@ def test_the_readmes_commands_for_own_data_run_as_written(tmp_path: Path) -> Non
     own_data(tmp_path, json.loads(example.removeprefix("json")))
     small = {
         "fit-text": ["--pieces", "340"],
-        "fit-image": ["run.steps=3", "model.codebook_size=64"],
-        "pretrain": ["run.steps=3"],
-        "finetune": ["run.steps=3"],
+        "fit-image": ["run.max_steps=3", "model.codebook_size=64"],
+        "pretrain": ["run.max_steps=3"],
+        "finetune": ["run.max_steps=3"],
     }
     for line in block.strip().splitlines():
         command = shlex.split(line)

@@ -34,10 +34,10 @@ from transformers import AutoTokenizer, ChameleonForConditionalGeneration, Chame
 from chameleon.bundle import Bundle
 from chameleon.cli import main
 from chameleon.convert.convert import convert
-from chameleon.convert.meta import frequencies
+from chameleon.convert.meta import rope_frequencies
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
-from chameleon.files import checksum, read_json
+from chameleon.files import read_json, sha256_of
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.sampling import GREEDY
 from chameleon.model.config import ModelConfig
@@ -377,7 +377,7 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = theirs(input_ids=torch.tensor([prompt])).logits
         codes = theirs.get_image_tokens(ours.tokenizer.image.preprocess([picture]))
-    assert tuple(codes[0].tolist()) == prompt[2 : 2 + v.image_length]
+    assert tuple(codes[0].tolist()) == prompt[2 : 2 + v.codes_per_image]
     found = ours.logits(torch.tensor([prompt]))
     torch.testing.assert_close(found[..., seen], wanted[..., seen], atol=1e-4, rtol=0)
     assert torch.equal(found[..., seen].argmax(-1), wanted[..., seen].argmax(-1))
@@ -394,7 +394,7 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
     for folder in (source, tmp_path / "back"):
         library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "text_tokenizer.json"))
         text = library.encode("which style is it?").ids
-        assert [v.bos, *prompt[1 : 3 + v.image_length], *text, v.sep] == list(prompt)
+        assert [v.bos, *prompt[1 : 3 + v.codes_per_image], *text, v.sep] == list(prompt)
     torch.testing.assert_close(asked["pixel_values"], ours.tokenizer.image.preprocess([picture]), atol=0.02, rtol=0)
     answer = theirs.generate(**asked, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] <= len(prompt) + 3
@@ -436,8 +436,8 @@ def test_without_a_decoder_drawing_says_what_is_missing(exported: Path, publishe
     convert(exported / "hf", tmp_path / "bundle", "bundle")
     model = Chameleon.load(tmp_path / "bundle")
     picture = PILImage.new("RGB", (8, 8), "blue")
-    assert isinstance(model.caption(picture, max_new=2), str)
-    assert not model.generate(Document((Text("hello"),)), max_new=4).images
+    assert isinstance(model.caption(picture, max_new_tokens=2), str)
+    assert not model.generate(Document((Text("hello"),)), max_new_tokens=4).images
     for work in (
         lambda: model.draw("a heart"),
         lambda: model.generate(Document(), max_images=1),
@@ -488,15 +488,15 @@ def test_a_converted_model_is_tuned(exported: Path, tmp_path: Path) -> None:
     settings = {
         "bundle": exported / "bundle",
         "mixture": f"[{{shards: {tmp_path / 'shards'}}}]",
-        "context": 128,
-        "rows": 4,
+        "context_length": 128,
+        "global_batch_size": 4,
         "run.out": tmp_path / "run",
-        "run.steps": 20,
+        "run.max_steps": 20,
         "run.precision": "32-true",
         "run.progress": "false",
         "optimizer.kind": "adamw",
-        "optimizer.rate": 0.01,
-        "optimizer.warmup": 1,
+        "optimizer.lr": 0.01,
+        "optimizer.warmup_steps": 1,
         "validation": "[]",
     }
     main(["finetune", "--config", "emoji-finetune", *(f"{key}={value}" for key, value in settings.items())])
@@ -515,8 +515,8 @@ def test_the_image_head_of_a_converted_model_learns_to_draw(exported: Path, tmp_
     start = exported / "bundle"
     main(["tokenize", str(tmp_path / "c.jsonl"), "--model", str(start), "--out", str(tmp_path / "shards")])
     mixture = f"mixture=[{{shards: {tmp_path / 'shards'}, loss: answers}}]"
-    settings = ["size=null", "context=128", "rows=4", "micro_rows=0", "workers=0", "run.steps=80", "run.precision=32-true"]
-    settings += ["optimizer.rate=0.1", "optimizer.warmup=1", "run.progress=false", f"run.out={tmp_path / 'run'}"]
+    settings = ["size=null", "context_length=128", "global_batch_size=4", "micro_batch_size=0", "num_workers=0", "run.max_steps=80", "run.precision=32-true"]
+    settings += ["optimizer.lr=0.1", "optimizer.warmup_steps=1", "run.progress=false", f"run.out={tmp_path / 'run'}"]
     main(["finetune", "--config", "7b-draw", f"bundle={start}", mixture, *settings])
     before, after = (Bundle.load(folder, dtype=torch.float32) for folder in (start, tmp_path / "run" / "bundle"))
     rounded = {name: value.bfloat16().float() for name, value in before.model.state_dict().items()}
@@ -604,12 +604,12 @@ def test_a_model_whose_image_ids_are_shuffled_says_and_draws_the_same(published:
     (source / "tokenizer" / "text_tokenizer.json").write_text(json.dumps(meta_tokenizer(order.tolist())))
     for name, folder in (("plain", published), ("shuffled", source)):
         convert(folder, tmp_path / name, "bundle")
-    plain, shuffled = (Chameleon.load(tmp_path / name, dtype="float32") for name in ("plain", "shuffled"))
-    pictures = [model.draw("orange heart", sampling=GREEDY, guidance=2.0) for model in (plain, shuffled)]
+    plain, permuted_index = (Chameleon.load(tmp_path / name, dtype="float32") for name in ("plain", "shuffled"))
+    pictures = [model.draw("orange heart", sampling=GREEDY, guidance=2.0) for model in (plain, permuted_index)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert plain.caption(pictures[0], max_new=8) == shuffled.caption(pictures[0], max_new=8)
+    assert plain.caption(pictures[0], max_new_tokens=8) == permuted_index.caption(pictures[0], max_new_tokens=8)
     asked = Document((Image(pictures[0]), Text("hello")))
-    assert not torch.equal(plain.encode(asked), shuffled.encode(asked))
+    assert not torch.equal(plain.encode(asked), permuted_index.encode(asked))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -759,7 +759,7 @@ def test_rotary_frequencies_may_be_anything(published: Path, tmp_path: Path, fre
     convert(tmp_path / "bundle", tmp_path / "meta", "meta")
     back = meta_weights(tmp_path / "meta")["consolidated.pth"]["rope.freqs"]
     kept = freqs is not None and freqs.numel() < 5000
-    assert torch.equal(back, freqs if kept else frequencies(small()))
+    assert torch.equal(back, freqs if kept else rope_frequencies(small()))
 
 
 def test_a_bundle_that_was_tampered_with(exported: Path, tmp_path: Path) -> None:
@@ -771,7 +771,7 @@ def test_a_bundle_that_was_tampered_with(exported: Path, tmp_path: Path) -> None
         kept = {**state, **changes}
         save_file({name: value for name, value in kept.items() if value is not None}, folder / "model.safetensors")
         value = read_json(folder / "provenance.json")
-        value["sha256"] = {path.name: checksum(path) for path in folder.iterdir() if path.name in value["sha256"]}
+        value["sha256"] = {path.name: sha256_of(path) for path in folder.iterdir() if path.name in value["sha256"]}
         (folder / "provenance.json").write_text(json.dumps(value))
         return refused(folder, tmp_path, "hf")
 
@@ -948,7 +948,7 @@ def test_bytes_of_progress_are_those_written(published: Path, tmp_path: Path) ->
 def test_frequencies_are_metas() -> None:
     config = small()
     wanted = 1.0 / (10000.0 ** (torch.arange(0, 8, 2)[:4].float() / 8))
-    assert torch.equal(frequencies(config), wanted)
+    assert torch.equal(rope_frequencies(config), wanted)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ChameleonForConditionalGeneration
 
-from chameleon.convert.layout import from_hf, from_meta, to_halves, to_hf, to_meta, to_pairs
+from chameleon.convert.layout import from_hf, from_meta, halves_to_pairs, pairs_to_halves, to_hf, to_meta
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig, named_size
 from chameleon.model.transformer import Transformer
@@ -193,8 +193,8 @@ def test_shards_are_split_anew() -> None:
 @given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 3))
 def test_rotary_orders(heads: int, half: int, more: int) -> None:
     rows = torch.arange(heads * half * 2 * (more + 1)).reshape(heads * half * 2, more + 1)
-    halves = to_halves(rows, heads)
-    assert torch.equal(to_pairs(halves, heads), rows)
+    halves = pairs_to_halves(rows, heads)
+    assert torch.equal(halves_to_pairs(halves, heads), rows)
     for head in range(heads):
         for i in range(half):
             start = head * 2 * half

@@ -378,7 +378,7 @@ def test_any_number_of_shards_holds_few_files_open(tmp_path: Path, tokenizer: Mi
             writer.add(torch.tensor([1, number]))
     shards = open_shards(tmp_path)
     assert [int(shard[0][1]) for shard in shards] == list(range(100))
-    assert held() <= before + token_shards.OPEN_FILES
+    assert held() <= before + token_shards.MAX_OPEN_FILES
 
 
 def test_shards_of_other_tokenizers_are_refused(shard: Path, tmp_path: Path, tokenizer: MixedTokenizer) -> None:

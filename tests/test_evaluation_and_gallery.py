@@ -17,9 +17,9 @@ from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
 from chameleon.data import emoji
-from chameleon.demo import run_road
+from chameleon.demo import run_pipeline
 from chameleon.document import Document, Text
-from chameleon.evaluation.emoji import asked, evaluate, question_accuracy
+from chameleon.evaluation.emoji import suite_questions, evaluate, question_accuracy
 from chameleon.evaluation.likelihood import bits_per_byte
 from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
 from chameleon.gallery import curve, model_section, page
@@ -36,13 +36,13 @@ def model(bundle: Bundle) -> Chameleon:
 
 def test_bits_a_byte_counts_every_id_once(chameleon: Chameleon) -> None:
     """Against a plain sum of −log p over windows that are cut by hand; the document is longer than the context."""
-    v, context = chameleon.vocabulary, chameleon.model.config.context
+    v, context_length = chameleon.vocabulary, chameleon.model.config.context_length
     text = "orange heart, which style is it? " * 20
     ids = chameleon.encode(Document((Text(text),)))
-    assert len(ids) > 2 * context
+    assert len(ids) > 2 * context_length
     total = 0.0
-    for start in range(1, len(ids), context):
-        window = torch.cat((torch.tensor([v.bos]), ids[start : start + context]))
+    for start in range(1, len(ids), context_length):
+        window = torch.cat((torch.tensor([v.bos]), ids[start : start + context_length]))
         logits = chameleon.logits(window[None, :-1])[0]
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
     wanted = total / math.log(2) / len(text)
@@ -79,8 +79,8 @@ def test_features_know_a_picture_again() -> None:
 def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows all answers has accuracy 1 everywhere; one that always says yes has the share of yes."""
     held_out = emoji.subset("validation", 40)
-    truth = {(entry.key, question.question): question.answer for entry, question in asked(held_out, 0)}
-    pictures = {entry.picture.tobytes(): entry.key for entry, _ in asked(held_out, 0)}
+    truth = {(entry.key, question.question): question.answer for entry, question in suite_questions(held_out, 0)}
+    pictures = {entry.picture.tobytes(): entry.key for entry, _ in suite_questions(held_out, 0)}
     monkeypatch.setattr(
         model, "answer_batch", lambda batch: [truth[pictures[p.tobytes()], q].upper() + "." for p, q in batch]
     )
@@ -88,7 +88,7 @@ def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.Monkey
     assert {"name", "group", "style", "flags yes-no"} <= set(figures)
     assert all(family["right"] == 1 for family in figures.values())
     monkeypatch.setattr(model, "answer_batch", lambda batch: ["yes"] * len(batch))
-    answers = [question.answer for _, question in asked(held_out, 0) if question.family == "flags yes-no"]
+    answers = [question.answer for _, question in suite_questions(held_out, 0) if question.family == "flags yes-no"]
     assert question_accuracy(model, held_out)["flags yes-no"]["right"] == answers.count("yes") / len(answers)
 
 
@@ -154,9 +154,9 @@ def test_curves_show_their_ends() -> None:
 def test_the_whole_road(tmp_path: Path) -> None:
     """`chameleon demo` with a recipe of a few steps: every stage runs, and the page holds both models."""
     for name, changes in (
-        ("demo-image", {"run": {"steps": 4, "log_every": 1, "progress": False}}),
-        ("demo-pretrain", {"run": {"steps": 4, "log_every": 1, "progress": False}}),
-        ("demo-finetune", {"run": {"steps": 3, "log_every": 1, "progress": False}}),
+        ("demo-image", {"run": {"max_steps": 4, "log_every_n_steps": 1, "progress": False}}),
+        ("demo-pretrain", {"run": {"max_steps": 4, "log_every_n_steps": 1, "progress": False}}),
+        ("demo-finetune", {"run": {"max_steps": 3, "log_every_n_steps": 1, "progress": False}}),
     ):
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         recipe["run"] |= changes["run"]
@@ -173,7 +173,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     road |= {stage: str(tmp_path / f"demo-{stage}.yaml") for stage in ("pretrain", "finetune")}
     (tmp_path / "road.yaml").write_text(yaml.safe_dump(road))
     said: list[str] = []
-    made = run_road(str(tmp_path / "road.yaml"), tmp_path / "run", said.append)
+    made = run_pipeline(str(tmp_path / "road.yaml"), tmp_path / "run", said.append)
     text = made.read_text(encoding="utf-8")
     tags = check_page(text)
     assert text.count('<section class="model">') == 2

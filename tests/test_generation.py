@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputConstraints, OutputState
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +19,9 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 
 from chameleon.errors import BadInput
 from chameleon.generation.engine import Engine, Request
-from chameleon.generation.guidance import Guidance, combine, three_way, two_way
-from chameleon.generation.modality import FORCED, ModalityState, Next, Rules
-from chameleon.generation.sampling import GREEDY, Sampling, Settings, cut, penalize_repetition, sample, times
-from chameleon.model.cache import KVCache
+from chameleon.generation.guidance import Guidance, combine_logits, three_way, two_way
+from chameleon.generation.sampling import GREEDY, Sampling, BatchSampling, top_k_top_p_filter, penalize_repetition, sample, exponential_noise
+from chameleon.model.kv_cache import KVCache
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Vocabulary
 
@@ -31,7 +31,7 @@ DEVICE = torch.device("cpu")
 
 
 def cut_by(logits: torch.Tensor, **settings_: float) -> torch.Tensor:
-    return cut(logits, Settings([Sampling(1.0, **{"top_p": 1.0, **settings_})] * len(logits)))  # type: ignore[arg-type]
+    return top_k_top_p_filter(logits, BatchSampling([Sampling(1.0, **{"top_p": 1.0, **settings_})] * len(logits)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
@@ -63,7 +63,7 @@ def test_repetition_penalty_equals_hugging_faces() -> None:
 def drawn(logits: torch.Tensor, sampling: Sampling, seeds: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """What is drawn from the same logits [V] by each (seed, number) [N]."""
     rows = logits.expand(len(seeds), -1)
-    return sample(rows, Settings([sampling] * len(rows)), seeds, numbers, torch.arange(len(logits)))
+    return sample(rows, BatchSampling([sampling] * len(rows)), seeds, numbers, torch.arange(len(logits)))
 
 
 SAMPLINGS = [
@@ -82,7 +82,7 @@ def test_drawn_ids_follow_the_distribution(sampling: Sampling, vary: str) -> Non
     running, still = torch.arange(count), torch.full((count,), 7)
     seeds, numbers = (running, still) if vary == "seed" else (still, running)
     seen = torch.arange(12) % 3 == 0
-    rows = Settings([sampling] * count)
+    rows = BatchSampling([sampling] * count)
     ids = sample(logits.expand(count, -1), rows, seeds, numbers, torch.arange(12), seen.expand(count, -1))
     row = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.nonzero().T, logits[None].clone())
     row = TopKLogitsWarper(sampling.top_k or 12)(None, row / sampling.temperature)
@@ -107,7 +107,7 @@ def test_draws_of_neighbouring_seeds_and_numbers_are_independent() -> None:
 
 
 def test_times_are_exponential() -> None:
-    found = times(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
+    found = exponential_noise(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
     assert kstest(found.numpy(), "expon").pvalue > 1e-3
     assert bool((found > 0).all()) and bool(found.isfinite().all())
 
@@ -128,7 +128,7 @@ def test_cutting_the_head_does_not_change_what_is_drawn() -> None:
     masked = logits.clone()
     masked[:, :10] = -torch.inf
     masked[:, 20:] = -torch.inf
-    rows, seeds = Settings([Sampling(0.8, 0.9)] * 50), torch.arange(50)
+    rows, seeds = BatchSampling([Sampling(0.8, 0.9)] * 50), torch.arange(50)
     whole = sample(masked, rows, seeds, seeds, torch.arange(30))
     assert torch.equal(whole, sample(logits[:, 10:20], rows, seeds, seeds, torch.arange(10, 20)) + 10)
 
@@ -138,9 +138,9 @@ def test_each_row_has_settings_of_its_own() -> None:
     logits, ids = torch.randn(3, 20), torch.arange(20)
     rows = [GREEDY, Sampling(1.0, 0.5), Sampling(2.0, 1.0, top_k=3)]
     seeds, numbers = torch.tensor([3, 7, 9]), torch.tensor([0, 4, 2])
-    together = sample(logits, Settings(rows), seeds, numbers, ids)
+    together = sample(logits, BatchSampling(rows), seeds, numbers, ids)
     alone = [
-        sample(logits[n : n + 1], Settings(rows[n : n + 1]), seeds[n : n + 1], numbers[n : n + 1], ids).item()
+        sample(logits[n : n + 1], BatchSampling(rows[n : n + 1]), seeds[n : n + 1], numbers[n : n + 1], ids).item()
         for n in range(3)
     ]
     assert together.tolist() == alone
@@ -153,7 +153,7 @@ def test_settings_out_of_range_are_named() -> None:
             Sampling(**{name: value})  # type: ignore[arg-type]
     for seed in (-1, 2**63):
         with pytest.raises(BadInput, match="out of range"):
-            Request((1,), Rules(1), seed=seed)
+            Request((1,), OutputConstraints(1), seed=seed)
 
 
 # --- guidance ---
@@ -163,19 +163,19 @@ def test_guidance_is_the_formula() -> None:
     torch.manual_seed(0)
     full, images, nothing = torch.randn(3, 2, 9)
     weights = torch.tensor([two_way([1], 3.0).weights] * 2)
-    torch.testing.assert_close(combine(torch.stack((full, nothing), dim=1), weights), nothing + 3.0 * (full - nothing))
+    torch.testing.assert_close(combine_logits(torch.stack((full, nothing), dim=1), weights), nothing + 3.0 * (full - nothing))
     weights = torch.tensor([three_way([1], [1], 1.2, 3.0).weights] * 2)
-    got = combine(torch.stack((full, images, nothing), dim=1), weights)
+    got = combine_logits(torch.stack((full, images, nothing), dim=1), weights)
     torch.testing.assert_close(got, nothing + 1.2 * (images - nothing) + 3.0 * (full - images))
 
 
 # --- modality ---
 
 
-def allowed(kind: Next, v: Vocabulary) -> torch.Tensor:
+def allowed(kind: AllowedNext, v: Vocabulary) -> torch.Tensor:
     """bool [V]: the ids of a kind."""
-    names = [name for flag, name in FORCED.items() if flag & kind]
-    return v.mask(text=bool(kind & Next.TEXT), image=bool(kind & Next.CODE), specials=names)
+    names = [name for flag, name in FORCED_TOKENS.items() if flag & kind]
+    return v.mask(text=bool(kind & AllowedNext.TEXT), image=bool(kind & AllowedNext.CODE), specials=names)
 
 
 def letters(ids: list[int], v: Vocabulary) -> str:
@@ -183,9 +183,9 @@ def letters(ids: list[int], v: Vocabulary) -> str:
     return "".join("b" if t == v.boi else "e" if t == v.eoi else "c" if t in v.image_ids else "t" for t in ids)
 
 
-def made_by(rules: Rules, v: Vocabulary, choices: list[int]) -> str:
+def made_by(rules: OutputConstraints, v: Vocabulary, choices: list[int]) -> str:
     """What some choice of allowed ids makes."""
-    state, made = ModalityState(rules, v, [v.bos]), []
+    state, made = OutputState(rules, v, [v.bos]), []
     for choice in choices:
         if state.done:
             break
@@ -199,20 +199,25 @@ def made_by(rules: Rules, v: Vocabulary, choices: list[int]) -> str:
 
 
 CHOICES = st.lists(st.integers(0, 10**6), min_size=60, max_size=60)
-SMALL = Vocabulary.own(image_codes=5, text_pieces=6, grid=(2, 3))
+SMALL = Vocabulary.build(image_codes=5, text_pieces=6, grid=(2, 3))
 PICTURE = "bcccccce"
 
 
 @settings(max_examples=200)
-@given(max_new=st.integers(1, 40), max_images=st.integers(0, 3), max_text=st.none() | st.integers(1, 5), choices=CHOICES)
+@given(
+    max_new_tokens=st.integers(1, 40),
+    max_images=st.integers(0, 3),
+    max_text_tokens=st.none() | st.integers(1, 5),
+    choices=CHOICES,
+)
 def test_any_choice_of_allowed_ids_gives_whole_pictures(
-    max_new: int, max_images: int, max_text: int | None, choices: list[int]
+    max_new_tokens: int, max_images: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
-    made = made_by(Rules(max_new, max_images, max_text), SMALL, choices)
-    assert len(made) <= max_new
+    made = made_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
+    assert len(made) <= max_new_tokens
     assert set(made.replace(PICTURE, "")) <= {"t"}
     assert made.count("b") <= max_images
-    assert max_text is None or "t" * (max_text + 1) not in made
+    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in made
 
 
 FORMATS = {
@@ -226,27 +231,30 @@ FORMATS = {
 
 @settings(max_examples=200)
 @given(
-    parts=st.sampled_from(list(FORMATS)), spare=st.integers(0, 9), max_text=st.none() | st.integers(1, 5), choices=CHOICES
+    parts=st.sampled_from(list(FORMATS)),
+    spare=st.integers(0, 9),
+    max_text_tokens=st.none() | st.integers(1, 5),
+    choices=CHOICES,
 )
 def test_a_format_is_kept_whatever_is_chosen(
-    parts: tuple[str, ...], spare: int, max_text: int | None, choices: list[int]
+    parts: tuple[str, ...], spare: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
-    rules = Rules(1, max_text=max_text, format=parts)  # type: ignore[arg-type]
-    rules = replace(rules, max_new=max(1, rules.least(SMALL) + spare))
+    rules = OutputConstraints(1, max_text_tokens=max_text_tokens, format=parts)  # type: ignore[arg-type]
+    rules = replace(rules, max_new_tokens=max(1, rules.min_tokens(SMALL) + spare))
     made = made_by(rules, SMALL, choices)
     assert re.fullmatch(FORMATS[parts], made), made
-    assert len(made) <= rules.max_new
-    assert max_text is None or "t" * (max_text + 1) not in made
+    assert len(made) <= rules.max_new_tokens
+    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in made
 
 
 def test_a_prompt_may_end_inside_a_picture() -> None:
     v = SMALL
-    state = ModalityState(Rules(10, format=()), v, [v.bos, v.boi, 6, 7])
+    state = OutputState(OutputConstraints(10, format=()), v, [v.bos, v.boi, 6, 7])
     kinds = []
     for _ in range(6):
         kinds.append(state.next())
-        state.push(v.eoi if kinds[-1] == Next.IMAGE_END else v.image_start)
-    assert kinds == [Next.CODE] * 4 + [Next.IMAGE_END, Next.END]
+        state.push(v.eoi if kinds[-1] == AllowedNext.IMAGE_END else v.image_start)
+    assert kinds == [AllowedNext.CODE] * 4 + [AllowedNext.IMAGE_END, AllowedNext.END]
 
 
 # --- the engine ---
@@ -260,30 +268,30 @@ def engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None, **c
 def reference(engine: Engine, request: Request) -> list[int]:
     """The same request without cache, batch or head slices: every step reads the whole sequence anew."""
     v = engine.vocabulary
-    state, made = ModalityState(engine.check(request), v, list(request.prompt)), []
+    state, made = OutputState(engine.check(request), v, list(request.prompt)), []
     while not state.done:
         kind = state.next()
         rows = [torch.tensor([[*prompt, *made]]) for prompt in request.prompts]
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
-        if request.guidance is not None and kind == Next.CODE:
+        if request.guidance is not None and kind == AllowedNext.CODE:
             row = sum(w * part for w, part in zip(request.guidance.weights, logits, strict=True))  # type: ignore[assignment]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *made):
             seen[0, token] = token in v.text_ids
-        setting = request.image if kind == Next.CODE else request.text
+        setting = request.image if kind == AllowedNext.CODE else request.text
         token = int(
             sample(
                 row.masked_fill(~allowed(kind, v), -torch.inf).unsqueeze(0),
-                Settings([setting]),
+                BatchSampling([setting]),
                 torch.tensor([request.seed]),
                 torch.tensor([len(made)]),
                 torch.arange(v.size),
-                None if kind == Next.CODE else seen,
+                None if kind == AllowedNext.CODE else seen,
             )
         )
-        code = v.image_length - (state.codes_left or 0)
-        if kind == Next.CODE and state.images == 1 and code < len(request.given) and request.given[code] >= 0:
+        code = v.codes_per_image - (state.codes_left or 0)
+        if kind == AllowedNext.CODE and state.images == 1 and code < len(request.given) and request.given[code] >= 0:
             token = request.given[code]
         if token == v.eos:
             break
@@ -294,23 +302,27 @@ def reference(engine: Engine, request: Request) -> list[int]:
 
 def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
     v, t = vocabulary, vocabulary.text_start
-    codes = tuple(range(v.image_start, v.image_start + v.image_length))
+    codes = tuple(range(v.image_start, v.image_start + v.codes_per_image))
     picture = (v.boi, *codes, v.eoi)
-    one, shared = Rules(v.block_length, format=("image",)), (v.bos, *picture, *range(t + 10, t + 30))
+    one, shared = OutputConstraints(v.image_block_length, format=("image",)), (v.bos, *picture, *range(t + 10, t + 30))
     return [
-        Request((v.bos, t + 3, t + 4, v.sep), Rules(12), sampling, sampling, seed=1),
-        Request((v.bos, *picture, v.sep), Rules(30, max_images=1), sampling, sampling, seed=2),
+        Request((v.bos, t + 3, t + 4, v.sep), OutputConstraints(12), sampling, sampling, seed=1),
+        Request((v.bos, *picture, v.sep), OutputConstraints(30, max_images=1), sampling, sampling, seed=2),
         Request((v.bos, t + 9, t + 8, t + 7, v.sep), one, sampling, sampling, two_way((v.bos, v.sep), 3.0), seed=3),
-        Request((v.bos, t + 1, *picture, t + 2, v.sep), Rules(40, max_images=2), sampling, sampling, seed=4),
+        Request((v.bos, t + 1, *picture, t + 2, v.sep), OutputConstraints(40, max_images=2), sampling, sampling, seed=4),
         Request(
             (v.bos, *picture, t + 5), one, sampling, sampling, three_way((v.bos, *picture), (v.bos,), 1.2, 3.0), seed=5
         ),
         # one prefix, behind which some differ, and some do not
-        Request((*shared, t + 1, v.sep), Rules(30, format=("text", "image", "text")), sampling, sampling, seed=6),
-        Request((*shared, t + 2, v.sep), Rules(4), sampling, sampling, seed=7),
-        Request((*shared, t + 1, v.sep), Rules(25, max_images=1, max_text=3), sampling, sampling, seed=8),
+        Request(
+            (*shared, t + 1, v.sep), OutputConstraints(30, format=("text", "image", "text")), sampling, sampling, seed=6
+        ),
+        Request((*shared, t + 2, v.sep), OutputConstraints(4), sampling, sampling, seed=7),
+        Request(
+            (*shared, t + 1, v.sep), OutputConstraints(25, max_images=1, max_text_tokens=3), sampling, sampling, seed=8
+        ),
         # completes a picture, and one of which some codes are given
-        Request((v.bos, v.boi, *codes[:5]), Rules(20, format=()), sampling, sampling, seed=9),
+        Request((v.bos, v.boi, *codes[:5]), OutputConstraints(20, format=()), sampling, sampling, seed=9),
         Request((v.bos, t + 4, v.sep), one, sampling, GREEDY, seed=10, given=(-1, codes[3], codes[4], -1, codes[1])),
     ]
 
@@ -318,9 +330,9 @@ def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
 DRAWN = Sampling(0.9, 0.9, repetition_penalty=1.2)
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "few rows": {"rows": 3},
-    "window 3": {"window": 3},
-    "window 16": {"window": 16, "rows": 7},
+    "few rows": {"global_batch_size": 3},
+    "window 3": {"window_steps": 3},
+    "window 16": {"window_steps": 16, "global_batch_size": 7},
 }
 
 
@@ -340,19 +352,19 @@ def test_engine_equals_the_reference_alone_and_in_any_batch(
     machine.forget()
     for request, ids in zip(asked, wanted, strict=True):
         assert machine.generate([request]) == [ids]
-    assert machine.idle and not machine.active and not machine.made
+    assert machine.is_idle and not machine.active and not machine.made
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer, seed: int) -> None:
     """Requests join while others run, some are cancelled, the host looks now and then only."""
     stream = random.Random(seed)
-    machine = engine(tokenizer, {"rows": stream.randint(3, 8), "window": stream.choice([1, 1, 4])})
+    machine = engine(tokenizer, {"rows": stream.randint(3, 8), "window_steps": stream.choice([1, 1, 4])})
     asked = requests(tokenizer.vocabulary, DRAWN)
     wanted = [machine.generate([request])[0] for request in asked]
     order = stream.sample(range(len(asked)), len(asked))
     tickets: dict[int, int] = {}
-    while order or not machine.idle:
+    while order or not machine.is_idle:
         for _ in range(stream.randint(0, 3)):
             if order:
                 number = order.pop()
@@ -361,7 +373,7 @@ def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer
             ticket = stream.choice(sorted(tickets))
             machine.cancel(ticket)
             del tickets[ticket]
-        machine.advance(stream.choice([None, 1, 5]))
+        machine.step(stream.choice([None, 1, 5]))
         assert [row.slot for row in machine.active] == list(range(len(machine.active)))
     for ticket, number in tickets.items():
         assert list(machine.made[ticket]) == wanted[number]
@@ -375,17 +387,17 @@ def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
     prompt = (v.bos, *range(v.text_start, v.text_start + 40), v.sep)
     read: list[int] = []
     hook = machine.model.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
-    machine.generate([Request(prompt, Rules(1), GREEDY, seed=seed) for seed in range(6)])
+    machine.generate([Request(prompt, OutputConstraints(1), GREEDY, seed=seed) for seed in range(6)])
     assert sum(read) == len(prompt) + 5
     read.clear()
-    machine.generate([Request((*prompt[:30], v.sep), Rules(1), GREEDY)])
+    machine.generate([Request((*prompt[:30], v.sep), OutputConstraints(1), GREEDY)])
     assert sum(read) == 1
     read.clear()
     branches = two_way(prompt[:35], 2.0)
     machine.forget()
-    machine.generate([Request(prompt, Rules(v.block_length, format=("image",)), guidance=branches)])
+    machine.generate([Request(prompt, OutputConstraints(v.image_block_length, format=("image",)), guidance=branches)])
     # both prompts, the shared part once and boi behind them; then two rows for each code but the last
-    assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (v.image_length - 1)
+    assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (v.codes_per_image - 1)
     hook.remove()
 
 
@@ -397,20 +409,22 @@ def test_the_host_does_not_look_inside_pictures(tokenizer: MixedTokenizer, monke
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(self.numel()), tolist(self))[1])
     for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a look"))
-    rules = Rules(v.block_length, format=("image",))
+    rules = OutputConstraints(v.image_block_length, format=("image",))
     asked = [Request((v.bos, v.text_start + n, v.sep), rules, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)]
     looks.clear()
     machine.generate(asked)
-    assert looks == [3 * v.image_length]
+    assert looks == [3 * v.codes_per_image]
 
 
 def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
     """A model that always says the same code is right about all drafts from the second row on."""
     v = tokenizer.vocabulary
-    request = Request((v.bos, v.text_start, v.sep), Rules(v.block_length, format=("image",)), image=GREEDY)
+    request = Request(
+        (v.bos, v.text_start, v.sep), OutputConstraints(v.image_block_length, format=("image",)), image=GREEDY
+    )
     passes = {}
     for window in (1, 4):
-        machine = engine(tokenizer, {"window": window})
+        machine = engine(tokenizer, {"window_steps": window})
         with torch.no_grad():
             for block in machine.model.blocks:
                 block.attention.out.weight.zero_()  # type: ignore[union-attr]
@@ -418,7 +432,7 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
             machine.model.embed.weight[v.image_ids.ids] = machine.model.embed.weight[v.boi].clone()
         machine.generate([request])
         passes[window] = machine.passes
-    assert passes == {1: v.image_length, 4: 1 + -(-(v.image_length - 1) // 4)}
+    assert passes == {1: v.codes_per_image, 4: 1 + -(-(v.codes_per_image - 1) // 4)}
 
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
@@ -437,7 +451,7 @@ def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
     for _ in range(7):
         next(stream)
     stream.close()
-    assert machine.idle and not machine.active and not machine.made
+    assert machine.is_idle and not machine.active and not machine.made
     assert machine.generate(asked) == wanted
 
 
@@ -455,15 +469,15 @@ def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokeni
     with pytest.raises(KeyboardInterrupt):
         machine.generate(asked)
     hook.remove()
-    assert machine.idle and not machine.active
+    assert machine.is_idle and not machine.active
     assert machine.generate(asked) == wanted
 
 
 def test_requests_with_nothing_to_choose_take_no_place(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
-    machine = engine(tokenizer, {"rows": 3})
-    whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.image_length))
-    asked = [Request(whole, Rules(5, format=()))] * 7 + requests(v, DRAWN)[:2]
+    machine = engine(tokenizer, {"global_batch_size": 3})
+    whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.codes_per_image))
+    asked = [Request(whole, OutputConstraints(5, format=()))] * 7 + requests(v, DRAWN)[:2]
     assert machine.generate(asked) == [[v.eoi]] * 7 + engine(tokenizer).generate(asked[7:])
 
 
@@ -491,37 +505,37 @@ def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
 
 
 def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = engine(tokenizer, context=16)
+    machine = engine(tokenizer, context_length=16)
     v = tokenizer.vocabulary
     with pytest.raises(BadInput, match=r"the prompt has 20 ids, the context 16; shorten it to 15"):
-        machine.generate([Request((v.text_start,) * 20, Rules(4))])
+        machine.generate([Request((v.text_start,) * 20, OutputConstraints(4))])
     with pytest.raises(BadInput, match="at least one id"):
-        machine.generate([Request((), Rules(4))])
+        machine.generate([Request((), OutputConstraints(4))])
     with pytest.raises(BadInput, match=f"not below {v.size}"):
-        machine.generate([Request((v.size,), Rules(4))])
+        machine.generate([Request((v.size,), OutputConstraints(4))])
     with pytest.raises(BadInput, match="text and image take 19 ids at least, but there is room for 7"):
-        machine.generate([Request((v.bos,) * 10, Rules(100, format=("text", "image")))])
+        machine.generate([Request((v.bos,) * 10, OutputConstraints(100, format=("text", "image")))])
     with pytest.raises(BadInput, match="none is to be made"):
-        machine.generate([Request((v.bos,), Rules(4), guidance=two_way((v.bos,), 2.0))])
-    guided = Request((v.bos,), Rules(v.block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
+        machine.generate([Request((v.bos,), OutputConstraints(4), guidance=two_way((v.bos,), 2.0))])
+    guided = Request((v.bos,), OutputConstraints(v.image_block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
     with pytest.raises(BadInput, match="takes 2 rows, the engine has 1"):
-        engine(tokenizer, {"rows": 1}).generate([guided])
-    rest = Request((v.bos, v.boi, v.image_start, v.image_start), Rules(20, format=("image",)))
+        engine(tokenizer, {"global_batch_size": 1}).generate([guided])
+    rest = Request((v.bos, v.boi, v.image_start, v.image_start), OutputConstraints(20, format=("image",)))
     with pytest.raises(BadInput, match="the rest of a picture and image take 33 ids at least, but there is room for 13"):
         machine.generate([rest])
     with pytest.raises(BadInput, match="more codes than a picture has"):
-        engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), Rules(4))])
+        engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), OutputConstraints(4))])
     with pytest.raises(BadInput, match=f"{v.eos} is the id of no image code"):
-        machine.generate([Request((v.bos,), Rules(4), given=(v.eos,))])
+        machine.generate([Request((v.bos,), OutputConstraints(4), given=(v.eos,))])
     with pytest.raises(BadInput, match="3 weights for 2 prompts"):
-        machine.generate([Request((v.bos,), Rules(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
+        machine.generate([Request((v.bos,), OutputConstraints(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
     # what fits is cut to the room that is left, and no picture starts that would not fit
-    made = machine.generate([Request((v.bos,) * 10, Rules(100, max_images=1), GREEDY, GREEDY)])[0]
+    made = machine.generate([Request((v.bos,) * 10, OutputConstraints(100, max_images=1), GREEDY, GREEDY)])[0]
     assert len(made) <= 7 and v.boi not in made
     # no memory: for one row it is said, for several they wait for each other
-    asked = [Request((v.bos, v.text_start + n), Rules(5), GREEDY) for n in range(5)]
+    asked = [Request((v.bos, v.text_start + n), OutputConstraints(5), GREEDY) for n in range(5)]
     wanted = engine(tokenizer).generate(asked)
-    a_row = 64 * KVCache.bytes_a_slot(machine.model.config, torch.float64)
+    a_row = 64 * KVCache.bytes_per_token(machine.model.config, torch.float64)
     monkeypatch.setattr("chameleon.generation.engine.free_memory", lambda device: a_row - 1)
     with pytest.raises(BadInput, match=r"1 row of 64 ids take .* GB .* 63 ids fit"):
         engine(tokenizer).generate(asked)
@@ -533,13 +547,13 @@ def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_a_thousand_requests_with_cancellations_leave_nothing_behind(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer, {"rows": 12, "window": 2})
+    machine = engine(tokenizer, {"global_batch_size": 12, "window_steps": 2})
     asked = requests(tokenizer.vocabulary, DRAWN)
     wanted = [machine.generate([request])[0] for request in asked]
     stream = random.Random(0)
     tickets: dict[int, int] = {}
     submitted, cancelled = 0, 0
-    while submitted < 1000 or not machine.idle:
+    while submitted < 1000 or not machine.is_idle:
         for _ in range(stream.randrange(8)):
             if submitted < 1000:
                 number = stream.randrange(len(asked))
@@ -550,7 +564,7 @@ def test_a_thousand_requests_with_cancellations_leave_nothing_behind(tokenizer: 
             machine.cancel(ticket)
             del tickets[ticket]
             cancelled += 1
-        machine.advance(stream.choice([None, 1, 4]))
+        machine.step(stream.choice([None, 1, 4]))
         for ticket in [ticket for ticket in tickets if machine.ended(ticket)]:
             assert list(machine.made.pop(ticket)) == wanted[tickets.pop(ticket)]
     assert cancelled > 50 and not tickets

@@ -16,11 +16,11 @@ from PIL import Image as PILImage
 from chameleon.errors import BadInput
 from chameleon.tokenizers import image as image_module
 from chameleon.tokenizers.image import (
+    CodeCache,
     ImageTokenizer,
-    KnownCodes,
+    affine_augment,
     fit_square,
     load_picture,
-    moved,
     to_pictures,
     to_tensor,
 )
@@ -183,7 +183,7 @@ def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTo
     wanted = torch.cat([ImageTokenizer(image_tokenizer.network).encode([picture]) for picture in pictures])
     assert len(wanted.flatten(1).unique(dim=0)) > 6
     forgetful = ImageTokenizer(image_tokenizer.network)
-    forgetful.known = KnownCodes(image_tokenizer.config.grid, size=4)
+    forgetful.known = CodeCache(image_tokenizer.config.grid, size=4)
     for order in ([0, 1, 2], [2, 3, 4, 0], [0, 5, 6, 7, 8, 9, 1], list(range(12)), [11, 11, 3]):
         assert torch.equal(forgetful.encode([pictures[n] for n in order]), wanted[order])
         assert len(forgetful.known.slots) <= 4
@@ -193,13 +193,13 @@ def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTo
 def test_moved_pictures_by_hand() -> None:
     """Twice the zoom shows the middle half; a shift of a quarter to the left moves columns by a quarter."""
     picture = gradient((32, 32))
-    assert np.array_equal(np.asarray(moved(picture, 1.0, (0.0, 0.0))), np.asarray(picture))
-    mirrored = np.asarray(moved(picture, 1.0, (0.0, 0.0), mirror=True))
+    assert np.array_equal(np.asarray(affine_augment(picture, 1.0, (0.0, 0.0))), np.asarray(picture))
+    mirrored = np.asarray(affine_augment(picture, 1.0, (0.0, 0.0), mirror=True))
     assert np.array_equal(mirrored, np.asarray(picture)[:, ::-1])
-    shifted = np.asarray(moved(picture, 1.0, (0.25, 0.0)))
+    shifted = np.asarray(affine_augment(picture, 1.0, (0.25, 0.0)))
     assert np.array_equal(shifted[:, :24], np.asarray(picture)[:, 8:])
     assert (shifted[:, 24:] == 255).all()
-    zoomed = np.asarray(moved(picture, 2.0, (0.0, 0.0)))[..., 0].astype(int)
+    zoomed = np.asarray(affine_augment(picture, 2.0, (0.0, 0.0)))[..., 0].astype(int)
     assert abs(zoomed[16, 0] - np.asarray(picture)[16, 8, 0]) < 8
     assert abs(zoomed[16, 31] - np.asarray(picture)[16, 23, 0]) < 8
 

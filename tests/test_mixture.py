@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chameleon.train.language_data import PackedBatchDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -21,26 +22,25 @@ from chameleon.data.mixture import (
     PackedSource,
     SourceConfig,
     StageConfig,
-    shuffled,
-    splitmix,
+    permuted_index,
+    splitmix64,
     stage_weights,
 )
-from chameleon.data.packing import cut, pack
-from chameleon.data.token_shards import open_shards, whole_pictures, write_shard
+from chameleon.data.packing import pack, split_long_documents
+from chameleon.data.token_shards import open_shards, complete_image_starts, write_shard
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
-from chameleon.train.language import StepRows
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.vocabulary import Vocabulary
 
 # --- packing ---
 
 
-def packed_one_by_one(lengths: list[int], context: int) -> list[list[int]]:
+def packed_one_by_one(lengths: list[int], context_length: int) -> list[list[int]]:
     """Best fit by falling length as it is told: each item goes into the fullest row that has room for it."""
     rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
-        fitting = [row for row in rows if sum(row) + length <= context]
+        fitting = [row for row in rows if sum(row) + length <= context_length]
         if fitting:
             max(fitting, key=sum).append(length)
         else:
@@ -51,19 +51,19 @@ def packed_one_by_one(lengths: list[int], context: int) -> list[list[int]]:
 @settings(max_examples=300)
 @given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
 def test_packing_is_best_fit_by_falling_length(case: tuple[int, list[int]]) -> None:
-    context, lengths = case
-    counts = np.bincount(lengths, minlength=context + 1) if lengths else np.zeros(context + 1, dtype=int)
-    alike = pack(counts, context)
+    context_length, lengths = case
+    counts = np.bincount(lengths, minlength=context_length + 1) if lengths else np.zeros(context_length + 1, dtype=int)
+    alike = pack(counts, context_length)
     used: dict[int, list[int]] = {}
     rows = []
     for entry in alike:
         for row in range(entry.rows):
-            rows.append([stack.length for stack in entry.stacks for _ in range(stack.each)])
-            for length, each, first in entry.stacks:
+            rows.append([stack.length for stack in entry.item_runs for _ in range(stack.each)])
+            for length, each, first in entry.item_runs:
                 used.setdefault(length, []).extend(range(first + row * each, first + (row + 1) * each))
     assert all(sorted(found) == list(range(counts[length])) for length, found in used.items())  # each item once
     assert sum(map(len, used.values())) == len(lengths)
-    wanted = packed_one_by_one(lengths, context)
+    wanted = packed_one_by_one(lengths, context_length)
     assert sorted(map(sum, rows)) == sorted(map(sum, wanted))
 
 
@@ -71,13 +71,13 @@ def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
     """99% and more of short captions with documents that often exceed the context, in a long and in a short one."""
     stream = np.random.default_rng(0)
     lengths = np.concatenate((stream.integers(8, 80, 20_000), stream.lognormal(6.5, 1.5, 5000).astype(int) + 2))
-    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
+    v = Vocabulary.build(image_codes=4, text_pieces=4, grid=(2, 3))
     with write_shard(tmp_path / "s", "print", v) as writer:
         for length in lengths.tolist():
             writer.add(torch.full((length,), v.text_start))
-    for context in (4096, 512):
-        assert lengths.max() > 4 * context
-        index = RowIndex(open_shards(tmp_path), context, v.block_length)
+    for context_length in (4096, 512):
+        assert lengths.max() > 4 * context_length
+        index = RowIndex(open_shards(tmp_path), context_length, v.image_block_length)
         assert index.targets == (lengths - 1).sum()
         assert index.fill > 0.99
         assert sum(piece.size for row in range(len(index)) for piece in index[row]) == index.targets
@@ -85,8 +85,8 @@ def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
 
 @settings(max_examples=300)
 @given(st.lists(st.lists(st.one_of(st.integers(1, 15), st.just("picture")), max_size=12), max_size=4), st.integers(8, 30))
-def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context: int) -> None:
-    v = Vocabulary.own(image_codes=4, text_pieces=4, grid=(2, 3))
+def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context_length: int) -> None:
+    v = Vocabulary.build(image_codes=4, text_pieces=4, grid=(2, 3))
     ids: list[int] = []
     offsets = [0]
     for parts in documents:
@@ -96,7 +96,9 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
         ids.append(v.eos)
         offsets.append(len(ids))
     bounds = np.array(offsets)
-    made = cut(bounds[:-1], bounds[1:], whole_pictures(np.array(ids, dtype=int), v), v.block_length, context)
+    made = split_long_documents(
+        bounds[:-1], bounds[1:], complete_image_starts(np.array(ids, dtype=int), v), v.image_block_length, context_length
+    )
     for number in range(len(documents)):
         mine = made.document == number
         begins, sizes = made.start[mine].tolist(), made.size[mine].tolist()
@@ -104,17 +106,17 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
         whole = ids[offsets[number] : offsets[number + 1]]
         assert targets == list(range(1, len(whole)))
         for start, size in zip(begins, sizes, strict=True):
-            assert 0 < size <= context
-            stretch = whole[start + 1 : start + size + 1]
-            assert stretch.count(v.boi) == stretch.count(v.eoi)
+            assert 0 < size <= context_length
+            read = whole[start + 1 : start + size + 1]
+            assert read.count(v.boi) == read.count(v.eoi)
             after = whole[start + size + 1 : start + size + 2]
-            longer = size < context and after and after[0] != v.boi
+            longer = size < context_length and after and after[0] != v.boi
             assert not longer  # no shorter than it has to be
 
 
 def test_a_picture_longer_than_the_context_is_named() -> None:
     with pytest.raises(BadInput, match="a picture takes 18 ids, the context is 10"):
-        cut(np.array([0]), np.array([40]), np.array([3]), 18, 10)
+        split_long_documents(np.array([0]), np.array([40]), np.array([3]), 18, 10)
 
 
 # --- the mixture ---
@@ -133,7 +135,7 @@ def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
             writer.add(torch.tensor([v.bos, *[v.text_start] * 3, v.sep, *[v.text_start + n] * 4, v.eos]))
     return Mixture(
         [SourceConfig(str(tmp_path / "pairs"), 3.0), SourceConfig(str(tmp_path / "talk"), 1.0, loss="answers")],
-        context=50,
+        context_length=50,
         rows=6,
         seed=3,
         vocabulary=v,
@@ -154,9 +156,9 @@ def test_workers_and_resuming_change_nothing(mixture: Mixture, tokenizer: MixedT
     """Steps 40 … 47 in order, in two worker processes, and from a mixture made anew that has seen nothing before."""
     wanted = [mixture.batch(step) for step in range(48)][40:]
     configs = [source.config for source in mixture.sources]
-    fixed: dict[str, Any] = {"context": 50, "rows": 6, "vocabulary": tokenizer.vocabulary}
+    fixed: dict[str, Any] = {"context_length": 50, "global_batch_size": 6, "vocabulary": tokenizer.vocabulary}
     fresh = Mixture(configs, seed=3, **fixed)
-    loader = DataLoader(StepRows(fresh, 48), batch_size=None, num_workers=2, sampler=range(40, 48))
+    loader = DataLoader(PackedBatchDataset(fresh, 48), batch_size=None, num_workers=2, sampler=range(40, 48))
     for batch, found in zip(wanted, loader, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, found, strict=True))
     assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).ids, wanted[0].ids)
@@ -284,7 +286,7 @@ def test_mixtures_that_make_no_sense_are_refused(
     sources: list[SourceConfig], stages: list[StageConfig], message: str, tokenizer: MixedTokenizer
 ) -> None:
     with pytest.raises(BadInput, match=re.escape(message)):
-        Mixture(sources, context=8, rows=1, seed=0, vocabulary=tokenizer.vocabulary, stages=stages, steps=10)
+        Mixture(sources, context_length=8, global_batch_size=1, seed=0, vocabulary=tokenizer.vocabulary, stages=stages, max_steps=10)
 
 
 def test_stages_change_weights_and_lose_no_row(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
@@ -293,12 +295,12 @@ def test_stages_change_weights_and_lose_no_row(mixture: Mixture, tokenizer: Mixe
     steps = 5000
     staged = Mixture(
         sources,
-        context=50,
-        rows=6,
+        context_length=50,
+        global_batch_size=6,
         seed=3,
         vocabulary=tokenizer.vocabulary,
         stages=[StageConfig(0.4, {"talk": 1.0}), StageConfig(0.8, {"pairs": 1.0, "talk": 4.0})],
-        steps=steps,
+        max_steps=steps,
     )
     bounds = [0, 12_000, 24_000, 30_000]
     shares = [tokens_drawn(staged, *pair)[1] for pair in pairwise(bounds)]
@@ -315,14 +317,14 @@ def test_stages_change_weights_and_lose_no_row(mixture: Mixture, tokenizer: Mixe
 def test_the_shipped_recipe_has_the_papers_stages() -> None:
     recipe = read_recipe(PretrainRecipe, "7b-pretrain")
     first, second = stage_weights(recipe.mixture, recipe.stages)
-    names = [source.called for source in recipe.mixture]
-    assert recipe.stages[0].start == 0.8 and recipe.rows * (recipe.context or 0) == 2**23
+    names = [source.display_name for source in recipe.mixture]
+    assert recipe.stages[0].start == 0.8 and recipe.rows * (recipe.context_length or 0) == 2**23
     assert first[:3] == pytest.approx([2.9, 1.5, 0.4]) and not first[3:].any()
     assert second[:3] == pytest.approx(first[:3] / 2)  # RECIPE 2.2
     pictures = [n for n, name in enumerate(names) if "pairs" in name or "interleaved" in name]
     shares = [row[pictures].sum() / row.sum() for row in (first, second)]
     assert shares[0] == pytest.approx(shares[1], abs=0.01)
-    assert recipe.run.steps * 2**23 == pytest.approx(9.2e12, rel=1e-6)
+    assert recipe.run.max_steps * 2**23 == pytest.approx(9.2e12, rel=1e-6)
 
 
 def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -336,7 +338,7 @@ def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> Non
     sources = [
         SourceConfig(str(tmp_path / name), weight, "answers") for name, weight in (("say", 3), ("draw", 1), ("code", 1))
     ]
-    fixed: dict[str, Any] = {"context": 60, "rows": 2, "seed": 0, "vocabulary": v, "balance_modalities": True}
+    fixed: dict[str, Any] = {"context_length": 60, "global_batch_size": 2, "seed": 0, "vocabulary": v, "balance_modalities": True}
     found = Mixture(sources, **fixed)
     assert tokens_drawn(found, 0, PATTERN) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
     with pytest.raises(BadInput, match="no source whose answers are mostly pictures"):
@@ -345,17 +347,17 @@ def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> Non
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_shuffling_is_a_permutation(count: int, key: int) -> None:
-    assert sorted(shuffled(place, count, key) for place in range(count)) == list(range(count))
+    assert sorted(permuted_index(place, count, key) for place in range(count)) == list(range(count))
 
 
 def test_shuffling_looks_random() -> None:
     """Where the first of twenty goes over many keys, and its distance to the second: each place as often (chi-square)."""
     count, keys = 20, 20_000
     for function in (
-        lambda key: shuffled(0, count, key),
-        lambda key: (shuffled(1, count, key) - shuffled(0, count, key)) % count - 1,
+        lambda key: permuted_index(0, count, key),
+        lambda key: (permuted_index(1, count, key) - permuted_index(0, count, key)) % count - 1,
     ):
-        values = np.bincount([function(splitmix(7, key)) for key in range(keys)])
+        values = np.bincount([function(splitmix64(7, key)) for key in range(keys)])
         expected = keys / len(values)
         degrees = len(values) - 1
         assert ((values - expected) ** 2 / expected).sum() < degrees + 5 * np.sqrt(2 * degrees)

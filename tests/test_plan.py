@@ -14,8 +14,8 @@ from conftest import random_model
 from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig, named_size
-from chameleon.model.transformer import Transformer, packed_mask
-from chameleon.plan import RESERVED, Setup, make_plan, saved_bytes, training_bytes
+from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
+from chameleon.plan import RESERVED_BYTES, TrainingSetup, plan_training, saved_bytes, training_bytes
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 
 
@@ -36,7 +36,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_a_built_model(
     for optimizer in optimizers:
         optimizer.step()
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-    setup = Setup(context=8, precision=precision, optimizer=kind)  # type: ignore[arg-type]
+    setup = TrainingSetup(context_length=8, precision=precision, optimizer=kind)  # type: ignore[arg-type]
     planned = training_bytes(model, setup)
     assert planned.parameters == sum(p.nbytes for p in model.parameters())
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -54,48 +54,50 @@ def test_parameters_gradients_and_optimizer_are_those_of_a_built_model(
     ],
 )
 def test_activations_are_what_autograd_saves(precision: str, changes: dict[str, object]) -> None:
-    config, rows, context = small(**changes), 3, 24
+    config, rows, context_length = small(**changes), 3, 24
     model = Transformer(config).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    ids = torch.zeros(rows, context, dtype=torch.int64)
+    ids = torch.zeros(rows, context_length, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext():
-        real = saved_bytes(lambda: model(ids, ids, packed_mask(ids)), list(model.parameters()))
-    planned = make_plan(config, Setup(rows=rows, context=context, precision=precision)).training.activations
+        real = saved_bytes(lambda: model(ids, ids, block_diagonal_causal_mask(ids)), list(model.parameters()))
+    planned = plan_training(
+        config, TrainingSetup(micro_batch_size=rows, context_length=context_length, precision=precision)
+    ).training.activations
     assert planned == pytest.approx(real, rel=0.15)
 
 
 def test_checkpointing_keeps_one_block_and_the_stream_between_blocks() -> None:
-    config, rows, context = small(layers=6), 3, 24
+    config, rows, context_length = small(layers=6), 3, 24
     model = Transformer(config)
-    ids = torch.zeros(rows, context, dtype=torch.int64)
+    ids = torch.zeros(rows, context_length, dtype=torch.int64)
     for block in model.blocks:
         forward = block.forward
         block.forward = lambda *a, f=forward: torch.utils.checkpoint.checkpoint(f, *a, use_reentrant=False)  # type: ignore[method-assign]
-    kept = saved_bytes(lambda: model(ids, ids, packed_mask(ids)), list(model.parameters()))
-    setup = Setup(rows=rows, context=context, precision="32-true")
-    full = make_plan(config, setup).training.activations
-    planned = make_plan(config, replace(setup, checkpointing="full")).training.activations
-    one = (full - make_plan(replace(config, layers=1), setup).training.activations) / 5
+    kept = saved_bytes(lambda: model(ids, ids, block_diagonal_causal_mask(ids)), list(model.parameters()))
+    setup = TrainingSetup(micro_batch_size=rows, context_length=context_length, precision="32-true")
+    full = plan_training(config, setup).training.activations
+    planned = plan_training(config, replace(setup, checkpointing="full")).training.activations
+    one = (full - plan_training(replace(config, layers=1), setup).training.activations) / 5
     assert planned == pytest.approx(kept + one, rel=0.15) and planned < full / 2
 
 
 def test_known_sums() -> None:
     """The figures everyone knows: 16 bytes a parameter, and the cache of LLaMA-2's shape, half a MiB an id."""
-    plan = make_plan(named_size("7b", dropout=0.0), Setup())
+    plan = plan_training(named_size("7b", dropout=0.0), TrainingSetup())
     states = plan.training.parameters + plan.training.gradients + plan.training.optimizer
     assert states / plan.config.parameters == pytest.approx(16, rel=1e-6)
     assert states * 7e9 / plan.config.parameters == pytest.approx(112e9, rel=1e-6)
     assert plan.running.kv_cache == 4096 * 2**19
     assert plan.flops_per_token == pytest.approx(6 * plan.config.parameters, rel=0.1)
-    assert plan.spare("h100") < 0 and plan.spare("h100") == 80e9 - RESERVED - plan.training.total
+    assert plan.spare("h100") < 0 and plan.spare("h100") == 80e9 - RESERVED_BYTES - plan.training.total
     rate = 0.4 * 989e12 / plan.flops_per_token
     assert plan.tokens_per_second("h100") == rate and plan.days("h100", rate * 86400 * 3) == pytest.approx(3)
 
 
 def test_sharding_divides_and_fits() -> None:
     config = named_size("7b")
-    alone = make_plan(config, Setup(checkpointing="full"))
-    eight = make_plan(config, Setup(checkpointing="full", sharding="fsdp", devices=8))
-    ddp = make_plan(config, Setup(checkpointing="full", sharding="ddp", devices=8))
+    alone = plan_training(config, TrainingSetup(activation_checkpointing="full"))
+    eight = plan_training(config, TrainingSetup(activation_checkpointing="full", data_parallel="fsdp", devices=8))
+    ddp = plan_training(config, TrainingSetup(activation_checkpointing="full", data_parallel="ddp", devices=8))
     for name in ("parameters", "gradients", "optimizer"):
         assert getattr(eight.training, name) == -(-getattr(alone.training, name) // 8)
         assert getattr(ddp.training, name) == getattr(alone.training, name)
@@ -109,13 +111,13 @@ def test_sharding_divides_and_fits() -> None:
     [
         ({"precision": "fp8"}, "bf16-mixed"),
         ({"devices": 2}, "ddp or fsdp"),
-        ({"rows": 0}, "positive"),
+        ({"global_batch_size": 0}, "positive"),
         ({"utilisation": 1.5}, "utilisation"),
     ],
 )
 def test_a_setup_that_cannot_be(changes: dict[str, object], words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        Setup(**changes)  # type: ignore[arg-type]
+        TrainingSetup(**changes)  # type: ignore[arg-type]
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

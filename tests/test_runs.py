@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounter
 
 from chameleon.cli import main
 from chameleon.errors import BadInput
-from chameleon.model.recompute import recompute
-from chameleon.model.transformer import packed_blocks, packed_mask, rotation
+from chameleon.model.activation_checkpointing import apply_activation_checkpointing
+from chameleon.model.transformer import block_diagonal_causal_block_mask, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train import checkpoint, memory, progress, trainer
 from chameleon.train.recipe import PretrainRecipe, read_recipe
@@ -35,7 +35,7 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
     path = recipe_file(tmp_path, tokenizer)
     shutil.copytree(tmp_path / "shards", tmp_path / "others")
     mixture = f"mixture=[{{shards: {tmp_path}/shards}}, {{shards: {tmp_path}/others}}]"
-    settings = ["run.steps=12", "run.log_every=2", "run.validate_every=4", "run.checkpoint_every=5", "run.progress=true"]
+    settings = ["run.max_steps=12", "run.log_every_n_steps=2", "run.validate_every_n_steps=4", "run.save_every_n_steps=5", "run.progress=true"]
     main(["pretrain", "--config", str(path), *settings, mixture, f"validation=[{{shards: {tmp_path}/shards}}]"])
     run = tmp_path / "run"
     lines = shown.getvalue().splitlines()
@@ -69,16 +69,16 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
     [
         (["run.devices=3", "run.accelerator=cpu"], r"rows 4 do not divide by 3 devices; 3 rows do"),
         (
-            ["run.devices=3", "run.accelerator=cpu", "run.sharding=fsdp", "run.tensor_parallel=2"],
+            ["run.devices=3", "run.accelerator=cpu", "run.data_parallel=fsdp", "run.tensor_parallel_size=2"],
             "3 devices do not divide by 2",
         ),
-        (["run.tensor_parallel=2"], "tensor_parallel needs fsdp"),
+        (["run.tensor_parallel_size=2"], "tensor_parallel needs fsdp"),
         (["attention=flex", "run.accelerator=cpu"], "flex needs a GPU"),
         (["run.devices=0"], "neither auto nor a number"),
         (["run.accelerator=gpu"], "no GPU here; give run.accelerator=cpu"),
-        (["run.sharding=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),
+        (["run.data_parallel=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),
         (["run.precision=16-mixed"], "float16 is for running models"),
-        (["run.sharding=fsdp", "run.precision=64-true"], "64-true cannot be sharded"),
+        (["run.data_parallel=fsdp", "run.precision=64-true"], "64-true cannot be sharded"),
     ],
 )
 def test_devices_that_are_not_there_or_do_not_divide(
@@ -101,8 +101,8 @@ def test_what_does_not_fit_says_by_how_much(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "memory_of", lambda *_: 1e6)
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=1"])
-    with pytest.raises(BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_rows=2, checkpointing=full, run"):
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=1"])
+    with pytest.raises(BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_batch_size=2, activation_checkpointing=full, run"):
         train(recipe)
     recipe.run.force = True
     train(recipe)
@@ -120,7 +120,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path, tokenizer: MixedTokenizer, mo
 def test_no_room_for_a_checkpoint_keeps_what_is_there(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=9", "run.checkpoint_every=2"])
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=9", "run.save_every_n_steps=2"])
     usage = namedtuple("usage", "total used free")
     calls: list[int] = []
 
@@ -136,7 +136,7 @@ def test_no_room_for_a_checkpoint_keeps_what_is_there(
 
 
 def test_another_optimizer_goes_on_by_force(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=3"])
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=3"])
     train(recipe)
     recipe.run.resume, recipe.optimizer.kind = True, "muon"
     with pytest.raises(BadInput, match=r"optimizer\.kind from adamw to muon"):
@@ -153,7 +153,10 @@ def test_blocks_attend_as_the_mask_does() -> None:
     ids = torch.randint(0, 30, (2, 300))
     documents = torch.randint(0, 3, (2, 300)).sort(dim=1).values
     with torch.no_grad():
-        one, other = (model(ids, mask=mask) for mask in (packed_mask(documents), packed_blocks(documents)))
+        one, other = (
+            model(ids, mask=mask)
+            for mask in (block_diagonal_causal_mask(documents), block_diagonal_causal_block_mask(documents))
+        )
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
@@ -164,7 +167,7 @@ def test_what_is_computed_again_gives_the_same_gradients(how: str) -> None:
     for kind in ("none", how):
         model = random_model(30, dropout=0.3).requires_grad_(True).train()
         for block in model.blocks:
-            recompute(block, kind)  # type: ignore[arg-type]
+            apply_activation_checkpointing(block, kind)  # type: ignore[arg-type]
         torch.manual_seed(5)
         model(ids).square().sum().backward()
         grads.append([parameter.grad for name, parameter in model.named_parameters() if name != "head.weight"])
@@ -174,28 +177,28 @@ def test_what_is_computed_again_gives_the_same_gradients(how: str) -> None:
 def test_compiled_blocks_see_into_what_is_computed_again() -> None:
     counter = CompileCounter()
     block = random_model(30).blocks[0].requires_grad_(True)
-    recompute(block, "full")
+    apply_activation_checkpointing(block, "full")
     block.compile(backend=counter)
-    block(torch.randn(1, 5, 32), rotation(torch.arange(5)[None], 8, 1e4)).sum().backward()
+    block(torch.randn(1, 5, 32), rope_cos_sin(torch.arange(5)[None], 8, 1e4)).sum().backward()
     assert counter.op_count > 0  # what is computed again counts as one
 
 
 def test_a_tied_head_is_trained(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    changes = ["model.tied_head=true", "run.steps=30"]
+    changes = ["model.tied_head=true", "run.max_steps=30"]
     bundle, figures = train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes))
     assert bundle is not None and bundle.model.head.weight is bundle.model.embed.weight
     assert figures["train/image_loss"] < 3.5
     path = f"bundle={tmp_path / 'run' / 'bundle'}"
-    more = [path, "tokenizers=null", "size=null", "model={}", "run.steps=2", f"run.out={tmp_path / 'on'}"]
+    more = [path, "tokenizers=null", "size=null", "model={}", "run.max_steps=2", f"run.out={tmp_path / 'on'}"]
     train(read_recipe(PretrainRecipe, tmp_path / "recipe.yaml", more))
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=2"])
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
     train(recipe)
     run = tmp_path / "run"
     (run / "checkpoints" / ".step-00000003.partial-1").mkdir()
-    recipe.run.checkpoint_every = 3
+    recipe.run.save_every_n_steps = 3
     train(recipe)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     before = sorted(path.name for path in (run / "checkpoints.before").iterdir())
@@ -204,9 +207,9 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path: Path, tokenizer: 
     recipe.run.resume = True
     with pytest.raises(BadInput, match="no checkpoint is whole"), pytest.warns(UserWarning, match="passed over"):
         train(recipe)
-    recipe.run.keep = 0
+    recipe.run.save_total_limit = 0
     with pytest.raises(BadInput, match="keep is 0"):
-        checkpoint.Checkpoints(recipe.run, {}, None)
+        checkpoint.CheckpointCallback(recipe.run, {}, None)
 
 
 def test_a_disk_that_fills_while_a_checkpoint_is_written(
@@ -215,7 +218,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=5", "run.checkpoint_every=2"])
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
     monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(BadInput, match=r"could not be written .*No space left"):
         train(recipe)

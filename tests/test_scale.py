@@ -19,17 +19,17 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 32}
 STEPS = 20
-RUN = [f"run.steps={STEPS}", "run.checkpoint_every=10", "run.log_every=1", "run.accelerator=cpu"]
-RUN += ["optimizer.clip=0.3", "optimizer.rate=0.003"]
+RUN = [f"run.max_steps={STEPS}", "run.save_every_n_steps=10", "run.log_every_n_steps=1", "run.accelerator=cpu"]
+RUN += ["optimizer.max_grad_norm=0.3", "optimizer.lr=0.003"]
 WAYS = {
-    "two, ddp, accumulating": ["run.devices=2", "micro_rows=1"],
-    "two, fsdp, accumulating": ["run.devices=2", "run.sharding=fsdp", "micro_rows=1", "checkpointing=full"],
-    "two, tensor parallel": ["run.devices=2", "run.sharding=fsdp", "run.tensor_parallel=2", "checkpointing=selective"],
+    "two, ddp, accumulating": ["run.devices=2", "micro_batch_size=1"],
+    "two, fsdp, accumulating": ["run.devices=2", "run.data_parallel=fsdp", "micro_batch_size=1", "activation_checkpointing=full"],
+    "two, tensor parallel": ["run.devices=2", "run.data_parallel=fsdp", "run.tensor_parallel_size=2", "activation_checkpointing=selective"],
     "four, ddp": ["run.devices=4"],
-    "four, fsdp": ["run.devices=4", "run.sharding=fsdp", "checkpointing=selective"],
-    "four, fsdp and tensor parallel": ["run.devices=4", "run.sharding=fsdp", "run.tensor_parallel=2"],
+    "four, fsdp": ["run.devices=4", "run.data_parallel=fsdp", "activation_checkpointing=selective"],
+    "four, fsdp and tensor parallel": ["run.devices=4", "run.data_parallel=fsdp", "run.tensor_parallel_size=2"],
 }
-SEEN = ("train/loss", "train/text_loss", "train/image_loss", "train/log_z", "train/gradient_norm", "train/output_norm")
+SEEN = ("train/loss", "train/text_loss", "train/image_loss", "train/log_z", "train/grad_norm", "train/output_norm")
 
 
 def run(recipe: Path, out: Path, *more: str, code: int = 0) -> str:
@@ -62,7 +62,7 @@ def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -
     wanted, found = log(lone / "run"), log(tmp_path)
     assert wanted.shape == (STEPS, len(SEEN)) and wanted[0, 0] > wanted[-1, 0] + 0.5
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    weights = [SafetensorsFiles.of_folder(out / "bundle") for out in (lone / "run", tmp_path)]
+    weights = [SafetensorsFiles.from_folder(out / "bundle") for out in (lone / "run", tmp_path)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
     with pytest.warns(UserWarning, match="changed since the checkpoint"):

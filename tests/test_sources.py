@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from pyarrow import parquet
 
-from chameleon.data.forms import Place, content_of
-from chameleon.data.sources import Sample, braced, expand, read
+from chameleon.data.forms import RecordContext, content_of
+from chameleon.data.sources import Sample, expand_braces, expand, read
 from chameleon.document import Conversation, Document, Image, Text
 from chameleon.errors import BadInput
 
@@ -88,7 +88,7 @@ def test_files_cut_short_give_what_came_before_or_are_named(ending: str, tmp_pat
 
 
 def at(tmp_path: Path, record: Any) -> Document | Conversation:
-    return content_of(record, Place("here", tmp_path))
+    return content_of(record, RecordContext("here", tmp_path))
 
 
 def test_interleaved_documents(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_pictures_inside_parquet_are_encoded(tmp_path: Path, tokenizer: Any) -> 
     write(tmp_path / "a.parquet", [{"image": {"bytes": png("blue"), "path": "x.png"}, "text": "blue"}])
     found, _ = samples(str(tmp_path / "a.parquet"))
     ids = tokenizer.encode(found[0].content)
-    assert tokenizer.vocabulary.is_image(ids).sum() == tokenizer.vocabulary.image_length
+    assert tokenizer.vocabulary.is_image(ids).sum() == tokenizer.vocabulary.codes_per_image
 
 
 def test_coco_and_vqa(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_folder_takes_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_braces(tmp_path: Path) -> None:
-    assert list(braced("{a,b}/{008..011}.tar")) == [f"{x}/{n:03d}.tar" for x in "ab" for n in range(8, 12)]
-    assert list(braced("no{thing}s")) == ["no{thing}s"]
+    assert list(expand_braces("{a,b}/{008..011}.tar")) == [f"{x}/{n:03d}.tar" for x in "ab" for n in range(8, 12)]
+    assert list(expand_braces("no{thing}s")) == ["no{thing}s"]
     for name in ("00000.jsonl", "00001.jsonl", "00007.jsonl"):
         write(tmp_path / name, [{"text": name}])
     found, _ = samples(str(tmp_path / "{00000..00005}.jsonl"))

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from chameleon.train.language_module import LanguageModule
 from conftest import random_model, recipe_file
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon.errors import BadInput
-from chameleon.model.transformer import packed_mask, rotate, rotation
+from chameleon.model.transformer import apply_rope, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.language import LanguageModule
-from chameleon.train.monitors import AttentionWatch, UpdateWatch
+from chameleon.train.monitors import AttentionLogitMonitor, UpdateRatioMonitor
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.train.run import train
-from chameleon.train.stability import Alarm, Guard, StabilityConfig
+from chameleon.train.stability import DivergenceAlarm, StabilityConfig, StepGuard
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -37,33 +37,33 @@ def events(out: Path) -> list[dict[str, Any]]:
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=10, max_size=60), st.floats(21, 1e6))
 def test_a_guard_leaves_out_spikes_alone(norms: list[float], size: float) -> None:
-    guard = Guard(StabilityConfig(window=10, spike=10.0, patience=3))
-    assert all(guard.judge(1.0, norm) is None for norm in norms)
-    again = Guard(guard.config)
+    guard = StepGuard(StabilityConfig(window_steps=10, max_grad_norm_ratio=10.0, max_consecutive_skips=3))
+    assert all(guard.reason_to_skip(1.0, norm) is None for norm in norms)
+    again = StepGuard(guard.config)
     again.restore(guard.state())
     for one in (guard, again):
-        assert one.judge(1.0, size * 2.0) is not None
-        assert one.judge(math.nan, 1.0) is not None and not one.gives_up
-        assert one.judge(1.0, math.inf) is not None and one.gives_up
+        assert one.reason_to_skip(1.0, size * 2.0) is not None
+        assert one.reason_to_skip(math.nan, 1.0) is not None and not one.gives_up
+        assert one.reason_to_skip(1.0, math.inf) is not None and one.gives_up
         assert one.skipped == 3 and one.norms == norms[-10:]
-        assert one.judge(1.0, 1.0) is None and not one.gives_up
+        assert one.reason_to_skip(1.0, 1.0) is None and not one.gives_up
 
 
 def test_a_guard_without_spikes_takes_what_is_finite() -> None:
-    guard = Guard(StabilityConfig(spike=0.0, window=2))
-    assert all(guard.judge(1.0, norm) is None for norm in (1.0, 1.0, 1e9))
-    assert guard.judge(math.inf, 1.0)
+    guard = StepGuard(StabilityConfig(max_grad_norm_ratio=0.0, window_steps=2))
+    assert all(guard.reason_to_skip(1.0, norm) is None for norm in (1.0, 1.0, 1e9))
+    assert guard.reason_to_skip(math.inf, 1.0)
 
 
 def test_an_alarm_waits_for_growth_and_tells_again_after_as_much() -> None:
-    alarm = Alarm(StabilityConfig(window=10, output_growth=2.0), warmup=5)
+    alarm = DivergenceAlarm(StabilityConfig(window_steps=10, max_output_norm_growth=2.0), warmup=5)
     told = [step for step in range(200) if alarm.output_norm(step, 1.05**step)]
     apart = math.log(2) / math.log(1.05)
     assert 25 < told[0] < 25 + apart + 2
     assert all(abs(later - earlier - apart) < 2 for earlier, later in pairwise(told))
-    steady = Alarm(StabilityConfig(window=10))
+    steady = DivergenceAlarm(StabilityConfig(window_steps=10))
     assert not any(steady.output_norm(step, 5 + math.sin(step)) for step in range(200))
-    quiet = Alarm(StabilityConfig(window=10, alarms=False))
+    quiet = DivergenceAlarm(StabilityConfig(window_steps=10, alarms=False))
     assert not any(quiet.output_norm(step, 2.0**step) for step in range(200))
     assert steady.attention_logit(99.0, 3) is None
     assert "layer 3" in (steady.attention_logit(101.0, 3) or "") and steady.attention_logit(140.0, 3) is None
@@ -91,13 +91,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int], stop: int = -1) -> lis
 def test_a_step_that_is_not_finite_is_left_out(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.steps=6", "run.log_every=1"])
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=6", "run.log_every_n_steps=1"])
     spoil(monkeypatch, {3})
     bundle, _ = train(recipe)
     assert bundle is not None and all(value.isfinite().all() for value in bundle.model.state_dict().values())
     log = rows(tmp_path / "run")
-    assert [float(row["stability/skipped"]) for row in log] == [0, 0, 0, 1, 1, 1]
-    assert [float(row["monitor/update_share"]) > 0 for row in log] == [True, True, True, False, True, True]
+    assert [float(row["stability/skipped_steps"]) for row in log] == [0, 0, 0, 1, 1, 1]
+    assert [float(row["monitor/update_ratio"]) > 0 for row in log] == [True, True, True, False, True, True]
     (event,) = events(tmp_path / "run")
     assert event["step"] == 3 and "loss is nan" in event["text"] and "batch 3: rows shards" in event["text"]
 
@@ -106,17 +106,17 @@ def test_a_run_goes_back_and_passes_over_the_batches(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches 5, 6 and 7 are bad: from the checkpoint of step 4 on with batch 8. Killed later, it ends the same."""
-    settings = ["run.steps=9", "run.log_every=1", "run.checkpoint_every=4", "stability.patience=3"]
+    settings = ["run.max_steps=9", "run.log_every_n_steps=1", "run.save_every_n_steps=4", "stability.max_consecutive_skips=3"]
     path = recipe_file(tmp_path, tokenizer)
-    whole = read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/whole"])
-    with monkeypatch.context() as patch:
+    full_tensor = read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/whole"])
+    with monkeypatch.context_length() as patch:
         seen = spoil(patch, {5, 6, 7})
-        bundle, _ = train(whole)
+        bundle, _ = train(full_tensor)
     assert seen == [(n, n) for n in range(8)] + [(4 + n, 8 + n) for n in range(5)]
     assert [event["kind"] for event in events(tmp_path / "whole")] == ["step left out"] * 3 + ["going back"]
-    assert float(rows(tmp_path / "whole")[-1]["stability/skipped"]) == 3
+    assert float(rows(tmp_path / "whole")[-1]["stability/skipped_steps"]) == 3
     killed = read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/killed"])
-    with monkeypatch.context() as patch:
+    with monkeypatch.context_length() as patch:
         spoil(patch, {5, 6, 7}, stop=13)
         with pytest.raises(RuntimeError, match="killed"):
             train(killed)
@@ -132,7 +132,7 @@ def test_a_run_goes_back_and_passes_over_the_batches(
 def test_with_nothing_to_go_back_to_it_ends_with_a_word(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["run.steps=9", "run.checkpoint_minutes=0", "stability.patience=2"]
+    changes = ["run.max_steps=9", "run.save_every_n_minutes=0", "stability.max_consecutive_skips=2"]
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
     spoil(monkeypatch, {4, 5})
     with pytest.raises(BadInput, match="2 steps in a row were left out until step 5, and there is no checkpoint"):
@@ -142,7 +142,7 @@ def test_with_nothing_to_go_back_to_it_ends_with_a_word(
 def test_a_run_that_goes_back_in_vain_ends(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["run.steps=60", "run.checkpoint_every=4", "stability.patience=2"]
+    changes = ["run.max_steps=60", "run.save_every_n_steps=4", "stability.max_consecutive_skips=2"]
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
     seen = spoil(monkeypatch, set(range(5, 120)))
     with pytest.raises(BadInput, match="3 times it went back in vain"):
@@ -153,7 +153,7 @@ def test_a_run_that_goes_back_in_vain_ends(
 def test_the_output_norm_is_told_of_before_the_loss_blows_up(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """A rate that grows without end, as in a search for the largest one: first the norm grows, then the loss."""
     ramp = "optimizer={rate: 0.003, warmup: 2, eps: 1.0e-8, final: 300.0, clip: 0}"
-    changes = ["run.steps=400", "run.log_every=1", "model.qk_norm=false", "z_loss=0", "samples=0"]
+    changes = ["run.max_steps=400", "run.log_every_n_steps=1", "model.qk_norm=false", "z_loss=0", "num_samples=0"]
     changes += ["stability={window: 20, spike: 0, patience: 0}"]
     path = recipe_file(tmp_path, tokenizer)
     train(read_recipe(PretrainRecipe, path, [*changes, ramp]))
@@ -161,7 +161,7 @@ def test_the_output_norm_is_told_of_before_the_loss_blows_up(tmp_path: Path, tok
     blown = next(step for step, loss in enumerate(losses) if step > 50 and loss > min(losses[:step]) + 0.5)
     told = [event for event in events(tmp_path / "run") if event["text"].startswith("output norm has grown")]
     assert told[0]["step"] < blown - 10
-    train(read_recipe(PretrainRecipe, path, [*changes, "run.steps=150"]))
+    train(read_recipe(PretrainRecipe, path, [*changes, "run.max_steps=150"]))
     assert events(tmp_path / "run") == []
 
 
@@ -170,27 +170,27 @@ def test_attention_logits_are_those_of_the_formula(kv_heads: int) -> None:
     model = random_model(20, layers=2, kv_heads=kv_heads)
     ids = torch.randint(0, 20, (3, 300))
     documents = torch.randint(0, 2, (3, 300)).sort(dim=1).values
-    watch = AttentionWatch(model)
+    watch = AttentionLogitMonitor(model)
     with torch.no_grad():
-        with watch.watching(documents):
-            model(ids, mask=packed_mask(documents))
-        x, turn = model.embed(ids), rotation(torch.arange(300).expand(3, 300), 8, model.config.rope_theta)
+        with watch.recording(documents):
+            model(ids, mask=block_diagonal_causal_mask(documents))
+        x, turn = model.embed(ids), rope_cos_sin(torch.arange(300).expand(3, 300), 8, model.config.rope_theta)
         for layer, block in enumerate(model.blocks):
             a = block.attention
             q, k, _ = a.qkv(block.attention_norm(x)).view(3, 300, -1, 8).split((4, kv_heads, kv_heads), dim=2)
-            q, k = (rotate(norm(part), *turn).transpose(1, 2) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
+            q, k = (apply_rope(norm(part), *turn).transpose(1, 2) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
             logits = torch.einsum("bhqc,bhkc->bhqk", q, k.repeat_interleave(4 // kv_heads, dim=1)) / math.sqrt(8)
-            wanted = logits.masked_fill(~packed_mask(documents), -math.inf).max()
+            wanted = logits.masked_fill(~block_diagonal_causal_mask(documents), -math.inf).max()
             torch.testing.assert_close(watch.largest[layer], wanted)
-            x = block(x, turn, packed_mask(documents))
+            x = block(x, turn, block_diagonal_causal_mask(documents))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_share_of_an_update() -> None:
     model = random_model(20).requires_grad_(True)
-    watch = UpdateWatch(model)
+    watch = UpdateRatioMonitor(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    torch.testing.assert_close(watch.share(), (before * 0.1).norm() / (before * 1.1).norm())
+    torch.testing.assert_close(watch.ratio(), (before * 0.1).norm() / (before * 1.1).norm())

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chameleon.errors import BadInput
-from chameleon.tokenizers.text import SentencePieceTokenizer, reservoir
+from chameleon.tokenizers.text import SentencePieceTokenizer, reservoir_sample
 
 # Runs of white space and signs that sentencepiece itself uses are likelier than chance would have them.
 texts = st.lists(
@@ -81,7 +81,7 @@ def test_fit_is_deterministic() -> None:
 def test_reservoir_is_bounded_and_uniform() -> None:
     hits = [0] * 40
     for seed in range(600):
-        sample = reservoir((str(number) for number in range(40)), 8, seed)
+        sample = reservoir_sample((str(number) for number in range(40)), 8, seed)
         assert len(sample) == 8
         for item in sample:
             hits[int(item)] += 1

@@ -24,9 +24,9 @@ from PIL import Image as PILImage
 from chameleon.cli import main
 from chameleon.data.filters import Filters
 from chameleon.data.token_shards import TokenShard, open_shards
-from chameleon.data.tokenize import Status, TokenizeOptions, plan, tokenize
+from chameleon.data.tokenize import Status, TokenizeOptions, plan_tasks, tokenize
 from chameleon.errors import BadInput
-from chameleon.files import checksum, is_running
+from chameleon.files import is_running, sha256_of
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
@@ -127,7 +127,7 @@ def test_variants_are_other_views_of_the_same_documents(tmp_path: Path, tokenize
     v = tokenizer.vocabulary
     changed = 0
     for number in range(12):
-        views = [torch.from_numpy(three.stretch(number, variant=variant)) for variant in range(3)]
+        views = [torch.from_numpy(three.read(number, variant=variant)) for variant in range(3)]
         assert np.array_equal(views[0].numpy(), one[number])
         for view in views[1:]:
             assert torch.equal(view[~v.is_image(view)], views[0][~v.is_image(view)])
@@ -277,7 +277,7 @@ def test_relative_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    (task,) = plan(["jsonl:a.jsonl?images=pictures"], Path("out"), TokenizeOptions())
+    (task,) = plan_tasks(["jsonl:a.jsonl?images=pictures"], Path("out"), TokenizeOptions())
     assert task.raw.path == str(tmp_path / "a.jsonl") and task.folder.parent == tmp_path / "out"
     assert task.raw.options == {"images": str(tmp_path / "pictures")}
 
@@ -427,7 +427,7 @@ def test_checking_shards(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         (folder / name).write_bytes(data)
         (folder / "shard.json").write_text(
-            description.replace(hashlib.sha256(whole[name]).hexdigest(), checksum(folder / name))
+            description.replace(hashlib.sha256(whole[name]).hexdigest(), sha256_of(folder / name))
         )
         with pytest.raises(BadInput, match=message):
             TokenShard(folder).verify()

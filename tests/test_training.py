@@ -30,8 +30,8 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.quantizer import MovingAverageCodebook, build_quantizer, nearest
 from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
-from chameleon.train.adapters import add_codebook_rows, fold
-from chameleon.train.image_tokenizer import ImageTokenizerModule, StepPictures, fit_image
+from chameleon.train.adapters import add_codebook_rows, fold_adapters
+from chameleon.train.image_tokenizer import ImageBatchDataset, ImageTokenizerModule, fit_image
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
 from chameleon.train.run import train
@@ -42,7 +42,7 @@ def test_matrices_decay_and_norms_do_not() -> None:
     """With zero gradients AdamW only decays: what shrank is what decays."""
     model = random_model(20).requires_grad_(True)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    (optimizer,) = build_optimizers(model, OptimizerConfig(rate=0.1, weight_decay=0.5))
+    (optimizer,) = build_optimizers(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -65,7 +65,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     """Its step is the orthogonal matrix nearest to the gradient, scaled to AdamW's size (arXiv 2502.16982, eq. 4)."""
     model = random_model(20).requires_grad_(True)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    muon, adamw = build_optimizers(model, OptimizerConfig(kind="muon", rate=0.01, weight_decay=0.0))
+    muon, adamw = build_optimizers(model, OptimizerConfig(kind="muon", lr=0.01, weight_decay=0.0))
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert not taken & rest
@@ -90,7 +90,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
 def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     model = random_model(v.size).requires_grad_(True)
-    codebook = torch.randn(v.image_count, 5)
+    codebook = torch.randn(v.num_image_codes, 5)
     codebook[1] = codebook[0]
     plain = model.embed.weight.detach().clone()
     add_codebook_rows(model, codebook, v)
@@ -108,7 +108,7 @@ def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
     ids = torch.randint(0, v.size, (2, 9))
     before = model.logits(model(ids)).detach()
     names = set(random_model(v.size).state_dict())
-    fold(model)
+    fold_adapters(model)
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model.logits(model(ids)).detach(), before)
 
@@ -116,7 +116,7 @@ def test_codebook_rows_share_and_fold(tokenizer: MixedTokenizer) -> None:
 def test_muon_and_codebook_rows_end_in_a_plain_bundle(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
     trained, figures = train(
-        read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon", "run.steps=60"])
+        read_recipe(PretrainRecipe, path, ["codebook_rows=true", "optimizer.kind=muon", "run.max_steps=60"])
     )
     again = Bundle.load(tmp_path / "run" / "bundle", dtype=torch.float32).model.state_dict()
     assert set(again) == set(Transformer(trained.model.config).state_dict())
@@ -133,7 +133,7 @@ def test_muon_without_blocks_is_refused() -> None:
 def test_a_tied_head_has_no_rows_of_its_own(tokenizer: MixedTokenizer) -> None:
     model = random_model(tokenizer.vocabulary.size, tied_head=True)
     with pytest.raises(BadInput, match="tied_head"):
-        add_codebook_rows(model, torch.randn(tokenizer.vocabulary.image_count, 5), tokenizer.vocabulary)
+        add_codebook_rows(model, torch.randn(tokenizer.vocabulary.num_image_codes, 5), tokenizer.vocabulary)
 
 
 # --- the language module ---------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_tied_head_has_no_rows_of_its_own(tokenizer: MixedTokenizer) -> None:
 def test_validation_is_the_mean_over_all_ids_of_a_modality(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Batches hold different numbers of text ids; the logged mean must weigh ids alike, not batches."""
     path = recipe_file(tmp_path, tokenizer)
-    recipe = read_recipe(PretrainRecipe, path, ["run.steps=2", "rows=1"])
+    recipe = read_recipe(PretrainRecipe, path, ["run.max_steps=2", "global_batch_size=1"])
     recipe.validation = [SourceConfig(str(tmp_path / "shards"), swap_pairs=False)]
     bundle, figures = train(recipe)
     v, total = tokenizer.vocabulary, {Modality.TEXT: [], Modality.IMAGE: []}
@@ -163,7 +163,7 @@ def test_several_processes_train_as_one(tmp_path: Path, tokenizer: MixedTokenize
     weights = []
     for devices in (1, 2):
         out = tmp_path / f"on-{devices}"
-        settings = [f"run.out={out}", f"run.devices={devices}", "run.accelerator=cpu", "run.steps=6"]
+        settings = [f"run.out={out}", f"run.devices={devices}", "run.accelerator=cpu", "run.max_steps=6"]
         settings += ["optimizer.kind=muon", "codebook_rows=true"]
         command = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(path), *settings]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
@@ -187,11 +187,11 @@ def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
         sources=[f"{folder}/pictures/*.png"],
         validation=[f"{folder}/pictures/*.png"],
         run=RunConfig(
-            out=str(folder / "run"), steps=30, log_every=1, validate_every=600, progress=False, precision="32-true"
+            out=str(folder / "run"), max_steps=30, log_every_n_steps=1, validate_every_n_steps=600, progress=False, precision="32-true"
         ),
         model=replace(SMALL_VQGAN, codebook_size=16),
         loss=VQLossConfig(discriminator_channels=8, discriminator_layers=1, **loss),  # type: ignore[arg-type]
-        optimizer=OptimizerConfig(rate=3e-3, betas=(0.9, 0.99), eps=1e-8, warmup=0, schedule="constant"),
+        optimizer=OptimizerConfig(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, warmup_steps=0, schedule="constant"),
         batch=8,
     )
 
@@ -202,7 +202,7 @@ def test_image_tokenizer_learns_and_comes_back(tmp_path: Path) -> None:
     rows = log_of(tmp_path / "run")
     first, last = (float(rows[place]["train/psnr"]) for place in (0, 29))
     assert last > first + 3
-    assert 0 < figures["validation/usage"] <= 1
+    assert 0 < figures["validation/codebook_usage"] <= 1
     pictures = sorted((tmp_path / "pictures").iterdir())
     again = ImageTokenizer.load(tmp_path / "run")
     assert torch.equal(again.encode(pictures), trained.encode(pictures))
@@ -220,8 +220,8 @@ def test_pictures_that_cannot_be_read_are_named_once_and_others_drawn(tmp_path: 
     skipped: list[str] = []
     fit_image(recipe, lambda where, why: skipped.append(where))
     assert 1 <= len(skipped) <= 2 and set(skipped) == {str(bad)}  # in training and in validation
-    training = StepPictures(read_pictures(recipe.sources), recipe, lambda *_: None)
-    assert torch.equal(training[3], StepPictures(read_pictures(recipe.sources), recipe, lambda *_: None)[3])
+    training = ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)
+    assert torch.equal(training[3], ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)[3])
     recipe.batch = 9
     training.world = 2
     with pytest.raises(BadInput, match="batch 9 does not divide by 2"):
@@ -234,9 +234,9 @@ def test_image_tokenizer_trains_on_two_processes_with_a_discriminator(tmp_path: 
     image_recipe(tmp_path)
     settings = ["model.channels=8", "model.multipliers=[1,2,2]", "model.res_blocks=1", "model.latent_channels=8"]
     settings += ["model.resolution=16", "model.codebook_size=16", "model.codebook_width=4", "model.norm_groups=4"]
-    settings += [f"sources=[{tmp_path}/pictures/*.png]", f"validation=[{tmp_path}/pictures/*.png]", "batch=8"]
-    settings += ["run.steps=12", "run.log_every=1", "run.precision=32-true", "run.accelerator=cpu", "run.progress=false"]
-    settings += ["optimizer.warmup=0", "optimizer.rate=0.003", "optimizer.schedule=constant"]
+    settings += [f"sources=[{tmp_path}/pictures/*.png]", f"validation=[{tmp_path}/pictures/*.png]", "global_batch_size=8"]
+    settings += ["run.max_steps=12", "run.log_every_n_steps=1", "run.precision=32-true", "run.accelerator=cpu", "run.progress=false"]
+    settings += ["optimizer.warmup_steps=0", "optimizer.lr=0.003", "optimizer.schedule=constant"]
     results = []
     for devices, adversarial in ((1, 0), (2, 0), (2, 0.5)):
         out = tmp_path / f"{devices}-{adversarial}"
@@ -321,7 +321,7 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
         told = json.dumps({"caption": "a square", "faces": weight})
         (tmp_path / "pictures" / f"{number}.json").write_text(told)
     recipe.weight_field, recipe.scale, recipe.shift, recipe.batch = "faces", (1.0, 1.0), 0.0, 100
-    training = StepPictures(read_pictures(recipe.sources), recipe)
+    training = ImageBatchDataset(read_pictures(recipe.sources), recipe)
     colours = {picture.numpy().tobytes(): name for name, picture in originals(recipe).items()}
     drawn = Counter(colours[picture.numpy().tobytes()] for step in range(30) for picture in training[step])
     wanted = {f"{number}.png": {0: 3.0, 1: 2.0}.get(number, 1.0) for number in range(12)}
@@ -330,7 +330,7 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
     assert chi_square < 31.3  # 99.9% of 11 degrees of freedom
     (tmp_path / "pictures" / "2.json").write_text(json.dumps({"caption": "a square", "faces": -1}))
     with pytest.raises(BadInput, match=r"2\.png: faces is -1, expected a number above 0"):
-        StepPictures(read_pictures(recipe.sources), recipe)
+        ImageBatchDataset(read_pictures(recipe.sources), recipe)
 
 
 def originals(recipe: FitImageRecipe) -> dict[str, torch.Tensor]:
@@ -341,7 +341,7 @@ def originals(recipe: FitImageRecipe) -> dict[str, torch.Tensor]:
 
 def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = image_recipe(tmp_path)
-    recipe.run.steps, recipe.ema, recipe.validation = 6, 0.8, []
+    recipe.run.max_steps, recipe.ema, recipe.validation = 6, 0.8, []
     seen: list[torch.Tensor] = []
     step = ImageTokenizerModule.training_step
 
@@ -361,11 +361,11 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch
 def test_a_codebook_that_collapses_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chameleon.train.image_tokenizer.SETTLED", 5)
     recipe = image_recipe(tmp_path)
-    recipe.run.steps, recipe.smallest_usage = 12, 1.1  # so that any usage is too little
+    recipe.run.max_steps, recipe.smallest_usage = 12, 1.1  # so that any usage is too little
     fit_image(recipe)
     (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert json.loads(told)["step"] == 5 and "of the codebook is in use" in told
-    assert all(float(row["train/revived"]) >= 0 for row in log_of(tmp_path / "run"))
+    assert all(float(row["train/revived_codes"]) >= 0 for row in log_of(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -373,7 +373,7 @@ def test_compiled_blocks_learn_the_same_and_are_watched(tmp_path: Path, tokenize
     path = recipe_file(tmp_path, tokenizer)
     results = []
     for compiled in ("false", "true"):
-        changes = [f"compile={compiled}", "run.steps=12", "run.log_every=3", f"run.out={tmp_path / compiled}"]
+        changes = [f"compile={compiled}", "run.max_steps=12", "run.log_every_n_steps=3", f"run.out={tmp_path / compiled}"]
         train(read_recipe(PretrainRecipe, path, changes))
         names = ("train/loss", "train/output_norm", "monitor/attention_logit_0")
         results.append(torch.tensor([[float(row[name]) for name in names] for row in log_of(tmp_path / compiled)]))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers.models.chameleon.modeling_chameleon import ChameleonModel
 
 from chameleon.errors import BadInput
-from chameleon.model.cache import KVCache, Window
 from chameleon.model.config import SIZES, ModelConfig, named_size
-from chameleon.model.transformer import Transformer, packed_mask
+from chameleon.model.kv_cache import BatchLayout, KVCache
+from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
 
 
 def hugging_face(ours: Transformer) -> Any:
@@ -44,9 +44,9 @@ def test_cache_changes_nothing(qk_norm: bool) -> None:
     ids = torch.randint(0, 50, (1, 20))
     whole = model(ids)
     cache = KVCache(model.config, 1, 32, dtype=torch.float64)
-    first = model(ids[:, :7], window=Window.of(cache, [0], [7]))
-    steps = [model(ids[:, t : t + 1], window=Window.of(cache, [t], [1])) for t in range(7, 15)]
-    rest = model(ids[:, 15:], window=Window.of(cache, [15], [5]))
+    first = model(ids[:, :7], window=BatchLayout.of(cache, [0], [7]))
+    steps = [model(ids[:, t : t + 1], window=BatchLayout.of(cache, [t], [1])) for t in range(7, 15)]
+    rest = model(ids[:, 15:], window=BatchLayout.of(cache, [15], [5]))
     torch.testing.assert_close(torch.cat([first, *steps, rest], dim=1), whole, atol=1e-9, rtol=1e-9)
 
 
@@ -62,7 +62,7 @@ def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: 
         if not any(news):
             continue
         ids = torch.cat([rows[row][starts[row] : starts[row] + news[row]] for row in range(3)])
-        hidden = model(ids.unsqueeze(0), window=Window.of(cache, starts, news))[0]
+        hidden = model(ids.unsqueeze(0), window=BatchLayout.of(cache, starts, news))[0]
         for row, part in enumerate(hidden.split(news)):
             found[row].append(part)
         starts = [start + new for start, new in zip(starts, news, strict=True)]
@@ -75,12 +75,12 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:
     model = random_model(50).double()
     cache = KVCache(model.config, 1, 16, dtype=torch.float64)
     ids = torch.randint(0, 50, (1, 9))
-    model(ids, window=Window.of(cache, [0], [9]))
+    model(ids, window=BatchLayout.of(cache, [0], [9]))
     larger = KVCache(model.config, 3, 24, dtype=torch.float64)
-    larger.take_from(cache)
+    larger.copy_from(cache)
     larger.copy(0, 2, 6)
     other = torch.cat((ids[:, :6], torch.randint(0, 50, (1, 4))), dim=1)
-    found = model(other[:, 6:], window=Window.of(larger, [9, 0, 6], [0, 0, 4]))
+    found = model(other[:, 6:], window=BatchLayout.of(larger, [9, 0, 6], [0, 0, 4]))
     torch.testing.assert_close(found, model(other)[:, 6:], atol=1e-9, rtol=1e-9)
 
 
@@ -90,7 +90,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     ids = torch.cat(documents).unsqueeze(0)
     numbers = torch.cat([torch.full((len(d),), n) for n, d in enumerate(documents)]).unsqueeze(0)
     positions = torch.cat([torch.arange(len(d)) for d in documents]).unsqueeze(0)
-    packed = model(ids, positions, packed_mask(numbers))
+    packed = model(ids, positions, block_diagonal_causal_mask(numbers))
     alone = torch.cat([model(d.unsqueeze(0)) for d in documents], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-9, rtol=1e-9)
 
@@ -128,7 +128,9 @@ def test_paper_sizes() -> None:
 
 
 def test_tied_head_shares_its_weight() -> None:
-    config = ModelConfig(vocab_size=20, layers=1, width=16, heads=2, kv_heads=2, ffn_width=16, context=8, tied_head=True)
+    config = ModelConfig(
+        vocab_size=20, layers=1, width=16, heads=2, kv_heads=2, ffn_width=16, context_length=8, tied_head=True
+    )
     model = Transformer(config)
     assert model.head.weight is model.embed.weight
     assert sum(p.numel() for p in model.parameters()) == config.parameters

@@ -17,8 +17,8 @@ from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.tensor_files import SafetensorsFiles
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.adapters import LoraConfig, add_lora, fold
-from chameleon.train.recipe import SHIPPED, FinetuneRecipe, FitImageRecipe, PretrainRecipe, RoadRecipe, read_recipe
+from chameleon.train.adapters import LoraConfig, add_lora, fold_adapters
+from chameleon.train.recipe import SHIPPED, FinetuneRecipe, FitImageRecipe, PipelineRecipe, PretrainRecipe, read_recipe
 from chameleon.train.run import train
 
 
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path, tokenizer: MixedTokenizer) -> Path:
     values = yaml.safe_load(path.read_text())
     del values["tokenizers"], values["size"], values["model"]
     values |= {"bundle": str(tmp_path / "start")}
-    values["run"] |= {"steps": 12}
+    values["run"] |= {"max_steps": 12}
     values["mixture"][0]["loss"] = "answers"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -45,7 +45,7 @@ def test_the_image_head_alone_learns(recipe: Path, tmp_path: Path, tokenizer: Mi
     values = yaml.safe_load(recipe.read_text())
     values["mixture"][0]["loss"] = "all"
     recipe.write_text(yaml.safe_dump(values))
-    _, figures = train(read_recipe(FinetuneRecipe, recipe, ["learn=image_head", "optimizer.weight_decay=0.1"]))
+    _, figures = train(read_recipe(FinetuneRecipe, recipe, ["trainable=image_head", "optimizer.weight_decay=0.1"]))
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "bundle")
     ids = tokenizer.vocabulary.image_ids.ids
     for name, value in before.items():
@@ -74,7 +74,7 @@ def first_loss(bundle: Bundle, recipe: Path) -> torch.Tensor:
 
 def test_lora_is_folded_into_the_weights(recipe: Path, tmp_path: Path) -> None:
     """The bundle's matrices are the old ones plus alpha / rank · B A, by the adapters of the last checkpoint."""
-    changes = ["learn=lora", "lora.rank=3", "lora.alpha=6", "run.checkpoint_every=11", "optimizer.schedule=constant"]
+    changes = ["trainable=lora", "lora.rank=3", "lora.alpha=6", "run.save_every_n_steps=11", "optimizer.schedule=constant"]
     bundle, _ = train(read_recipe(FinetuneRecipe, recipe, changes))
     assert bundle is not None
     before, after = weights(tmp_path / "start"), bundle.model.state_dict()
@@ -114,7 +114,7 @@ def test_adapters_change_nothing_until_they_learn() -> None:
                 value.normal_(generator=torch.Generator().manual_seed(1))
     moved = model(ids)
     assert (moved - plain(ids)).abs().max() > 0.1
-    fold(model)
+    fold_adapters(model)
     assert set(model.state_dict()) == set(plain.state_dict())
     torch.testing.assert_close(model(ids), moved, atol=1e-4, rtol=1e-4)
 
@@ -122,12 +122,12 @@ def test_adapters_change_nothing_until_they_learn() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["learn=lora", "lora.targets=[qkw]"], "no matrix 'qkw'"),
-        (["learn=lora", "lora.rank=0"], "rank is 1 or more"),
-        (["learn=lora", "codebook_rows=true"], "does not go with learn=lora"),
+        (["trainable=lora", "lora.targets=[qkw]"], "no matrix 'qkw'"),
+        (["trainable=lora", "lora.rank=0"], "rank is 1 or more"),
+        (["trainable=lora", "codebook_rows=true"], "does not go with trainable=lora"),
         (["size=7b"], "the recipe is for 7b, whose layers is 32; the bundle's is 2"),
         (["bundle=nowhere"], "no bundle here"),
-        (["context=97"], "exceeds"),
+        (["context_length=97"], "exceeds"),
     ],
 )
 def test_what_cannot_be_tuned_is_named(changes: list[str], told: str, recipe: Path) -> None:
@@ -140,9 +140,9 @@ def test_the_papers_tuning(recipe: Path) -> None:
     for size in ("7b", "34b"):
         tuning = read_recipe(FinetuneRecipe, f"{size}-finetune")
         optimizer = tuning.optimizer
-        assert (optimizer.kind, optimizer.rate, optimizer.schedule, optimizer.final) == ("adamw", 1e-5, "cosine", 0.0)
-        assert (optimizer.weight_decay, optimizer.warmup) == (0.1, 0)
-        assert (tuning.rows, tuning.context, tuning.model, tuning.z_loss) == (128, 4096, {"dropout": 0.05}, 1e-5)
+        assert (optimizer.kind, optimizer.lr, optimizer.schedule, optimizer.min_lr_ratio) == ("adamw", 1e-5, "cosine", 0.0)
+        assert (optimizer.weight_decay, optimizer.warmup_steps) == (0.1, 0)
+        assert (tuning.rows, tuning.context_length, tuning.model, tuning.z_loss) == (128, 4096, {"dropout": 0.05}, 1e-5)
         assert tuning.balance_modalities and all(source.loss == "answers" for source in tuning.mixture)
 
 
@@ -156,7 +156,7 @@ KINDS: dict[str, Any] = {"pretrain": PretrainRecipe, "image": FitImageRecipe}
 
 
 def kind_of(name: str) -> Any:
-    return KINDS.get(name.rpartition("-")[2], FinetuneRecipe if "-" in name else RoadRecipe)
+    return KINDS.get(name.rpartition("-")[2], FinetuneRecipe if "-" in name else PipelineRecipe)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
@@ -169,27 +169,27 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 )
 def test_a_step_of_each_recipe_at_reduced_width_and_depth(name: str, recipe: Path, tmp_path: Path) -> None:
     """All as the recipe says but for sizes, places and devices; sharding, precision and checkpointing stay."""
-    whole = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-    sources = [{**source, "shards": str(tmp_path / source.get("name", "one"))} for source in whole["mixture"]]
+    full_tensor = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    sources = [{**source, "shards": str(tmp_path / source.get("name", "one"))} for source in full_tensor["mixture"]]
     for number, source in enumerate(sources):
         source.setdefault("name", f"source-{number}")
         source["shards"] = str(tmp_path / source["name"])
         shutil.copytree(tmp_path / "shards", source["shards"])
-    small = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 4, "ffn_width": 64, "context": 96}
-    whole |= {"mixture": sources, "context": 48, "rows": 4, "compile": False, "workers": 0, "verify": True}
-    whole["micro_rows"] = min(1, whole.get("micro_rows", 0))
-    whole["run"] |= {"out": str(tmp_path / "run"), "steps": 2, "devices": 1, "tensor_parallel": 1, "progress": False}
-    if "tokenizers" in whole:
-        whole |= {"tokenizers": str(tmp_path / "tokenizers"), "model": small}
+    small = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 4, "ffn_width": 64, "context_length": 96}
+    full_tensor |= {"mixture": sources, "context_length": 48, "global_batch_size": 4, "compile": False, "num_workers": 0, "verify_shards": True}
+    full_tensor["micro_rows"] = min(1, full_tensor.get("micro_rows", 0))
+    full_tensor["run"] |= {"out": str(tmp_path / "run"), "max_steps": 2, "devices": 1, "tensor_parallel_size": 1, "progress": False}
+    if "tokenizers" in full_tensor:
+        full_tensor |= {"tokenizers": str(tmp_path / "tokenizers"), "model": small}
     else:
-        whole |= {"bundle": str(tmp_path / "start"), "size": None, "balance_modalities": False}
+        full_tensor |= {"bundle": str(tmp_path / "start"), "size": None, "balance_modalities": False}
     path = tmp_path / f"{name}.yaml"
-    path.write_text(json.dumps(whole))
-    main(["pretrain" if "tokenizers" in whole else "finetune", "--config", str(path)])
+    path.write_text(json.dumps(full_tensor))
+    main(["pretrain" if "tokenizers" in full_tensor else "finetune", "--config", str(path)])
     trained = Bundle.load(tmp_path / "run" / "bundle")
-    if "tokenizers" in whole:
+    if "tokenizers" in full_tensor:
         config = trained.model.config
         assert (config.norm_order, config.dropout > 0) == {"34b": ("swin", False), "7b": ("pre", True)}.get(
-            whole["size"], ("pre", False)
+            full_tensor["size"], ("pre", False)
         )
     assert all(value.isfinite().all() for value in trained.model.state_dict().values())

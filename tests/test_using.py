@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from chameleon.generation.constraints import OutputConstraints
 from conftest import random_model
 from PIL import Image as PILImage
 from rich.console import Console
@@ -20,14 +21,13 @@ from rich.text import Text as RichText
 from chameleon.bundle import Bundle
 from chameleon.cli import main
 from chameleon.document import Conversation, Document, Image, Message, Text
-from chameleon.document_view import TerminalView, as_grid, as_html, as_markdown
+from chameleon.document_view import TerminalView, image_grid, as_html, as_markdown
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.engine import Engine, Request
-from chameleon.generation.modality import Rules
 from chameleon.generation.sampling import GREEDY, Sampling
-from chameleon.generation.streaming import Assembler, Forming
-from chameleon.model.running import Int4Linear, Int8Linear, PackedLinear, packs, prepare
+from chameleon.generation.streaming import PartialImage, StreamDecoder
+from chameleon.model.quantization import Int4Linear, Int8Linear, PackedLinear, convert_weights, supports_packed_bfloat16
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 DRAWN = Sampling(1.0, 1.0)
@@ -71,10 +71,10 @@ def decoded_by(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[torch.
 
 
 def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Chameleon(Bundle(random_model(tokenizer.vocabulary.size, context=400), tokenizer, "conversation"))
+    model = Chameleon(Bundle(random_model(tokenizer.vocabulary.size, context_length=400), tokenizer, "conversation"))
     found = asked_of(model, monkeypatch)
     examples = [(picture("red"), "what is it?", "heart"), (picture("blue"), "which style?", "noto")]
-    model.answer(picture("green"), "what is it?", examples=examples, max_new=3)
+    model.answer(picture("green"), "what is it?", examples=examples, max_new_tokens=3)
     turns = []
     for shown, question, answer in examples:
         turns.append(Message("user", Document((Image(shown), Text(question)))))
@@ -87,7 +87,7 @@ def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeyp
 def test_examples_are_lines_of_a_document(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_prompting(model, "document")
     found = asked_of(model, monkeypatch)
-    caption = model.caption(picture("green"), examples=[(picture("red"), "heart")], max_new=3)
+    caption = model.caption(picture("green"), examples=[(picture("red"), "heart")], max_new_tokens=3)
     wanted = Document((Image(picture("red")), Text(" heart\n"), Image(picture("green"))))
     assert found[0].prompt == tuple(model.encode(wanted).tolist()[:-1])
     assert "\n" not in caption
@@ -111,7 +111,7 @@ def test_formats(model: Chameleon) -> None:
     with pytest.raises(BadInput, match="neither text nor image"):
         model.generate(document, format=("text", "picture"))
     with pytest.raises(BadInput, match="image and image and image take 54 ids at least, but there is room for 50"):
-        model.generate(document, format=("image",) * 3, max_new=50)
+        model.generate(document, format=("image",) * 3, max_new_tokens=50)
 
 
 def test_guidance_of_documents_has_the_branches_of_its_form(model: Chameleon) -> None:
@@ -132,11 +132,11 @@ def test_a_stream_is_what_is_generated(model: Chameleon, seed: int) -> None:
     options: dict[str, Any] = {"max_new": 60, "max_images": 2, "text": DRAWN, "image": DRAWN, "seed": seed}
     made = model.generate(document, **options)
     pieces = list(model.stream(document, previews=1, **options))
-    whole = [piece for piece in pieces if not isinstance(piece, Forming)]
+    whole = [piece for piece in pieces if not isinstance(piece, PartialImage)]
     assert "".join(part.text for part in whole if isinstance(part, Text)) == made.text
     pictures = [part.image.tobytes() for part in whole if isinstance(part, Image)]  # type: ignore[union-attr]
     assert pictures == [image.tobytes() for image in made.images]  # type: ignore[union-attr]
-    forming = [piece for piece in pieces if isinstance(piece, Forming)]
+    forming = [piece for piece in pieces if isinstance(piece, PartialImage)]
     assert [piece.rows for piece in forming] == [1, 2, 3] * len(pictures)
     assert all(piece.image.size == (16, 4 * piece.rows) for piece in forming)
 
@@ -145,13 +145,13 @@ def test_text_comes_in_whole_characters_and_is_not_lost_before_a_picture(tokeniz
     v = tokenizer.vocabulary
     ids = tokenizer.text_to_ids("aé漢🧑‍🚀")
     assert len(ids) > 8  # bytes of their own
-    assembler = Assembler(tokenizer)
+    assembler = StreamDecoder(tokenizer)
     pieces = [list(assembler.push(token)) for token in ids]
     texts = [part.text for part in itertools.chain(*pieces) if isinstance(part, Text)]
     assert "".join(texts) == "aé漢🧑‍🚀" and not any("\ufffd" in text for text in texts)
     assert list(assembler.end()) == []
     cut = tokenizer.text_to_ids("漢")[:-1]  # a character that ends too early, then a picture
-    block = [v.boi, *[v.image_start] * v.image_length, v.eoi]
+    block = [v.boi, *[v.image_start] * v.codes_per_image, v.eoi]
     made = [part for token in [*cut, *block] for part in assembler.push(token)]
     assert [type(part) for part in made] == [Text, Image]
     made = [part for token in block[:5] for part in assembler.push(token)]
@@ -164,7 +164,7 @@ def test_text_comes_in_whole_characters_and_is_not_lost_before_a_picture(tokeniz
 
 def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
     shown = [picture(colour) for colour in ("red", "green", "blue", "black")]
-    found = model.likelihoods(shown, "orange heart")
+    found = model.caption_log_likelihoods(shown, "orange heart")
     for one, score in zip(shown, found, strict=True):
         whole = Conversation(
             [Message("user", Document((Image(one),))), Message("assistant", Document((Text("orange heart"),)))]
@@ -176,8 +176,8 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
         assert math.isclose(score, wanted, rel_tol=1e-5)
     order = model.rank(shown, "orange heart")
     assert [found[place] for place in order] == sorted(found, reverse=True)
-    drawn = model.samples("heart", 4, sampling=DRAWN)
-    ranked = model.samples("heart", 4, sampling=DRAWN, ranked=True)
+    drawn = model.draw_samples("heart", 4, sampling=DRAWN)
+    ranked = model.draw_samples("heart", 4, sampling=DRAWN, ranked=True)
     assert [one.tobytes() for one in ranked] == [drawn[place].tobytes() for place in model.rank(drawn, "heart")]
     assert drawn[2].tobytes() == model.draw("heart", seed=2, sampling=DRAWN).tobytes()
 
@@ -213,8 +213,8 @@ def test_variations_keep_a_share_of_the_codes(model: Chameleon, monkeypatch: pyt
 
 def test_grids() -> None:
     one = [PILImage.new("RGB", (8, 8), (n, 0, 0)) for n in range(5)]
-    assert as_grid(one[:1]) is one[0]
-    grid = as_grid(one)
+    assert image_grid(one[:1]) is one[0]
+    grid = image_grid(one)
     assert grid.size == (3 * 10 + 2, 2 * 10 + 2)
     assert [grid.getpixel((2 + 10 * (n % 3), 2 + 10 * (n // 3))) for n in range(5)] == [(n, 0, 0) for n in range(5)]
 
@@ -226,14 +226,14 @@ def test_a_terminal_shows_text_and_pictures_as_they_form() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80)
     view = TerminalView(console, lambda image: RichText(f"<{image.height} high>"))
-    for part in (Text("a [b] "), Forming(picture("red").crop((0, 0, 16, 4)), 1), Image(picture("red")), Text("after")):
+    for part in (Text("a [b] "), PartialImage(picture("red").crop((0, 0, 16, 4)), 1), Image(picture("red")), Text("after")):
         view.show(part)
     view.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "a [b] " in shown and "<4 high>" in shown and "<16 high>" in shown and shown.rstrip().endswith("after")
     out = io.StringIO()
     view = TerminalView(Console(file=out))  # no terminal
-    for part in (Text("a\tb"), Forming(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
+    for part in (Text("a\tb"), PartialImage(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
         view.show(part)
     assert out.getvalue() == "a\tb[picture][picture p.png]"
 
@@ -319,7 +319,7 @@ def test_forms_are_near_the_weights() -> None:
     torch.manual_seed(0)
     weight, few, many = torch.randn(48, 64).bfloat16(), torch.randn(1, 3, 64).bfloat16(), torch.randn(40, 64).bfloat16()
     bounds: list[tuple[Any, float, float]] = [(Int8Linear(weight), 1e-3, 0.012), (Int4Linear(weight), 0.02, 0.12)]
-    if packs():
+    if supports_packed_bfloat16():
         bounds.append((PackedLinear(weight), 0, 0.004))
         assert torch.equal(PackedLinear(weight).weight, weight)
     for layer, least, most in bounds:
@@ -334,18 +334,21 @@ def test_forms_are_near_the_weights() -> None:
     assert bool(((stored - weight.double()).abs().amax(1) <= layer.scales.double() * 0.6).all())
 
 
-packing = pytest.mark.skipif(not packs(), reason="this processor does not pack bfloat16")
+packing = pytest.mark.skipif(not supports_packed_bfloat16(), reason="this processor does not pack bfloat16")
 
 
 @pytest.mark.parametrize("form", [pytest.param("packed", marks=packing), "int8", "int4"])
 def test_engines_run_on_every_form(tokenizer: MixedTokenizer, form: Any) -> None:
     v = tokenizer.vocabulary
     model, whole = (random_model(v.size, width=64, ffn_width=96).bfloat16() for _ in range(2))
-    prepare(model, form)
+    convert_weights(model, form)
     ids = torch.randint(0, v.size, (2, 12))
     near = torch.nn.functional.cosine_similarity(model(ids).float(), whole(ids).float(), dim=-1)
     assert float(near.min()) > (0.9 if form == "int4" else 0.99)
-    asked = [Request((v.bos, v.text_start + n, v.sep), Rules(v.block_length + 4, max_images=1), GREEDY) for n in range(3)]
+    asked = [
+        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), GREEDY)
+        for n in range(3)
+    ]
     machine = Engine(model, v, form=form)
     assert all(machine.generate(asked))
     heads = {type(part) for part in machine.heads.codes.parts + machine.heads.text.parts}
@@ -358,7 +361,7 @@ def test_forms_that_do_not_fit_are_named(tokenizer: MixedTokenizer, bundle_folde
     with pytest.raises(BadInput, match="compiled passes pack plain weights themselves"):
         Chameleon.load(bundle_folder, dtype="bfloat16", weights="packed", compiled=True)
     with pytest.raises(BadInput, match="int4 wants a width that 32 divides"):
-        prepare(random_model(20, width=48).bfloat16(), "int4")
+        convert_weights(random_model(20, width=48).bfloat16(), "int4")
     assert Chameleon.load(bundle_folder, weights="int8").engine.dtype == torch.bfloat16
 
 
@@ -373,7 +376,7 @@ def test_a_packed_model_can_be_saved_a_quantised_one_says_why_not(bundle_folder:
 
 
 def test_nothing_asked_is_nothing_made(model: Chameleon) -> None:
-    assert model.draw_batch([]) == model.samples("a", 0) == model.rank([], "a") == model.caption_batch([]) == []
+    assert model.draw_batch([]) == model.draw_samples("a", 0) == model.rank([], "a") == model.caption_batch([]) == []
 
 
 def test_changed_weights_are_noticed(model: Chameleon) -> None:

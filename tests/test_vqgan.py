@@ -144,9 +144,9 @@ def test_codes_and_pixels_equal_those_of_a_plain_reading(attends: tuple[int, ...
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     codes = network.encode(pictures)
     assert torch.equal(codes, encode(pictures)) and len(codes.unique()) > 5
-    drawn = network.decode(codes)
-    torch.testing.assert_close(drawn, decode(codes), atol=1e-4, rtol=0)
-    assert drawn.std() > 0.1
+    decode_latent = network.decode(codes)
+    torch.testing.assert_close(decode_latent, decode(codes), atol=1e-4, rtol=0)
+    assert decode_latent.std() > 0.1
 
 
 def test_released_configuration_has_the_released_shapes() -> None:
@@ -278,8 +278,8 @@ def test_kmeans_start_lowers_the_distance() -> None:
     torch.manual_seed(0)
     latent = torch.randn(2000, 4)
     sampled, clustered = PlainCodebook(32, 4), PlainCodebook(32, 4)
-    sampled.start_from(latent, iterations=0)
-    clustered.start_from(latent, iterations=10)
+    sampled.init_from_latents(latent, iterations=0)
+    clustered.init_from_latents(latent, iterations=10)
 
     def distance(quantizer: PlainCodebook) -> float:
         return float(torch.cdist(latent, quantizer.codebook().detach()).min(1).values.square().mean())
@@ -288,8 +288,8 @@ def test_kmeans_start_lowers_the_distance() -> None:
 
 
 def test_hinge_loss_by_hand() -> None:
-    real, drawn = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
-    assert hinge_discriminator_loss(real, drawn).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    real, decode_latent = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_discriminator_loss(real, decode_latent).item() == pytest.approx(0.5 * (0.25 + 0.5))
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients() -> None:

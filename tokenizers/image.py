@@ -1,8 +1,8 @@
-"""Pictures ↔ codes: opening any picture safely, the released preprocessing, and a VQGAN with its files.
+"""Images ↔ image codes: reading any image file safely, the released preprocessing, and a VQGAN with its files.
 
-Preprocessing as released: transparency blended over white, the shorter side scaled to the resolution by Lanczos, centre
-crop, values in [-1, 1]. `fit="pad"` is the variant the paper uses for prompts (RECIPE 3): the longer side is scaled and
-the rest is white border, so that nothing is lost.
+Preprocessing as in Meta's released code: transparency blended over white, the shorter side scaled to the resolution with a
+Lanczos filter, centre crop, values in [-1, 1]. `fit="pad"` is what the paper uses for images in prompts (arXiv 2405.09818,
+section 3.2): the longer side is scaled and the rest is a white border, so that nothing is cut off.
 """
 
 from __future__ import annotations
@@ -13,127 +13,156 @@ import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import ImageSequence, UnidentifiedImageError
+from PIL import ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from chameleon.errors import BadInput, reading
-from chameleon.files import read_json, write_json, written_into
-from chameleon.tensor_files import Progress, SafetensorsFiles, nothing, write_safetensors
+from chameleon.errors import BadInput, as_bad_input
+from chameleon.files import atomic_update, read_json, write_json
+from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress, write_safetensors
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Fit = Literal["crop", "pad"]
-Picture = PILImage.Image | str | Path
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # others may run programs (EPS) or are rare
-MAX_PIXELS = 64_000_000  # a picture with more is refused before it is decoded
+Picture = PILImage.Image | bytes | str | Path
+"""A PIL image, the bytes of an image file, a path, or a `data:` URL."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Formats that are read. Others are rare, or may run programs (EPS)."""
+MAX_PIXELS = 64_000_000
+"""Larger images are refused before they are decoded."""
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels; scale it down"
-BATCH = 64  # pictures that go through the network together
-KNOWN_PICTURES = 50_000  # codes kept of pictures already encoded
+BATCH_SIZE = 64
+"""Images that go through the network together."""
+CODE_CACHE_SIZE = 50_000
+"""Images whose codes are kept."""
 STEM = "image_tokenizer"
 CONFIG_FILE, WEIGHTS_FILE = f"{STEM}.json", f"{STEM}.safetensors"
 
 
-def load_picture(source: Picture | bytes, where: object = None) -> PILImage.Image:
-    """Any picture as 8-bit RGB: a PIL image, a path, a `data:` URL or the bytes of a file.
+# --- reading images --------------------------------------------------------------------------------------------------
 
-    Of an animation the first frame; 16-bit values scaled down; CMYK converted; transparency over white; turned as its
-    EXIF says. Raises `BadInput` for what is missing, empty, truncated, no picture, or over 64 million pixels.
+
+class ImageFile:
+    """An image of any kind, read and opened once: its size, hash and pixels.
+
+    Nothing is read before it is asked for. Each attribute raises `BadInput` where the image cannot be used.
     """
-    name = where if where is not None else describe(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-            picture = source if isinstance(source, PILImage.Image) else open_picture(open_bytes(source, name))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise BadInput(TOO_LARGE, where=name)
-        if getattr(picture, "is_animated", False):
-            picture = next(iter(ImageSequence.Iterator(picture))).copy()
-        return to_rgb(picture)
-    except PILImage.DecompressionBombError:  # far more than MAX_PIXELS
-        raise BadInput(TOO_LARGE, where=name) from None
-    except UnidentifiedImageError as error:
-        raise BadInput(f"no picture that can be read ({type(error).__name__})", where=name) from None
-    except BadInput:
-        raise
-    except Exception as error:  # decoders raise all sorts of things on damaged files
-        raise BadInput(f"damaged picture ({error or type(error).__name__})", where=name) from None
+
+    def __init__(self, source: Picture, where: object = None) -> None:
+        """where: how error messages name the image; by default its path."""
+        self.source = source
+        self.where = where if where is not None else describe_source(source)
+
+    @cached_property
+    def data(self) -> bytes | None:
+        """The bytes of the file; None for a PIL image."""
+        return None if isinstance(self.source, PILImage.Image) else read_bytes(self.source, self.where)
+
+    @cached_property
+    def opened(self) -> PILImage.Image:
+        """The opened image, of whose file only the header has been decoded."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
+                image = open_image(self.data) if self.data is not None else self.source
+        except PILImage.DecompressionBombError:  # far more than MAX_PIXELS
+            raise BadInput(TOO_LARGE, where=self.where) from None
+        except UnidentifiedImageError as error:
+            raise BadInput(f"not a readable image ({type(error).__name__})", where=self.where) from None
+        except Exception as error:  # decoders raise all sorts of exceptions for damaged files
+            raise BadInput(f"damaged image ({error or type(error).__name__})", where=self.where) from None
+        assert isinstance(image, PILImage.Image)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadInput(TOO_LARGE, where=self.where)
+        return image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as stored (EXIF orientation not applied)."""
+        return self.opened.size
+
+    @cached_property
+    def hash(self) -> bytes:
+        """16 bytes that identify the image: a hash of its file, or of its pixels for a PIL image."""
+        data = self.data
+        if data is None:
+            image = self.opened
+            data = repr((image.mode, image.size)).encode() + image.tobytes()
+        return hashlib.blake2b(data, digest_size=16).digest()
+
+    @cached_property
+    def rgb(self) -> PILImage.Image:
+        """The image as 8-bit RGB.
+
+        The first frame of an animation; 16-bit values scaled down; CMYK converted; transparency blended over white; EXIF
+        orientation applied.
+        """
+        image = self.opened
+        try:
+            if getattr(image, "is_animated", False):
+                image = next(iter(ImageSequence.Iterator(image))).copy()
+            return to_rgb(image)
+        except Exception as error:  # decoders raise all sorts of exceptions for damaged files
+            raise BadInput(f"damaged image ({error or type(error).__name__})", where=self.where) from None
 
 
-def open_picture(data: io.BytesIO) -> PILImage.Image:
+def load_picture(source: Picture | ImageFile, where: object = None) -> PILImage.Image:
+    """Return any image as 8-bit RGB, see `ImageFile`. Raise `BadInput` where it cannot be used."""
+    return (source if isinstance(source, ImageFile) else ImageFile(source, where)).rgb
+
+
+def open_image(data: bytes) -> PILImage.Image:
     PILImage.init()  # fills OPEN
-    return PILImage.open(data, formats=[name for name in FORMATS if name in PILImage.OPEN])
+    return PILImage.open(io.BytesIO(data), formats=[name for name in FORMATS if name in PILImage.OPEN])
 
 
-def describe(source: object) -> str:
+def describe_source(source: object) -> str:
+    """Return a name for an image in messages."""
     if isinstance(source, str) and source.startswith("data:"):
         return f"{source[:24]}…"
-    return str(source) if isinstance(source, (str, Path)) else "picture"
+    return str(source) if isinstance(source, (str, Path)) else "image"
 
 
-def picture_bytes(source: Picture) -> PILImage.Image | bytes:
-    """The bytes of a picture's file; a picture in memory as it is. Raises `BadInput` where the file cannot be read."""
-    return source if isinstance(source, PILImage.Image) else open_bytes(source, describe(source)).getvalue()
-
-
-def picture_hash(data: PILImage.Image | bytes) -> bytes:
-    """16 bytes that tell a picture from every other: of its file, or of its pixels where it is in memory."""
-    if isinstance(data, PILImage.Image):
-        data = repr((data.mode, data.size)).encode() + data.tobytes()
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def picture_size(data: PILImage.Image | bytes, where: object = "picture") -> tuple[int, int]:
-    """Width and height in pixels; of a file only its head is read. Raises `BadInput` for what is no picture."""
-    if isinstance(data, PILImage.Image):
-        return data.size
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            return open_picture(io.BytesIO(data)).size
-    except PILImage.DecompressionBombError:
-        raise BadInput(TOO_LARGE, where=where) from None
-    except Exception as error:  # decoders raise all sorts of things on damaged files
-        raise BadInput(f"no picture that can be read ({type(error).__name__})", where=where) from None
-
-
-def open_bytes(source: str | Path | bytes, name: object) -> io.BytesIO:
+def read_bytes(source: str | Path | bytes, where: object) -> bytes:
+    """Return the bytes of an image file. Raise `BadInput` where it is missing or empty."""
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, str) and source.startswith("data:"):
         head, _, body = source.partition(",")
         try:
             data = base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
-        except ValueError as error:  # binascii's own among them
-            raise BadInput(f"data URL is not base64 ({error})", where=name) from None
+        except ValueError as error:  # binascii's own is a subclass
+            raise BadInput(f"data URL is not base64 ({error})", where=where) from None
     else:
         try:
             data = Path(source).read_bytes()
         except FileNotFoundError:
-            raise BadInput("no such picture", where=name) from None
+            raise BadInput("no such image", where=where) from None
         except IsADirectoryError:
-            raise BadInput("is a folder, not a picture", where=name) from None
+            raise BadInput("is a folder, not an image", where=where) from None
         except OSError as error:
-            raise BadInput(f"picture could not be read ({error.strerror})", where=name) from None
+            raise BadInput(f"image could not be read ({error.strerror})", where=where) from None
         except ValueError as error:
-            raise BadInput(f"not a path ({error})", where=name) from None
+            raise BadInput(f"not a path ({error})", where=where) from None
     if not data:
-        raise BadInput("empty picture", where=name)
-    return io.BytesIO(data)
+        raise BadInput("empty image", where=where)
+    return data
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
 
 
 def to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """8-bit RGB, transparency blended over white, EXIF orientation applied."""
-    from PIL import ImageOps
-
+    """Convert to 8-bit RGB, transparency blended over white, EXIF orientation applied."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture, dtype=np.float64)
-        # 16-bit files come as I;16 or I with values up to 65535; what fits in 8 bits is taken as it is.
+        # 16-bit files have mode I;16, or I with values up to 65535; values that fit in 8 bits are not scaled.
         scale = 257.0 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         picture = PILImage.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
@@ -143,16 +172,16 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
 
 
 def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImage.Image:
-    """The RGB picture as a square of `side` pixels: centre-cropped, or bordered in white."""
+    """Return an RGB picture as a square of `side` pixels: centre-cropped, or with a white border."""
     width, height = picture.size
     if (width, height) == (side, side):
         return picture
     scale = side / (min if fit == "crop" else max)(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
-    if fit == "crop" and size[0] * size[1] > MAX_PIXELS:  # a long strip: only what the square shows is scaled
-        across, down = width / size[0], height / size[1]
-        box = (-left * across, -top * down, (side - left) * across, (side - top) * down)
+    if fit == "crop" and size[0] * size[1] > MAX_PIXELS:  # a long strip: only scale what the square shows
+        x_scale, y_scale = width / size[0], height / size[1]
+        box = (-left * x_scale, -top * y_scale, (side - left) * x_scale, (side - top) * y_scale)
         return picture.resize((side, side), PILImage.Resampling.LANCZOS, box=box)
     picture = picture.resize(size, PILImage.Resampling.LANCZOS)
     if fit == "crop":
@@ -162,12 +191,14 @@ def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImag
     return square
 
 
-def moved(picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirror: bool = False) -> PILImage.Image:
-    """The picture zoomed about its centre and its content shifted left and up, in shares of its sides; white outside."""
+def affine_augment(
+    picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirror: bool = False
+) -> PILImage.Image:
+    """Zoom a picture about its centre and shift its content left and up by fractions of its sides; white outside."""
     if mirror:
         picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
     scale = 1 / zoom
-    left, top = (side * (0.5 - scale / 2 + share) for side, share in zip(picture.size, shift, strict=True))
+    left, top = (side * (0.5 - scale / 2 + fraction) for side, fraction in zip(picture.size, shift, strict=True))
     matrix = (scale, 0, left, 0, scale, top)
     return picture.transform(
         picture.size, PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
@@ -175,63 +206,66 @@ def moved(picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirr
 
 
 def to_tensor(pictures: Iterable[PILImage.Image | np.ndarray]) -> Tensor:
-    """Square RGB pictures of one size (uint8 [R, R, 3] where they are arrays) to float32 [B, 3, R, R] in [-1, 1]."""
+    """Convert square RGB pictures of one size (arrays: uint8 [R, R, 3]) to float32 [B, 3, R, R] in [-1, 1]."""
     values = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return values.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(values: Tensor) -> list[PILImage.Image]:
-    """float [B, 3, R, R] in [-1, 1] to RGB pictures."""
+    """Convert float [B, 3, R, R] in [-1, 1] to RGB pictures."""
     pixels = ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [PILImage.fromarray(entry) for entry in pixels]
+    return [PILImage.fromarray(array) for array in pixels]
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> VQGANConfig:
-    """Reads `image_tokenizer.json`. Raises `BadInput` naming it where it does not fit."""
-    with reading("an image tokenizer's configuration", folder / CONFIG_FILE):
+    """Read `image_tokenizer.json`. Raise `BadInput` where it is invalid."""
+    with as_bad_input("an image tokenizer's configuration", folder / CONFIG_FILE):
         config = VQGANConfig(**read_json(folder / CONFIG_FILE))
     return config
 
 
-def write_files(place: Path, config: VQGANConfig, weights: Mapping[str, Tensor], progress: Progress = nothing) -> None:
-    """Writes `image_tokenizer.json` and `image_tokenizer.safetensors` into a folder, weights as they are."""
-    write_json(place / CONFIG_FILE, config.to_json())
+def write_files(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], progress: Progress = no_progress) -> None:
+    """Write `image_tokenizer.json` and `image_tokenizer.safetensors` to a folder, weights in their own dtype."""
+    write_json(folder / CONFIG_FILE, config.to_json())
     tensors = ((name, weights[name]) for name in weights)
-    write_safetensors(place, tensors, weights, stem=STEM, progress=progress)
+    write_safetensors(folder, tensors, weights, stem=STEM, progress=progress)
 
 
-class KnownCodes:
-    """Codes of pictures met before, by the hash of their pixels: data sets repeat pictures. The oldest make room.
+class CodeCache:
+    """Codes of images encoded before, by the hash of their pixels, since datasets repeat images. First in, first out.
 
-    All lie in one table, which takes memory as it fills: small tensors kept between the network's large temporary ones
-    would hold those pages too, a quarter of a megabyte a picture.
+    All codes are in one table, whose memory is used as it fills: small tensors allocated between the network's large
+    temporary ones would keep those pages from being freed, a quarter of a megabyte for each image.
     """
 
-    def __init__(self, grid: tuple[int, int], size: int = KNOWN_PICTURES) -> None:
+    def __init__(self, grid: tuple[int, int], size: int = CODE_CACHE_SIZE) -> None:
         self.table = torch.empty(size, *grid, dtype=torch.int32)
-        self.slots: OrderedDict[bytes, int] = OrderedDict()
+        self.rows: OrderedDict[bytes, int] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.slots
+        return key in self.rows
 
     def __getitem__(self, key: bytes) -> Tensor:
-        """Codes int64 [h, w]."""
-        return self.table[self.slots[key]].long()
+        """Return codes int64 [h, w]."""
+        return self.table[self.rows[key]].long()
 
     def add(self, keys: Iterable[bytes], codes: Tensor) -> None:
-        """Keeps codes [n, h, w] of n new keys."""
-        for key, entry in zip(keys, codes, strict=True):
-            slot = len(self.slots) if len(self.slots) < len(self.table) else self.slots.popitem(last=False)[1]
-            self.slots[key] = slot
-            self.table[slot] = entry
+        """Add codes [n, h, w] of n new keys."""
+        for key, image_codes in zip(keys, codes, strict=True):
+            row = len(self.rows) if len(self.rows) < len(self.table) else self.rows.popitem(last=False)[1]
+            self.rows[key] = row
+            self.table[row] = image_codes
 
 
 class ImageTokenizer:
-    """Pictures ↔ grids of codes."""
+    """Encodes images to grids of codes, and decodes codes to images."""
 
     def __init__(self, network: VQGAN) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.known = KnownCodes(self.config.grid)
+        self.cache = CodeCache(self.config.grid)
 
     @property
     def config(self) -> VQGANConfig:
@@ -242,65 +276,65 @@ class ImageTokenizer:
         return self.network.quant_conv.weight.device
 
     def preprocess(self, pictures: Iterable[Picture], fit: Fit = "crop") -> Tensor:
-        """float32 [B, 3, R, R] in [-1, 1]. Raises `BadInput` for a picture that cannot be used."""
-        return to_tensor(fit_square(load_picture(entry), self.config.resolution, fit) for entry in pictures)
+        """Return float32 [B, 3, R, R] in [-1, 1]. Raise `BadInput` for a picture that cannot be used."""
+        return to_tensor(fit_square(load_picture(picture), self.config.resolution, fit) for picture in pictures)
 
-    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch: int = BATCH) -> Tensor:
-        """Codes [B, h, w] int64 on the CPU. Raises `BadInput` for a picture that cannot be used."""
-        made = [torch.empty(0, *self.config.grid, dtype=torch.int64)]
-        for start in range(0, len(pictures), batch):
-            part = pictures[start : start + batch]
-            made.append(self.encode_squares([self.square(picture, fit) for picture in part], batch))
-        return torch.cat(made)
+    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return codes [B, h, w] int64 on the CPU. Raise `BadInput` for a picture that cannot be used."""
+        codes = [torch.empty(0, *self.config.grid, dtype=torch.int64)]
+        for start in range(0, len(pictures), batch_size):
+            arrays = [self.to_square_array(picture, fit) for picture in pictures[start : start + batch_size]]
+            codes.append(self.encode_arrays(arrays, batch_size))
+        return torch.cat(codes)
 
-    def square(self, picture: Picture, fit: Fit) -> np.ndarray:
-        """A picture as uint8 [R, R, 3]."""
+    def to_square_array(self, picture: Picture, fit: Fit) -> np.ndarray:
+        """Return a picture as uint8 [R, R, 3]."""
         return np.asarray(fit_square(load_picture(picture), self.config.resolution, fit))
 
-    def encode_squares(self, squares: Sequence[np.ndarray], batch: int = BATCH) -> Tensor:
-        """Codes [B, h, w] int64 of pictures uint8 [R, R, 3], `batch` at a time; those met before are not encoded again."""
-        result = torch.empty(len(squares), *self.config.grid, dtype=torch.int64)
-        for start in range(0, len(squares), batch):
-            part = squares[start : start + batch]
-            keys = [hashlib.blake2b(square.tobytes(), digest_size=16).digest() for square in part]
-            new = {key: square for key, square in zip(keys, part, strict=True) if key not in self.known}
-            codes = {key: self.known[key] for key in keys if key not in new}
+    def encode_arrays(self, arrays: Sequence[np.ndarray], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return codes [B, h, w] int64 of pictures uint8 [R, R, 3]; pictures in the cache are not encoded again."""
+        result = torch.empty(len(arrays), *self.config.grid, dtype=torch.int64)
+        for start in range(0, len(arrays), batch_size):
+            batch = arrays[start : start + batch_size]
+            keys = [hashlib.blake2b(array.tobytes(), digest_size=16).digest() for array in batch]
+            new = {key: array for key, array in zip(keys, batch, strict=True) if key not in self.cache}
+            codes = {key: self.cache[key] for key in keys if key not in new}
             if new:
                 values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
-                made = self.network.encode(values).cpu()
-                codes.update(zip(new, made, strict=True))
-                self.known.add(new, made)
-            for number, key in enumerate(keys, start):
-                result[number] = codes[key]
+                new_codes = self.network.encode(values).cpu()
+                codes.update(zip(new, new_codes, strict=True))
+                self.cache.add(new, new_codes)
+            for index, key in enumerate(keys, start):
+                result[index] = codes[key]
         return result
 
-    def forget(self) -> None:
-        """Forgets the pictures met, so that what is encoded next does not depend on what came before."""
-        self.known = KnownCodes(self.config.grid)
+    def clear_cache(self) -> None:
+        """Forget encoded pictures, so that batches, and thus codes to the bit, do not depend on what came before."""
+        self.cache = CodeCache(self.config.grid)
 
-    def decode(self, codes: Tensor, batch: int = 64) -> list[PILImage.Image]:
-        """Codes [B, h, w] to RGB pictures. Raises `BadInput` for codes outside the codebook."""
+    def decode(self, codes: Tensor, batch_size: int = BATCH_SIZE) -> list[PILImage.Image]:
+        """Decode codes [B, h, w] to RGB pictures. Raise `BadInput` for codes outside the codebook."""
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
             raise BadInput(f"codes outside 0…{self.config.codebook_size - 1}", where="image tokenizer")
-        result: list[PILImage.Image] = []
-        for part in codes.to(self.device).split(batch) if len(codes) else ():
-            result += to_pictures(self.network.decode(part))
-        return result
+        pictures: list[PILImage.Image] = []
+        for batch in codes.to(self.device).split(batch_size) if len(codes) else ():
+            pictures += to_pictures(self.network.decode(batch))
+        return pictures
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes `image_tokenizer.json` and `image_tokenizer.safetensors`, names and shapes as released.
+        """Write `image_tokenizer.json` and `image_tokenizer.safetensors`, with names and shapes as in Meta's release.
 
-        Raises `BadInput` where that fails, and changes nothing then.
+        Raises `BadInput` where that fails; the folder is then unchanged.
         """
         state = {name: value.to("cpu", dtype) for name, value in self.network.released_state_dict().items()}
-        with written_into(folder) as place:
-            write_files(place, self.config, state)
+        with atomic_update(folder) as partial:
+            write_files(partial, self.config, state)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTokenizer:
-        """Reads what `save` wrote, in float32. Raises `BadInput` naming a file that is missing or does not fit."""
+        """Read what `save` wrote, in float32. Raise `BadInput` that names a file which is missing or does not fit."""
         config = read_config(folder)
-        state = SafetensorsFiles.of_folder(folder, STEM)
+        state = SafetensorsFiles.from_folder(folder, STEM)
         network = VQGAN(config)
         try:
             network.load_state_dict({name: value.float() for name, value in state.items()})

@@ -1,7 +1,8 @@
-"""Documents and conversations ↔ ids of the one vocabulary.
+"""Documents and conversations ↔ token ids of the one vocabulary.
 
-A document is `bos parts… eos`; a picture is `boi`, its codes, `eoi`. A conversation is `bos prompt sep answer eos`, and
-each further turn `prompt sep answer eos`: where the loss lies follows from the ids alone (`answer_mask`).
+A document is `bos parts… eos`; an image is `boi`, its codes, `eoi`. A conversation is `bos prompt sep answer eos`, followed
+by `prompt sep answer eos` for each further turn, so the tokens of the answers follow from the token ids alone
+(`answer_mask`).
 """
 
 from __future__ import annotations
@@ -19,39 +20,33 @@ from torch import Tensor
 
 from chameleon.document import Conversation, Document, Image, Part, Text
 from chameleon.errors import BadInput
-from chameleon.tokenizers.image import (
-    Fit,
-    ImageTokenizer,
-    describe,
-    fit_square,
-    load_picture,
-    picture_bytes,
-    picture_hash,
-)
+from chameleon.tokenizers.image import Fit, ImageFile, ImageTokenizer, fit_square
 from chameleon.tokenizers.json_text import JsonTextTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer, TextTokenizer
 from chameleon.tokenizers.vqgan import VQGANConfig
 from chameleon.vocabulary import Vocabulary
 
 Content = Document | Conversation
+TEXT_TOKENIZERS: tuple[type[TextTokenizer], ...] = (SentencePieceTokenizer, JsonTextTokenizer)
+"""Kinds of text tokenizers, told apart by the file that a bundle has."""
 
 
-def answer_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Which ids of one sequence, int64 [T], belong to answers: from behind `sep` up to and with `eos`. bool [T]."""
-    is_sep, is_eos = ids == vocabulary.sep, ids == vocabulary.eos
-    return (np.cumsum(is_sep) > np.cumsum(is_eos) - is_eos) & ~is_sep  # eos itself is still answer
+def answer_mask(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Return which token ids int64 [T] belong to answers, from after `sep` to `eos` inclusive: bool [T]."""
+    is_sep, is_eos = token_ids == vocabulary.sep, token_ids == vocabulary.eos
+    return (np.cumsum(is_sep) > np.cumsum(is_eos) - is_eos) & ~is_sep  # eos itself still belongs to the answer
 
 
 @dataclass
 class Turn:
-    """What stands before and, in a conversation, after `sep`. A document has no answer."""
+    """The parts before and, in a conversation, after `sep`. A document is one turn without an answer."""
 
     prompt: list[Part]
     answer: list[Part] | None
 
 
-def turns_of(content: Content) -> list[Turn]:
-    """A document as one turn without an answer; a conversation as its pairs of prompt and answer.
+def split_turns(content: Content) -> list[Turn]:
+    """Return a document as one turn without an answer, or a conversation as its pairs of prompt and answer.
 
     Raises `BadInput` for a conversation that does not end with an answer.
     """
@@ -66,12 +61,12 @@ def turns_of(content: Content) -> list[Turn]:
         else:
             prompt += message.content.parts
     if not turns or prompt:
-        raise BadInput("the last message is no assistant's, so there is nothing to learn from it", where="conversation")
+        raise BadInput("the last message is not the assistant's, so there is no answer to train on", where="conversation")
     return turns
 
 
-def merged(parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts with neighbouring texts joined, so that cutting a text in two does not change its ids."""
+def merge_texts(parts: Sequence[Part]) -> Iterator[Part]:
+    """Yield the parts with neighbouring texts concatenated, so that splitting a text does not change its token ids."""
     text = ""
     for part in parts:
         if isinstance(part, Text):
@@ -86,111 +81,126 @@ def merged(parts: Sequence[Part]) -> Iterator[Part]:
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer:
-    """The text tokenizer of a bundle's folder, whichever kind it is. Raises `BadInput` where there is none."""
-    kinds: tuple[type[TextTokenizer], ...] = (SentencePieceTokenizer, JsonTextTokenizer)
-    for kind in kinds:
+    """Load the text tokenizer in a folder, whichever kind it is. Raise `BadInput` where there is none."""
+    for kind in TEXT_TOKENIZERS:
         if (folder / kind.FILE).is_file():
             return kind.load(folder)
-    raise BadInput(f"no {' or '.join(kind.FILE for kind in kinds)}", where=folder)
+    raise BadInput(f"no {' or '.join(kind.FILE for kind in TEXT_TOKENIZERS)}", where=folder)
 
 
-def check_fit(vocabulary: Vocabulary, text: TextTokenizer, image: VQGANConfig, where: object) -> None:
-    """Raises `BadInput` where the three do not fit together."""
-    for name, wanted, found in (
-        ("text pieces", vocabulary.text_count, len(text)),
-        ("image codes", vocabulary.image_count, image.codebook_size),
-        ("codes a picture", vocabulary.grid, image.grid),
+def check_compatible(vocabulary: Vocabulary, text: TextTokenizer, image: VQGANConfig, where: object) -> None:
+    """Raise `BadInput` where the vocabulary does not have the sizes of the tokenizers."""
+    for name, expected, actual in (
+        ("text pieces", vocabulary.num_text_pieces, len(text)),
+        ("image codes", vocabulary.num_image_codes, image.codebook_size),
+        ("codes per image", vocabulary.grid, image.grid),
     ):
-        if wanted != found:
-            raise BadInput(f"vocabulary says {wanted} {name}, the tokenizers have {found}", where=where)
+        if expected != actual:
+            raise BadInput(f"vocabulary has {expected} {name}, the tokenizers have {actual}", where=where)
 
 
-OPEN = -1
-"""Stands in prepared ids where an image code belongs."""
-View = Callable[[PILImage.Image, int, int], PILImage.Image]
-"""What variant `v` shows of picture `n` of a document, as a function of (picture, n, v)."""
+CODE_PLACEHOLDER = -1
+"""Stands in prepared token ids where an image code is to be inserted."""
+ViewFunction = Callable[[PILImage.Image, int, int], PILImage.Image]
+"""(picture, its index in the document, variant) → the augmented view of the picture in that variant."""
 
 
 @dataclass
-class Prepared:
-    """A document all but its image codes: what any process can make of it without the image tokenizer's network."""
+class PreparedDocument:
+    """A document as token ids without its image codes: all that can be done without the image tokenizer's network."""
 
-    ids: np.ndarray
-    """int64 [T], `OPEN` where an image code belongs."""
-    squares: list[np.ndarray]
+    token_ids: np.ndarray
+    """int64 [T], `CODE_PLACEHOLDER` in place of image codes."""
+    pictures: list[np.ndarray]
     """Pictures uint8 [R, R, 3]: all of the first variant, then all of the second, and so on."""
     hashes: list[bytes]
-    """`picture_hash` of each picture."""
-    variants: int = 1
+    """`ImageFile.hash` of each picture."""
+    num_variants: int = 1
 
 
 @dataclass
-class Preparer:
-    """Documents to ids with open places for the image codes, and pictures to squares."""
+class DocumentPreparer:
+    """Converts documents to token ids with placeholders, and their pictures to arrays of the network's resolution."""
 
     text: TextTokenizer
     vocabulary: Vocabulary
     resolution: int
 
-    def prepare(self, content: Content, view: View | None = None, variants: int = 1) -> Prepared:
-        """A document or conversation as ids, in `variants` views of its pictures.
+    def prepare(
+        self,
+        content: Content,
+        view: ViewFunction | None = None,
+        num_variants: int = 1,
+        images: Sequence[ImageFile] | None = None,
+    ) -> PreparedDocument:
+        """Prepare a document or conversation, in `num_variants` views of its pictures.
 
-        Pictures in prompts of conversations are bordered so that nothing is lost, all others cropped (RECIPE 3). Raises
-        `BadInput` for a picture or a text that cannot be used.
+        Pictures in prompts of conversations are padded so that nothing is cut off, all others cropped (arXiv 2405.09818,
+        section 3.2). images: the content's images in order, where they have been opened already. Raises `BadInput` for a
+        picture or text that cannot be used.
         """
-        v, ids = self.vocabulary, [self.vocabulary.bos]
-        pictures: list[tuple[Fit, Image]] = []
+        v, token_ids = self.vocabulary, [self.vocabulary.bos]
+        parts: list[tuple[Fit, Image]] = []
         prompt_fit: Fit = "pad" if isinstance(content, Conversation) else "crop"
-        for turn in turns_of(content):
-            ids += self.part_ids(turn.prompt, prompt_fit, pictures)
+        for turn in split_turns(content):
+            token_ids += self.encode_parts(turn.prompt, prompt_fit, parts)
             if turn.answer is not None:
-                ids += [v.sep, *self.part_ids(turn.answer, "crop", pictures)]
-            ids.append(v.eos)
-        return self.with_squares(ids, pictures, view, variants)
+                token_ids += [v.sep, *self.encode_parts(turn.answer, "crop", parts)]
+            token_ids.append(v.eos)
+        return self.add_pictures(token_ids, parts, view, num_variants, images)
 
-    def prepare_prompt(self, document: Document, *, conversation: bool) -> Prepared:
-        """A prompt that is to be continued."""
-        pictures: list[tuple[Fit, Image]] = []
-        ids = [self.vocabulary.bos, *self.part_ids(document.parts, "pad" if conversation else "crop", pictures)]
-        return self.with_squares(ids + [self.vocabulary.sep] * conversation, pictures, None, 1)
+    def prepare_prompt(self, document: Document, *, conversation: bool) -> PreparedDocument:
+        """Prepare a prompt to be continued."""
+        parts: list[tuple[Fit, Image]] = []
+        fit: Fit = "pad" if conversation else "crop"
+        token_ids = [self.vocabulary.bos, *self.encode_parts(document.parts, fit, parts)]
+        return self.add_pictures(token_ids + [self.vocabulary.sep] * conversation, parts, None, 1, None)
 
-    def part_ids(self, parts: Sequence[Part], fit: Fit, pictures: list[tuple[Fit, Image]]) -> list[int]:
-        """Ids of parts; each picture is added to `pictures` with how it is to be fitted."""
-        v, ids = self.vocabulary, []
-        for part in merged(parts):
+    def encode_parts(self, parts: Sequence[Part], fit: Fit, images: list[tuple[Fit, Image]]) -> list[int]:
+        """Return token ids of parts with placeholders; append each image, with how it is to be fitted, to `images`."""
+        v, token_ids = self.vocabulary, []
+        for part in merge_texts(parts):
             if isinstance(part, Text):
-                ids += self.text_to_ids(part.text)
+                token_ids += self.text_to_ids(part.text)
             else:
-                ids += [v.boi, *[OPEN] * v.image_length, v.eoi]
-                pictures.append((fit, part))
-        return ids
+                token_ids += [v.boi, *[CODE_PLACEHOLDER] * v.codes_per_image, v.eoi]
+                images.append((fit, part))
+        return token_ids
 
     def text_to_ids(self, text: str) -> list[int]:
-        """Ids of a text alone. Raises `BadInput` where the tokenizer does."""
+        """Return the token ids of a text. Raise `BadInput` where the text tokenizer does."""
         return list(map(self.vocabulary.text_ids.order.__getitem__, self.text.encode(text)))
 
-    def with_squares(
-        self, ids: list[int], pictures: Sequence[tuple[Fit, Image]], view: View | None, variants: int
-    ) -> Prepared:
-        squares: list[list[np.ndarray]] = [[] for _ in range(variants)]
-        hashes = []
-        for number, (fit, part) in enumerate(pictures):
+    def add_pictures(
+        self,
+        token_ids: list[int],
+        parts: Sequence[tuple[Fit, Image]],
+        view: ViewFunction | None,
+        num_variants: int,
+        images: Sequence[ImageFile] | None,
+    ) -> PreparedDocument:
+        images = images or [ImageFile(part.image) for _, part in parts]
+        variants: list[list[np.ndarray]] = [[] for _ in range(num_variants)]
+        for index, ((fit, _), image) in enumerate(zip(parts, images, strict=True)):
             try:
-                data = picture_bytes(part.image)
-                whole = load_picture(data, describe(part.image))
+                picture = image.rgb
             except BadInput as error:
-                if len(pictures) == 1:
+                if len(parts) == 1:
                     raise
-                raise BadInput(f"picture {number + 1}: {error.reason}", where=describe(part.image)) from None
-            hashes.append(picture_hash(data))
-            for variant in range(variants):
-                shown = view(whole, number, variant) if view is not None else whole
-                squares[variant].append(np.asarray(fit_square(shown, self.resolution, fit)))
-        return Prepared(np.array(ids, dtype=np.int64), [one for some in squares for one in some], hashes, variants)
+                raise BadInput(f"picture {index + 1}: {error.reason}", where=image.where) from None
+            for variant, pictures in enumerate(variants):
+                shown = view(picture, index, variant) if view is not None else picture
+                pictures.append(np.asarray(fit_square(shown, self.resolution, fit)))
+        return PreparedDocument(
+            np.array(token_ids, dtype=np.int64),
+            [picture for pictures in variants for picture in pictures],
+            [image.hash for image in images],
+            num_variants,
+        )
 
 
 class MixedTokenizer:
-    """Both tokenizers behind one vocabulary."""
+    """Text and image tokenizer behind one vocabulary."""
 
     def __init__(
         self,
@@ -200,23 +210,23 @@ class MixedTokenizer:
         *,
         where: object = "tokenizers",
     ) -> None:
-        """Raises `BadInput` where the three do not fit together. `vocabulary`: left out, the text tokenizer's layout."""
+        """vocabulary: by default the text tokenizer's layout. Raises `BadInput` where the sizes do not match."""
         self.text, self.image = text, image
         self.vocabulary = vocabulary or text.vocabulary(image.config.codebook_size, image.config.grid)
-        check_fit(self.vocabulary, text, image.config, where)
+        check_compatible(self.vocabulary, text, image.config, where)
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary | None = None, device: str | torch.device = "cpu") -> MixedTokenizer:
-        """Reads both tokenizers of a bundle or of a folder of tokenizers."""
+        """Load both tokenizers of a bundle or of a folder of tokenizers."""
         return cls(load_text_tokenizer(folder), ImageTokenizer.load(folder, device), vocabulary, where=folder)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the vocabulary and both tokenizers: shards made with others do not fit."""
+        """SHA-256 over the vocabulary and both tokenizers: token shards of other tokenizers do not fit."""
         digest = hashlib.sha256(repr(sorted(self.vocabulary.to_json().items())).encode())
         digest.update(self.text.fingerprint.encode())
         digest.update(repr(sorted(self.image.config.to_json().items())).encode())
-        # bfloat16 is how weights are shipped: the fingerprint must not change by saving and loading.
+        # In bfloat16, as weights are shipped: saving and loading must not change the fingerprint.
         for name, value in sorted(self.image.network.released_state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
@@ -224,43 +234,44 @@ class MixedTokenizer:
     # --- encoding ---
 
     def encode(self, content: Content) -> Tensor:
-        """Ids int64 [T] of a document or conversation."""
+        """Return the token ids int64 [T] of a document or conversation."""
         return self.encode_batch([content])[0]
 
     def encode_batch(self, contents: Sequence[Content]) -> list[Tensor]:
-        """Ids of each; the pictures of all go through the image tokenizer together."""
-        return [variants[0] for variants in self.finish([self.preparer.prepare(content) for content in contents])]
+        """Return the token ids of each; the pictures of all go through the image tokenizer together."""
+        prepared = [self.preparer.prepare(content) for content in contents]
+        return [variants[0] for variants in self.insert_image_codes(prepared)]
 
-    def finish(self, prepared: Sequence[Prepared]) -> list[Tensor]:
-        """Ids int64 [variants, T] of each prepared document; the pictures of all go through the network together."""
-        squares = [square for entry in prepared for square in entry.squares]
-        blocks = self.vocabulary.codes_to_ids(self.image.encode_squares(squares)).flatten(1)
-        result, done = [], 0
-        for entry in prepared:
-            ids = torch.from_numpy(entry.ids).repeat(entry.variants, 1)
-            count = len(entry.squares)
-            ids[ids == OPEN] = blocks[done : done + count].flatten()
-            done += count
-            result.append(ids)
+    def insert_image_codes(self, prepared: Sequence[PreparedDocument]) -> list[Tensor]:
+        """Return token ids int64 [variants, T] of each prepared document; pictures are encoded in batches."""
+        pictures = [picture for document in prepared for picture in document.pictures]
+        code_ids = self.vocabulary.codes_to_ids(self.image.encode_arrays(pictures)).flatten(1)
+        result, first = [], 0
+        for document in prepared:
+            token_ids = torch.from_numpy(document.token_ids).repeat(document.num_variants, 1)
+            end = first + len(document.pictures)
+            token_ids[token_ids == CODE_PLACEHOLDER] = code_ids[first:end].flatten()
+            first = end
+            result.append(token_ids)
         return result
 
     @cached_property
-    def preparer(self) -> Preparer:
-        return Preparer(self.text, self.vocabulary, self.image.config.resolution)
+    def preparer(self) -> DocumentPreparer:
+        return DocumentPreparer(self.text, self.vocabulary, self.image.config.resolution)
 
     def encode_prompt(self, document: Document, *, conversation: bool) -> Tensor:
-        """Ids [T] of a prompt to be continued: `bos parts`, and `sep` where the answer of a conversation is to come."""
-        return self.finish([self.preparer.prepare_prompt(document, conversation=conversation)])[0][0]
+        """Return token ids [T] of a prompt: `bos parts`, followed by `sep` where a conversation's answer is to come."""
+        return self.insert_image_codes([self.preparer.prepare_prompt(document, conversation=conversation)])[0][0]
 
     # --- decoding ---
 
-    def decode(self, ids: Tensor | Sequence[int]) -> Document:
-        """The document that ids [T] spell, whatever they are.
+    def decode(self, token_ids: Tensor | Sequence[int]) -> Document:
+        """Return the document that token ids [T] stand for, whatever they are.
 
-        A picture with too few or too many codes becomes a marker in the text and `complete` is False; stray structure
-        is passed over.
+        An image with too few or too many codes becomes a marker in the text, and `complete` is False; misplaced special
+        tokens are ignored.
         """
-        values = torch.as_tensor(ids, dtype=torch.int64).tolist()
+        values = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
         v = self.vocabulary
         parts: list[Part] = []
         complete = True
@@ -268,19 +279,18 @@ class MixedTokenizer:
         while position < len(values):
             start = position
             if values[position] == v.boi or values[position] in v.image_ids:
-                opened = values[position] == v.boi
-                position += opened
-                first = position
+                has_boi = values[position] == v.boi
+                position += has_boi
+                first_code = position
                 while position < len(values) and values[position] in v.image_ids:
                     position += 1
-                codes = values[first:position]
-                closed = position < len(values) and values[position] == v.eoi
-                position += closed
-                if len(codes) == v.image_length and opened:
+                codes = values[first_code:position]
+                position += position < len(values) and values[position] == v.eoi
+                if len(codes) == v.codes_per_image and has_boi:
                     grid = v.ids_to_codes(torch.tensor(codes)).view(1, *v.grid)
                     parts.append(Image(self.image.decode(grid)[0]))
                 else:
-                    parts.append(Text(f"[picture cut short: {len(codes)} of {v.image_length} codes]"))
+                    parts.append(Text(f"[truncated image: {len(codes)} of {v.codes_per_image} codes]"))
                     complete = False
             elif values[position] in v.text_ids:
                 while position < len(values) and values[position] in v.text_ids:
@@ -288,14 +298,14 @@ class MixedTokenizer:
                 parts.append(Text(self.text_bytes(values[start:position]).decode("utf-8", errors="replace")))
             else:
                 position += 1
-        return Document(tuple(merged(parts)), complete=complete)
+        return Document(tuple(merge_texts(parts)), complete=complete)
 
     # --- text ---
 
     def text_to_ids(self, text: str) -> list[int]:
-        """Ids of a text alone. Raises `BadInput` where the tokenizer does."""
+        """Return the token ids of a text. Raise `BadInput` where the text tokenizer does."""
         return self.preparer.text_to_ids(text)
 
-    def text_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of text ids; a character may be cut at either end."""
-        return self.text.decode_bytes(self.vocabulary.text_ids.number[number] for number in ids)
+    def text_bytes(self, token_ids: Sequence[int]) -> bytes:
+        """Return the UTF-8 bytes of text tokens; characters may be incomplete at either end."""
+        return self.text.decode_bytes(self.vocabulary.text_ids.index_of[token_id] for token_id in token_ids)

@@ -1,4 +1,4 @@
-"""What a VQGAN is trained against: pixels, a perceptual distance, and a patch discriminator.
+"""The losses of a VQGAN: pixel distances, a perceptual distance, and a patch discriminator.
 
 Sources: Esser et al. (arXiv 2012.09841) for the adaptive adversarial weight and the start step; Isola et al.
 (arXiv 1611.07004) for the patch discriminator; ST-LPIPS (Ghildyal & Liu, arXiv 2207.13686) for the perceptual distance,
@@ -16,31 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chameleon.errors import BadInput
-from chameleon.tokenizers.quantizer import mean_over_all
+from chameleon.tokenizers.quantizer import all_reduce_mean
 
 
 @dataclass
 class VQLossConfig:
-    """Weights of the terms, each on pictures in [-1, 1]."""
+    """Weights of the loss terms, each on images in [-1, 1]."""
 
     l1: float = 0.2
     l2: float = 1.0
     perceptual: float = 0.0
-    """Weight of ST-LPIPS (AlexNet); 0 switches it off, more needs the extra `eval`."""
+    """Weight of ST-LPIPS (AlexNet), which needs the extra `eval`; 0 switches it off."""
     codebook: float = 1.0
     commitment: float = 0.25
     adversarial: float = 0.0
     """Weight of the adversarial term before it is balanced; 0 trains no discriminator."""
     adversarial_start: int = 0
-    """Step at which the discriminator starts."""
+    """Step at which the adversarial term and the discriminator's training start."""
     adaptive: bool = True
-    """Balance the adversarial gradient against the reconstruction's at the decoder's last layer."""
+    """Scale the adversarial gradient to that of the reconstruction loss, at the decoder's last layer."""
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures [B, 3, H, W] to logits [B, 1, h, w], each judging a patch."""
+    """Images [B, 3, H, W] → logits [B, 1, h, w], one for each patch."""
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if number < layers else 1
             blocks += [
                 nn.Conv2d(width, outputs, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, outputs), outputs),  # batch statistics would leak between real and drawn
+                nn.GroupNorm(min(32, outputs), outputs),  # batch statistics would leak between real and generated images
                 nn.LeakyReLU(0.2),
             ]
             width = outputs
@@ -62,23 +62,23 @@ class PatchDiscriminator(nn.Module):
         return self.layers(pictures)
 
 
-def hinge_discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
-    """Hinge loss of logits on real and drawn pictures: a scalar."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return the hinge loss of the discriminator's logits on real and reconstructed images: a scalar."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|∇ reconstruction| / |∇ adversarial| at `last_layer`, within [0, 1e4] (arXiv 2012.09841, eq. 7): a scalar.
+    """Return |∇ reconstruction| / |∇ adversarial| at `last_layer`, clamped to [0, 1e4] (arXiv 2012.09841, eq. 7): a scalar.
 
-    The gradients are those of the whole batch, over all processes that train together.
+    The gradients are those of the global batch.
     """
     grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
-    wanted, given = (mean_over_all(grad).norm() for grad in grads)
-    return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()
+    reconstruction_norm, adversarial_norm = (all_reduce_mean(grad).norm() for grad in grads)
+    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp(0, 1e4).detach()
 
 
 class BlurPool(nn.Module):
-    """Binomial 3×3 blur with stride 2 after reflection padding by 2, each channel for itself."""
+    """Depthwise binomial 3×3 blur with stride 2 after reflection padding by 2."""
 
     filt: Tensor
 
@@ -92,9 +92,9 @@ class BlurPool(nn.Module):
 
 
 class ShiftTolerantLPIPS(nn.Module):
-    """ST-LPIPS with AlexNet: a perceptual distance between pictures of at least 32×32.
+    """ST-LPIPS with AlexNet: a perceptual distance between images of at least 32×32 pixels.
 
-    This is not the published LPIPS; figures made with it are named ST-LPIPS.
+    This is not the published LPIPS; metrics computed with it are named ST-LPIPS.
     """
 
     shift: Tensor
@@ -102,7 +102,7 @@ class ShiftTolerantLPIPS(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Names and numbers follow the checkpoint's sequence of layers.
+        # Names and numbers are those of the checkpoint.
         layers: dict[str, list[tuple[int, nn.Module]]] = {
             "slice1": [(0, nn.Conv2d(3, 64, 11, padding=2)), (1, BlurPool(64)), (2, nn.ReLU())],
             "slice2": [(3, nn.MaxPool2d(3, 1)), (4, BlurPool(64)), (5, nn.Conv2d(64, 192, 5, padding=2)), (6, nn.ReLU())],
@@ -128,15 +128,15 @@ class ShiftTolerantLPIPS(nn.Module):
 
     @classmethod
     def pretrained(cls) -> ShiftTolerantLPIPS:
-        """With the weights that `stlpips-pytorch` carries. Raises `BadInput` where it is not installed."""
-        found = importlib.util.find_spec("stlpips_pytorch")
-        if found is None or not found.submodule_search_locations:
+        """Load the weights that the package `stlpips-pytorch` contains. Raise `BadInput` where it is not installed."""
+        spec = importlib.util.find_spec("stlpips_pytorch")
+        if spec is None or not spec.submodule_search_locations:
             raise BadInput(
                 "the perceptual loss needs the package stlpips-pytorch",
                 where="loss.perceptual",
                 remedy="pip install 'open-chameleon[eval]' or set loss.perceptual=0",
             )
-        path = Path(next(iter(found.submodule_search_locations))) / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
+        path = Path(next(iter(spec.submodule_search_locations))) / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
         state = torch.load(path, map_location="cpu", weights_only=True)
         renamed = {name.removeprefix("scaling_layer."): value for name, value in state.items()}
         for number in range(5):
@@ -146,7 +146,7 @@ class ShiftTolerantLPIPS(nn.Module):
         return network
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances [B] of pictures [B, 3, H, W] in [-1, 1]."""
+        """Return distances [B] of images [B, 3, H, W] in [-1, 1]."""
         a, b = (first - self.shift) / self.scale, (second - self.shift) / self.scale
         total = torch.zeros(len(first), device=first.device)
         for block, weight in zip(self.net.values(), self.lins, strict=True):
@@ -156,4 +156,4 @@ class ShiftTolerantLPIPS(nn.Module):
         return total
 
     def train(self, mode: bool = True) -> ShiftTolerantLPIPS:
-        return super().train(False)  # it measures; it never learns
+        return super().train(False)  # it is never trained

@@ -1,8 +1,8 @@
 """The VQGAN: encoder → quant_conv → quantizer → post_quant_conv → decoder.
 
-The network of Esser et al. (arXiv 2012.09841) in the sizes of Make-A-Scene (arXiv 2203.13131), which Chameleon uses.
-Parameter names are those of the released checkpoints. Notable choices: GroupNorm and swish, attention in the middle and
-at chosen resolutions only, asymmetric padding before each stride-2 convolution, nearest-neighbour up-sampling.
+The network of Esser et al. (arXiv 2012.09841) in the sizes of Make-A-Scene (arXiv 2203.13131), as Chameleon uses it.
+Parameter names are those of the released checkpoints. Design choices: GroupNorm and swish, attention in the middle block
+and at configured resolutions, asymmetric padding before each stride-2 convolution, nearest-neighbour upsampling.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from chameleon.tokenizers.quantizer import Quantized, VectorQuantizer
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Shape of a VQGAN. The defaults are the released 512-pixel configuration (RECIPE 2.1)."""
+    """The configuration of a VQGAN. The defaults are those of Meta's released 512-pixel tokenizer."""
 
     resolution: int = 512
-    """Side of the square pictures, in pixels."""
+    """Side of the square images, in pixels."""
     channels: int = 128
     """Channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels at each level as multiples of `channels`; each level after the first halves the resolution."""
     res_blocks: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    """Residual blocks of each level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[int, ...] = ()
     """Resolutions at which each residual block is followed by attention."""
     latent_channels: int = 256
-    """Channels that the encoder gives and the decoder takes."""
+    """Output channels of the encoder and input channels of the decoder."""
     codebook_size: int = 8192
     codebook_width: int = 256
-    """Numbers in a code."""
+    """Dimension of a code."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     dropout: float = 0.0
     decoder: bool = True
-    """Whether there is a decoder; Hugging Face's format keeps none."""
+    """Whether there is a decoder; Hugging Face's format has none."""
 
     def __post_init__(self) -> None:
         for name in ("multipliers", "attention_resolutions"):
@@ -53,20 +53,20 @@ class VQGANConfig:
             raise BadInput("dropout must be below 1", where="image tokenizer")
         if self.resolution % self.reduction:
             raise BadInput(
-                f"resolution {self.resolution} is no multiple of {self.reduction}, the reduction of "
+                f"resolution {self.resolution} is not a multiple of {self.reduction}, the reduction of "
                 f"{len(self.multipliers)} levels",
                 where="image tokenizer",
             )
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.norm_groups:
                 raise BadInput(
-                    f"{self.channels * multiplier} channels do not split into {self.norm_groups} norm groups",
+                    f"{self.channels * multiplier} channels are not divisible by {self.norm_groups} norm groups",
                     where="image tokenizer",
                 )
 
     @property
     def reduction(self) -> int:
-        """Pixels a side for one code."""
+        """Side in pixels of the square that one code stands for."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
@@ -84,7 +84,7 @@ def normalize(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """norm → swish → conv, twice, beside a shortcut."""
+    """norm → swish → conv, twice, with a residual connection."""
 
     def __init__(self, inputs: int, outputs: int, config: VQGANConfig) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each with attention behind it where the config says so."""
+    """The blocks of one resolution, each followed by attention where the config says so."""
 
     downsample: Downsample
     upsample: Upsample
@@ -176,7 +176,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, R, R] in [-1, 1] to latents [B, latent_channels, R/reduction, R/reduction]."""
+    """Images [B, 3, R, R] in [-1, 1] → latents [B, latent_channels, R/reduction, R/reduction]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, latent_channels, h, w] to pictures [B, 3, h·reduction, w·reduction], about in [-1, 1]."""
+    """Latents [B, latent_channels, h, w] → images [B, 3, h·reduction, w·reduction], approximately in [-1, 1]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -236,12 +236,12 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adversarial weight is balanced (arXiv 2012.09841, eq. 7)."""
+        """The weight at which the adversarial gradient is balanced (arXiv 2012.09841, eq. 7)."""
         return self.conv_out.weight
 
 
 class VQGAN(nn.Module):
-    """Pictures in [-1, 1] ↔ codes. `quantize` may be given to train a codebook in another way."""
+    """Images in [-1, 1] ↔ codes. `quantize`: a trainable codebook, by default a fixed one."""
 
     def __init__(self, config: VQGANConfig, quantize: VectorQuantizer | None = None) -> None:
         super().__init__()
@@ -253,42 +253,42 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config) if config.decoder else None
 
     def latent(self, pictures: Tensor) -> Tensor:
-        """[B, 3, R, R] to latents before quantisation [B, codebook_width, h, w]."""
+        """Encode images [B, 3, R, R] to latents before quantisation [B, codebook_width, h, w]."""
         return self.quant_conv(self.encoder(pictures))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Quantized]:
-        """[B, 3, R, R] to its reconstruction and what quantising gave."""
+        """Reconstruct images [B, 3, R, R]; returns the reconstruction and the result of quantisation."""
         quantized = self.quantize(self.latent(pictures))
-        return self.drawn(quantized.latent), quantized
+        return self.decode_latent(quantized.latent), quantized
 
-    def drawn(self, latent: Tensor) -> Tensor:
-        """Quantised latents to pictures. Raises `BadInput` where there is no decoder."""
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Decode quantised latents to images. Raise `BadInput` where there is no decoder."""
         self.check_decoder()
         pictures: Tensor = self.decoder(self.post_quant_conv(latent))  # type: ignore[misc]
         return pictures
 
     def check_decoder(self) -> None:
-        """Raises `BadInput` where there is no decoder."""
+        """Raise `BadInput` where there is no decoder."""
         if self.decoder is None:
             raise BadInput(
-                "the image tokenizer has no decoder, so it reads pictures but cannot draw any",
+                "the image tokenizer has no decoder, so it encodes images but cannot draw any",
                 where="bundle",
                 remedy="chameleon convert adds one: --tokenizer, the folder with Meta's vqgan.ckpt",
             )
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """[B, 3, R, R] in [-1, 1] to codes [B, h, w] int64."""
+        """Encode images [B, 3, R, R] in [-1, 1] to codes [B, h, w] int64."""
         return self.quantize(self.latent(pictures)).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] to pictures [B, 3, R, R] float32 in [-1, 1]."""
-        latent = self.quantize.look_up(codes).to(self.post_quant_conv.weight.dtype)
-        return self.drawn(latent).float().clamp(-1, 1)
+        """Decode codes [B, h, w] to images [B, 3, R, R] float32 in [-1, 1]."""
+        latent = self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype)
+        return self.decode_latent(latent).float().clamp(-1, 1)
 
     def released_state_dict(self) -> dict[str, Tensor]:
-        """The weights in the released format, whichever way the codebook was learned."""
+        """Return the weights in Meta's released format, however the codebook was trained."""
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("quantize.")}
         state["quantize.embedding.weight"] = self.quantize.codebook().detach()
         return state

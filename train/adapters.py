@@ -1,6 +1,6 @@
-"""What training may put on a model and take off again: a part of it that learns alone, and rows that learn together.
+"""Parametrisations of a model during training: LoRA, training the head's image rows alone, rows tied to the codebook.
 
-Each is put on with `add_…` and folded into plain weights by `fold`, so a bundle never knows of it.
+`fold_adapters` folds each of them into plain weights, so a bundle never contains one.
 """
 
 from __future__ import annotations
@@ -18,42 +18,43 @@ from chameleon.vocabulary import Vocabulary
 
 
 class CodebookRows(nn.Module):
-    """Rows of image ids as free rows plus a projection of the codebook: a parametrisation of embedding and head.
+    """The rows of image tokens as free rows plus a linear projection of the codebook, for embedding and head.
 
-    A row learned alone sees its code rarely; the projection is shared by all, so codes near each other in the codebook
-    move together from the first step. It starts at zero.
+    A free row is only trained when its code occurs; the projection is shared by all codes, so codes that are similar in the
+    codebook are trained together from the first step. It starts at zero.
     """
 
-    def __init__(self, codebook: Tensor, ids: Tensor, width: int) -> None:
-        """codebook [K, E], put to mean 0 and rows of length about 1; ids [K]: the weight's row of each code."""
+    def __init__(self, codebook: Tensor, token_ids: Tensor, width: int) -> None:
+        """codebook [K, E], which is centred and scaled to rows of norm about 1; token_ids [K]: the id of each code."""
         super().__init__()
         centred = codebook.float() - codebook.float().mean(dim=0)
         self.register_buffer("codebook", centred / (centred.std() * codebook.shape[1] ** 0.5), persistent=False)
-        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("token_ids", token_ids, persistent=False)
         self.projection = nn.Parameter(torch.zeros(codebook.shape[1], width))
 
     codebook: Tensor
-    ids: Tensor
+    token_ids: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        return weight.index_add(0, self.ids, (self.codebook.to(self.projection.dtype) @ self.projection).to(weight.dtype))
+        projected = (self.codebook.to(self.projection.dtype) @ self.projection).to(weight.dtype)
+        return weight.index_add(0, self.token_ids, projected)
 
 
 class ImageRows(nn.Module):
-    """The head's rows of image ids as a parameter of their own, in place of those of the weight."""
+    """The head's rows of image tokens as a separate parameter that replaces those of the weight."""
 
-    def __init__(self, rows: Tensor, ids: Tensor) -> None:
-        """rows [K, D]: where they start; ids [K]: their places in the weight."""
+    def __init__(self, rows: Tensor, token_ids: Tensor) -> None:
+        """rows [K, D]: their initial values; token_ids [K]: their indices in the weight."""
         super().__init__()
-        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("token_ids", token_ids, persistent=False)
         self.rows = nn.Parameter(rows.float().clone())
 
-    ids: Tensor
+    token_ids: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        return weight.index_copy(0, self.ids, self.rows.to(weight.dtype))
+        return weight.index_copy(0, self.token_ids, self.rows.to(weight.dtype))
 
 
 @dataclass
@@ -62,46 +63,48 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32.0
-    """The adapters' product counts alpha / rank."""
+    """The product of the two adapter matrices is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On what goes into the adapters."""
+    """On the input of the adapters."""
     targets: list[str] = field(default_factory=lambda: ["qkv", "out", "gate_up", "down"])
-    """Names of the matrices, within a block, that get one."""
+    """Names of the matrices of a block that get an adapter."""
 
 
 def add_codebook_rows(model: Transformer, codebook: Tensor, vocabulary: Vocabulary) -> None:
-    """Puts `CodebookRows` on embedding and head. Raises `BadInput` where they are one."""
+    """Parametrise embedding and head with `CodebookRows`. Raise `BadInput` for a tied head."""
     if model.config.tied_head:
         raise BadInput("codebook_rows needs an untied head", where="recipe", remedy="set tied_head to false")
-    for table in (model.embed, model.head):
+    for layer in (model.embed, model.head):
         rows = CodebookRows(codebook, vocabulary.image_ids.ids, model.config.width)
-        parametrize.register_parametrization(table, "weight", rows, unsafe=True)  # the weight may have no values yet
+        parametrize.register_parametrization(layer, "weight", rows, unsafe=True)  # the weight may be on `meta`
 
 
-def open_image_head(model: Transformer, head: Tensor, vocabulary: Vocabulary) -> None:
-    """Freezes all but the head's rows of image ids (what Anole did, arXiv 2407.06135). head [V, D]: where they start.
+def train_image_head_only(model: Transformer, head: Tensor, vocabulary: Vocabulary) -> None:
+    """Freeze everything but the head's rows of image tokens (as Anole, arXiv 2407.06135). head [V, D]: initial values.
 
-    Raises `BadInput` where embedding and head are one.
+    Raises `BadInput` for a tied head.
     """
     if model.config.tied_head:
-        raise BadInput("the image rows of a tied head are the embedding's too", where="recipe.learn", remedy="use all")
+        raise BadInput("the image rows of a tied head are the embedding's too", where="recipe.trainable", remedy="use all")
     model.requires_grad_(False)
-    ids = vocabulary.image_ids.ids
-    parametrize.register_parametrization(model.head, "weight", ImageRows(head[ids], ids), unsafe=True)
+    token_ids = vocabulary.image_ids.ids
+    parametrize.register_parametrization(model.head, "weight", ImageRows(head[token_ids], token_ids), unsafe=True)
 
 
 def add_lora(model: Transformer, config: LoraConfig) -> None:
-    """Freezes the model and puts adapters on it, by peft. Raises `BadInput` where it is missing or the config is wrong."""
+    """Freeze the model and add adapters with peft. Raise `BadInput` where peft is missing or the config is invalid."""
     try:
         import peft
     except ImportError:
-        raise BadInput("peft is not installed", where="recipe.learn", remedy="pip install 'open-chameleon[lora]'") from None
+        raise BadInput(
+            "peft is not installed", where="recipe.trainable", remedy="pip install 'open-chameleon[lora]'"
+        ) from None
     known = {name.rpartition(".")[2] for name, part in model.blocks.named_modules() if isinstance(part, nn.Linear)}
     for name in config.targets:
         if name not in known:
             raise BadInput(f"no matrix {name!r}", where="recipe.lora.targets", remedy=f"use {', '.join(sorted(known))}")
     if config.rank < 1 or not config.targets or not 0 <= config.dropout < 1:
-        raise BadInput("rank is 1 or more, dropout below 1, and targets are named", where="recipe.lora")
+        raise BadInput("expected rank of 1 or more, dropout below 1, and at least one target", where="recipe.lora")
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -113,27 +116,27 @@ def add_lora(model: Transformer, config: LoraConfig) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has in a plain model."""
+    """Return the name that a parameter has in a model without adapters."""
     return name.replace(".parametrizations.weight.original", ".weight").replace(".base_layer.", ".")
 
 
-def initial_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """What a LoRA matrix starts from: A as linear layers do (Kaiming's uniform, a = √5), B at zero."""
+def initial_lora_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Return the initial value of a LoRA matrix: A as in linear layers (Kaiming uniform, a = √5), B zero."""
     if "lora_B" in name:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
 
 
-def fold(model: Transformer) -> None:
-    """Makes the model plain again, with all that was put on it in its weights."""
-    for table in (model.embed, model.head):
-        if parametrize.is_parametrized(table):
-            parametrize.remove_parametrizations(table, "weight", leave_parametrized=True)
+def fold_adapters(model: Transformer) -> None:
+    """Fold all adapters and parametrisations into the weights of the model, which is plain afterwards."""
+    for layer in (model.embed, model.head):
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     for block in model.blocks:
         for part in list(block.modules()):
-            for name, layer in list(part.named_children()):
-                if hasattr(layer, "base_layer"):
-                    adapted: Any = layer
+            for name, child in list(part.named_children()):
+                if hasattr(child, "base_layer"):
+                    adapted: Any = child
                     adapted.merge()
                     setattr(part, name, adapted.get_base_layer())

@@ -1,17 +1,17 @@
-"""Memory that a training process keeps instead of giving it back after each step."""
+"""The C library's memory allocator, set up for training on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
-def keep_memory() -> bool:
-    """Has glibc keep freed memory, however large, for the next step of training on a CPU; whether that could be asked.
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory of any size for the next training step; return whether that was possible.
 
-    Left alone it maps every large tensor anew and gives it back at once, and the kernel clears each page again: a tenth
-    of a step's time and more. The process then holds on to its peak until it ends.
+    By default large tensors are mapped anew and unmapped each time, and the kernel zeroes their pages each time: a tenth of
+    a step's time and more. The process then keeps its peak memory until it ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

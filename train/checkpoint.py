@@ -1,10 +1,10 @@
-"""Checkpoints of a run, from which it goes on bit for bit: weights, optimisers' states, and two counts.
+"""Checkpoints of a run, from which it continues bit for bit: weights, optimiser states, and two counters.
 
-RUN/checkpoints/step-00001000/*.safetensors    each process's part of the tensors, in PyTorch's distributed format
-RUN/checkpoints/step-00001000/checkpoint.json  the counts, the recipe, SHA-256 of each file
+RUN/checkpoints/step-00001000/*.safetensors    each process's shard of the tensors, in PyTorch's distributed format
+RUN/checkpoints/step-00001000/checkpoint.json  the counters, the recipe, SHA-256 of each file
 
-A checkpoint is written whole or not at all, and read by any number of processes, however they divide the model. The order
-of the data and all random numbers are functions of the counts, so nothing of them is kept.
+A checkpoint is written atomically, and can be read by any number of processes, however they shard the model. The order of
+the data and all random numbers are functions of the counters, so they are not stored.
 """
 
 from __future__ import annotations
@@ -32,116 +32,122 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
-from chameleon.files import EVENTS, RECORD, checksum, read_json, write_json, written_whole
+from chameleon.files import EVENTS_FILE, RUN_FILE, atomic_folder, read_json, sha256_of, write_json
 from chameleon.train.recipe import RunConfig
-from chameleon.train.steps import StepModule
+from chameleon.train.step_module import StepModule
 
-FOLDER, DESCRIPTION = "checkpoints", "checkpoint.json"
-RETURNS = 3
-"""How often a run goes back with no checkpoint between."""
-HARMLESS = (
+CHECKPOINTS_FOLDER, DESCRIPTION_FILE = "checkpoints", "checkpoint.json"
+MAX_ROLLBACKS = 3
+"""Rollbacks without a checkpoint between them after which a run ends."""
+RESUMABLE_KEYS = (
     "run.",
-    "workers",
-    "micro_rows",
-    "verify",
+    "num_workers",
+    "micro_batch_size",
+    "verify_shards",
     "compile",
-    "checkpointing",
+    "activation_checkpointing",
     "attention",
     "monitors",
-    "samples",
+    "num_samples",
     "validation",
 )
-"""What the recipe's keys begin with that may change when a run goes on, but for those below."""
-STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
-"""What optimisers keep of a parameter."""
-HARMFUL = ("run.steps", "run.seed", "run.precision")
+"""Prefixes of the recipe keys that may change when a run is resumed, apart from `FIXED_KEYS`."""
+FIXED_KEYS = ("run.max_steps", "run.seed", "run.precision")
+OPTIMIZER_STATE_KEYS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+"""Keys of an optimiser's state of each parameter."""
 
 
 @dataclass
-class Resumed:
-    """What a run goes on from."""
+class ResumePoint:
+    """The checkpoint that a run is resumed from."""
 
     folder: Path
-    step: int
-    """Steps that were done."""
-    batches: int
-    """Batches that were seen."""
-    tensor_parallel: int
-    """In whose order the rows of fused matrices lie."""
-    rows: list[dict[str, str]]
-    """Rows of the log until then."""
+    completed_steps: int
+    batches_seen: int
+    tensor_parallel_size: int
+    """Determines the order of the rows of fused matrices."""
+    log_rows: list[dict[str, str]]
+    """Rows of the log up to the checkpoint."""
 
 
-def folders(out: Path) -> list[Path]:
-    """The checkpoints of a run, the latest first."""
-    return sorted((out / FOLDER).glob("step-*"), reverse=True)
+def checkpoint_folders(out: Path) -> list[Path]:
+    """Return the checkpoints of a run, the latest first."""
+    return sorted((out / CHECKPOINTS_FOLDER).glob("step-*"), reverse=True)
 
 
-def verified(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises `BadInput` where it is not whole."""
-    description = read_json(folder / DESCRIPTION)
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's checkpoint.json. Raise `BadInput` where a file is missing or does not match its checksum."""
+    description = read_json(folder / DESCRIPTION_FILE)
     try:
-        for name, wanted in description["sha256"].items():
-            if checksum(folder / name) != wanted:
-                raise BadInput("checksum does not fit", where=folder / name)
-        return {key: description[key] for key in ("step", "batches", "tensor_parallel", "recipe", "sha256")}
+        for name, expected in description["sha256"].items():
+            if sha256_of(folder / name) != expected:
+                raise BadInput("checksum does not match", where=folder / name)
+        keys = ("completed_steps", "batches_seen", "tensor_parallel_size", "recipe", "sha256")
+        return {key: description[key] for key in keys}
     except (OSError, KeyError, AttributeError) as error:
-        raise BadInput(f"not whole ({error})", where=folder) from None
+        raise BadInput(f"incomplete ({error})", where=folder) from None
 
 
-def latest(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest whole checkpoint of a run with what it says of itself; those that are not whole are passed over."""
-    for folder in folders(out):
+def latest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the latest complete checkpoint of a run and its description; warn of later ones that are incomplete."""
+    for folder in checkpoint_folders(out):
         try:
-            return folder, verified(folder)
+            return folder, read_description(folder)
         except BadInput as error:
-            warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
+            warnings.warn(f"{folder} is ignored: {error}", stacklevel=2)
     return None
 
 
-def find(run: RunConfig, recipe: dict[str, Any]) -> Resumed | None:
-    """What the run in `run.out` goes on from: its latest whole checkpoint; None where there is none.
+def find_resume_point(run: RunConfig, recipe: dict[str, Any]) -> ResumePoint | None:
+    """Return the latest complete checkpoint in `run.out`; None where there is none.
 
-    Raises `BadInput` where the recipe has changed in a way that would make another run of it, unless `run.force`.
+    Raises `BadInput` where the recipe has changed in a way that makes it another run, unless `run.force`.
     """
     out = Path(run.out)
-    found = latest(out)
-    if found is None:
-        if folders(out) and not run.force:
-            raise BadInput("no checkpoint is whole", where=out / FOLDER, remedy="--force begins anew and sets them aside")
-        warnings.warn(f"no checkpoint in {out / FOLDER}: the run begins anew", stacklevel=2)
+    latest = latest_checkpoint(out)
+    if latest is None:
+        if checkpoint_folders(out) and not run.force:
+            raise BadInput(
+                "no checkpoint is complete",
+                where=out / CHECKPOINTS_FOLDER,
+                remedy="--force starts anew and moves them aside",
+            )
+        warnings.warn(f"no checkpoint in {out / CHECKPOINTS_FOLDER}: the run starts from the beginning", stacklevel=2)
         return None
-    folder, description = found
-    compare(description["recipe"], recipe, folder, force=run.force)
-    step = description["step"]
-    return Resumed(folder, step, description["batches"], description["tensor_parallel"], logged(out, step))
+    folder, description = latest
+    compare_recipes(description["recipe"], recipe, folder, force=run.force)
+    step = description["completed_steps"]
+    return ResumePoint(
+        folder, step, description["batches_seen"], description["tensor_parallel_size"], read_log_rows(out, step)
+    )
 
 
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested dictionaries and lists of dictionaries."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
-        for number, inner in enumerate(value):
-            yield from flat(inner, f"{prefix}.{number}")
+        for index, inner in enumerate(value):
+            yield from flatten(inner, f"{prefix}.{index}")
     else:
         yield prefix, list(value) if isinstance(value, tuple) else value
 
 
-def compare(before: dict[str, Any], now: dict[str, Any], where: object, *, force: bool) -> None:
-    """Warns of keys that changed; raises `BadInput` for those that make another run, unless `force`."""
-    old, new = dict(flat(before)), dict(flat(now))
+def compare_recipes(before: dict[str, Any], now: dict[str, Any], where: object, *, force: bool) -> None:
+    """Warn of keys that have changed; raise `BadInput` for those that make it another run, unless `force`."""
+    old, new = dict(flatten(before)), dict(flatten(now))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    harmful = [key for key in changed if key in HARMFUL or not key.startswith(HARMLESS)]
-    told = [f"{key} from {old.get(key)} to {new.get(key)}" for key in (harmful or changed) if key != "run.resume"]
-    if harmful and not force:
-        raise BadInput(f"the recipe has changed: {', '.join(told)}", where=where, remedy="--force goes on nevertheless")
-    if told:
-        warnings.warn(f"changed since the checkpoint: {', '.join(told)}", stacklevel=3)
+    fixed = [key for key in changed if key in FIXED_KEYS or not key.startswith(RESUMABLE_KEYS)]
+    changes = [f"{key} from {old.get(key)} to {new.get(key)}" for key in (fixed or changed) if key != "run.resume"]
+    if fixed and not force:
+        raise BadInput(f"the recipe has changed: {', '.join(changes)}", where=where, remedy="--force resumes nevertheless")
+    if changes:
+        warnings.warn(f"changed since the checkpoint: {', '.join(changes)}", stacklevel=3)
 
 
-def logged(out: Path, step: int) -> list[dict[str, str]]:
-    """The rows of the run's log before a step."""
+def read_log_rows(out: Path, step: int) -> list[dict[str, str]]:
+    """Return the rows of a run's log before a step."""
     path = out / "log" / "metrics.csv"
     if not path.is_file():
         return []
@@ -150,253 +156,268 @@ def logged(out: Path, step: int) -> list[dict[str, str]]:
     return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
 
 
-def tensors_of(module: StepModule, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name: `module.…`, `optimizer.PARAMETER.KEY`, `extra.…`."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    found = {f"module.{name}": value.detach() for name, value in module.weights_kept().items()}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            found |= {f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    return found | {f"extra.{name}": value for name, value in module.extras().items()}
-
-
-def is_alone() -> bool:
-    """Whether this process trains by itself."""
+def is_single_process() -> bool:
+    """Return whether no process group is initialised."""
     return not (distributed.is_available() and distributed.is_initialized())
 
 
-def write(place: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes this process's part of the tensors into a folder that all processes see."""
-    # Copies, so that memory of a GPU is not needed twice, nor a view into a larger storage refused.
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def tensors_to_save(module: StepModule, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint: `module.NAME`, `optimizer.PARAMETER.KEY`, `extra.NAME`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    tensors = {f"module.{name}": value.detach() for name, value in module.checkpointed_tensors().items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    return tensors | {f"extra.{name}": value for name, value in module.extra_state().items()}
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write this process's shard of the tensors to a folder that all processes share."""
+    # Copies on the CPU: GPU memory is not needed twice, and a view into a larger storage would be refused.
     tensors = {name: value if isinstance(value, DTensor) else value.to("cpu", copy=True) for name, value in tensors.items()}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of being alone
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True), no_dist=is_alone())
-    except CheckpointException as error:  # it is no Exception
+            warnings.simplefilter("ignore")  # of running in a single process
+            save(tensors, storage_writer=writer, no_dist=is_single_process())
+    except CheckpointException as error:  # not a subclass of Exception
         raise OSError("; ".join(map(str, error.failures.values())) or str(error)) from None
 
 
-def read(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Restores module and optimisers from a checkpoint, each process its own part. Raises `BadInput` for another shape."""
+def restore(folder: Path, module: StepModule, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Restore module and optimisers from a checkpoint, each process its shard. Raise `BadInput` for other shapes."""
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    targets: dict[str, Tensor] = {f"module.{name}": value.detach() for name, value in module.weights_kept().items()}
+    targets: dict[str, Tensor] = {f"module.{name}": v.detach() for name, v in module.checkpointed_tensors().items()}
     for name, target in targets.items():
         if name not in stored or stored[name].size != target.shape:  # type: ignore[union-attr]
-            found = list(stored[name].size) if name in stored else "nothing"  # type: ignore[union-attr]
-            raise BadInput(f"{name} is {found} there, here {list(target.shape)}", where=folder)
+            stored_shape = list(stored[name].size) if name in stored else "missing"  # type: ignore[union-attr]
+            raise BadInput(f"{name} is {stored_shape} in the checkpoint, {list(target.shape)} here", where=folder)
     for optimizer in optimizers:
-        optimizer.state.clear()  # before as much is read again
-    named = dict(module.named_parameters())
-    places = {}
-    for name, about in stored.items():
+        optimizer.state.clear()  # frees as much memory as is read next
+    parameters = dict(module.named_parameters())
+    parameter_of = {}
+    for name, metadata in stored.items():
         if name in targets:
             continue
-        owner = named.get(name.removeprefix("optimizer.").rpartition(".")[0]) if name.startswith("optimizer.") else None
-        size, dtype = about.size, about.properties.dtype  # type: ignore[union-attr]
-        if owner is not None and size == owner.shape:
-            targets[name] = torch.zeros_like(owner, dtype=dtype)
+        parameter_name = name.removeprefix("optimizer.").rpartition(".")[0]
+        parameter = parameters.get(parameter_name) if name.startswith("optimizer.") else None
+        size, dtype = metadata.size, metadata.properties.dtype  # type: ignore[union-attr]
+        if parameter is not None and size == parameter.shape:
+            targets[name] = torch.zeros_like(parameter, dtype=dtype)
         else:
             targets[name] = torch.zeros(size, dtype=dtype)
-        if owner is not None:
-            places[name] = owner
+        if parameter is not None:
+            parameter_of[name] = parameter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        load(targets, storage_reader=reader, no_dist=is_alone())
+        load(targets, storage_reader=reader, no_dist=is_single_process())
     states: dict[Tensor, dict[str, Tensor]] = {}
-    for name, parameter in places.items():
+    for name, parameter in parameter_of.items():
         states.setdefault(parameter, {})[name.rpartition(".")[2]] = targets[name]
     for optimizer in optimizers:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = states.get(parameter, {})
-            if set(state) == STATES[type(optimizer)]:
+            if set(state) == OPTIMIZER_STATE_KEYS[type(optimizer)]:
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
             elif state:
-                warnings.warn(f"{folder} is of another optimizer, whose state is left behind", stacklevel=2)
-    module.restore_extras({n.removeprefix("extra."): v for n, v in targets.items() if n.startswith("extra.")})
+                warnings.warn(f"{folder} is of another optimizer, whose state is dropped", stacklevel=2)
+    module.load_extra_state({n.removeprefix("extra."): v for n, v in targets.items() if n.startswith("extra.")})
 
 
-def all_agree(act: Callable[[], None]) -> None:
-    """Does something on every process. Raises `BadInput` on all of them where it fails on one."""
-    problem: str | None = None
+def run_on_all_processes(action: Callable[[], None]) -> None:
+    """Run an action on every process. Raise `BadInput` on all of them where it fails on one."""
+    message: str | None = None
     try:
-        act()
+        action()
     except (BadInput, OSError) as error:
-        problem = str(error)
-    problems: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem)
-    told = next((text for text in problems if text), None)
-    if told is not None:
-        raise BadInput(told, where=FOLDER)
+        message = str(error)
+    messages: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(messages, message)
+    first_message = next((text for text in messages if text), None)
+    if first_message is not None:
+        raise BadInput(first_message, where=CHECKPOINTS_FOLDER)
 
 
-class Checkpoints(Callback):
-    """Writes checkpoints while a run trains, restores the one that it goes on from, and goes back where it must."""
+# --- the callback ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, run: RunConfig, recipe: dict[str, Any], resumed: Resumed | None) -> None:
-        if run.keep < 1:
-            raise BadInput(f"keep is {run.keep}, expected 1 or more", where="run.keep")
-        self.run, self.recipe, self.resumed = run, recipe, resumed
-        self.last = time.monotonic()
-        self.terminated = False
+
+class CheckpointCallback(Callback):
+    """Writes checkpoints during a run, restores the one that it is resumed from, and rolls back where needed."""
+
+    def __init__(self, run: RunConfig, recipe: dict[str, Any], resume_point: ResumePoint | None) -> None:
+        """recipe: as plain values, with the precision that is used."""
+        if run.save_total_limit < 1:
+            raise BadInput(f"save_total_limit is {run.save_total_limit}, expected 1 or more", where="run.save_total_limit")
+        self.run, self.recipe, self.resume_point = run, recipe, resume_point
+        self.out = Path(run.out)
+        self.last_save_time = time.monotonic()
+        self.sigterm_received = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StepModule)
-        self.last = time.monotonic()
+        self.last_save_time = time.monotonic()
         if trainer.is_global_zero:
+            self.out.mkdir(parents=True, exist_ok=True)
             kind = "fit_image" if "sources" in self.recipe else "training"
-            write_json(
-                Path(self.run.out) / RECORD,
-                {"kind": kind, "processes": trainer.world_size, "started": time.time(), "recipe": self.recipe},
-            )
+            record = {"kind": kind, "processes": trainer.world_size, "started": time.time(), "recipe": self.recipe}
+            write_json(self.out / RUN_FILE, record)
+            self.remove_stale_files()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.terminate)
-        if trainer.is_global_zero:
-            self.clear_up(Path(self.run.out))
-        if self.resumed is None:
+            signal.signal(signal.SIGTERM, self.on_sigterm)
+        if self.resume_point is None:
             return
+        point = self.resume_point
         if trainer.is_global_zero:
-            module.events.forget_from(self.resumed.step)
-        read(self.resumed.folder, module, trainer.optimizers)
-        module.done, module.batches = self.resumed.step, self.resumed.batches
-        module.reorder_rows(self.resumed.tensor_parallel, self.run.tensor_parallel, trainer.optimizers)
+            module.events.remove_from(point.completed_steps)
+        restore(point.folder, module, trainer.optimizers)
+        module.completed_steps, module.batches_seen = point.completed_steps, point.batches_seen
+        module.reorder_fused_rows(point.tensor_parallel_size, self.run.tensor_parallel_size, trainer.optimizers)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-                rows: Any = self.resumed.rows
+                rows: Any = point.log_rows
                 logger.experiment.metrics.extend({**row, "step": int(row["step"])} for row in rows)
                 logger.save()
 
-    def terminate(self, *_: object) -> None:
-        """SIGTERM, whichever process gets it: all write a checkpoint at the end of the step, and end."""
-        self.terminated = True
+    def on_sigterm(self, *_: object) -> None:
+        """Note SIGTERM, on whichever process: all write a checkpoint at the end of the step, and exit."""
+        self.sigterm_received = True
 
-    def clear_up(self, out: Path) -> None:
-        """Removes what killed processes left half written, and what lies behind the checkpoint that the run goes on from.
+    def remove_stale_files(self) -> None:
+        """Remove partial checkpoints, and those after the one that the run is resumed from.
 
-        Checkpoints of an earlier run that this one does not go on from are set aside.
+        The checkpoints of an earlier run that is not resumed are moved aside.
         """
-        for left in (out / FOLDER).glob(".step-*.partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        if self.resumed is None:
-            (out / EVENTS).unlink(missing_ok=True)
-            if folders(out):
-                aside = out / f"{FOLDER}.before"
+        for partial in (self.out / CHECKPOINTS_FOLDER).glob(".step-*.partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.resume_point is None:
+            (self.out / EVENTS_FILE).unlink(missing_ok=True)
+            if checkpoint_folders(self.out):
+                aside = self.out / f"{CHECKPOINTS_FOLDER}.before"
                 shutil.rmtree(aside, ignore_errors=True)
-                (out / FOLDER).rename(aside)
+                (self.out / CHECKPOINTS_FOLDER).rename(aside)
             return
-        for later in folders(out):
-            if later.name > self.resumed.folder.name:  # it was passed over
-                shutil.rmtree(later, ignore_errors=True)
-
-    def any_process(self, trainer: L.Trainer, late: bool) -> tuple[bool, bool]:
-        """(whether it is time for a checkpoint by the first process's clock, whether any process was told to end)."""
-        flags = torch.tensor([late and trainer.is_global_zero, self.terminated], device=trainer.strategy.root_device).int()
-        if not is_alone():
-            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-        return bool(flags[0]), bool(flags[1])
+        for folder in checkpoint_folders(self.out):
+            if folder.name > self.resume_point.folder.name:  # it was incomplete
+                shutil.rmtree(folder, ignore_errors=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(module, StepModule)
-        if module.guard.gives_up:
-            self.go_back(trainer, module)
+        if module.guard.needs_rollback:
+            self.roll_back(trainer, module)
             return
-        done = module.done + 1  # callbacks are asked before the module counts
-        if done >= self.run.steps or module.guard.in_a_row:  # what comes next is the result; or it may have to go back
+        step = module.completed_steps + 1  # callbacks run before the module counts the step
+        if step >= self.run.max_steps or module.guard.consecutive_skips:  # the result follows, or maybe a rollback
             return
-        every, minutes = self.run.checkpoint_every, self.run.checkpoint_minutes
-        late = bool(minutes) and time.monotonic() - self.last > 60 * minutes
-        late, ended = self.any_process(trainer, late)
-        if (every and done % every == 0) or late or ended:
-            module.guard.returns = 0
-            self.save(trainer, module, done)
-            self.last = time.monotonic()
-        if ended:
-            trainer._signal_connector.received_sigterm = True  # Lightning ends the run for it
+        save_every, minutes = self.run.save_every_n_steps, self.run.save_every_n_minutes
+        is_due = bool(minutes) and time.monotonic() - self.last_save_time > 60 * minutes
+        is_due, is_terminated = self.agree(trainer, is_due)
+        if (save_every and step % save_every == 0) or is_due or is_terminated:
+            module.guard.rollbacks = 0
+            self.save(trainer, module, step)
+            self.last_save_time = time.monotonic()
+        if is_terminated:
+            raise SystemExit(128 + signal.SIGTERM)
 
-    def go_back(self, trainer: L.Trainer, module: StepModule) -> None:
-        """To the latest checkpoint, and on behind the batches that were seen. Raises `BadInput` where there is none."""
-        found = trainer.strategy.broadcast(latest(Path(self.run.out)) if trainer.is_global_zero else None)
-        told = f"{module.guard.in_a_row} steps in a row were left out"
-        if found is None or module.guard.returns >= RETURNS:
-            why = "there is no checkpoint to go back to" if found is None else f"{RETURNS} times it went back in vain"
+    def agree(self, trainer: L.Trainer, is_due: bool) -> tuple[bool, bool]:
+        """Return (whether a checkpoint is due by the first process's clock, whether any process received SIGTERM)."""
+        flags = torch.tensor([is_due and trainer.is_global_zero, self.sigterm_received]).int()
+        flags = flags.to(trainer.strategy.root_device)
+        if not is_single_process():
+            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
+
+    def roll_back(self, trainer: L.Trainer, module: StepModule) -> None:
+        """Restore the latest checkpoint and continue with later batches. Raise `BadInput` where there is none."""
+        latest = trainer.strategy.broadcast(latest_checkpoint(self.out) if trainer.is_global_zero else None)
+        guard = module.guard
+        summary = f"{guard.consecutive_skips} steps in a row were skipped"
+        if latest is None or guard.rollbacks >= MAX_ROLLBACKS:
+            reason = "there is no checkpoint" if latest is None else f"{MAX_ROLLBACKS} rollbacks did not help"
             raise BadInput(
-                f"{told} until step {module.done}, and {why}",
+                f"{summary} until step {module.completed_steps}, and {reason}",
                 where=self.run.out,
-                remedy="lower optimizer.rate, or look at the data named above",
+                remedy="lower optimizer.lr, or look at the data named above",
             )
-        folder, description = found
-        module.events.tell(module.done, "going back", f"{told}: on from step {description['step']} with later batches")
-        kept = (module.guard.skipped, module.guard.returns)
-        read(folder, module, trainer.optimizers)
-        module.reorder_rows(description["tensor_parallel"], self.run.tensor_parallel, trainer.optimizers)
-        module.guard.skipped, module.guard.returns = kept
-        module.guard.went_back()
-        module.done = description["step"] - 1  # the module counts this batch as one more
+        folder, description = latest
+        step = description["completed_steps"]
+        module.events.add(module.completed_steps, "rollback", f"{summary}: on from step {step} with later batches")
+        skipped_steps, rollbacks = guard.skipped_steps, guard.rollbacks
+        restore(folder, module, trainer.optimizers)
+        before, now = description["tensor_parallel_size"], self.run.tensor_parallel_size
+        module.reorder_fused_rows(before, now, trainer.optimizers)
+        guard.skipped_steps, guard.rollbacks = skipped_steps, rollbacks
+        guard.rolled_back()
+        module.completed_steps = step - 1  # the module counts this batch as a step
 
-    def save(self, trainer: L.Trainer, module: StepModule, done: int) -> None:
-        """Writes the checkpoint of `done` steps, then removes all but the last `run.keep`.
+    # --- writing ---
 
-        Raises `BadInput` where the disk is full; the checkpoints before it stay.
+    def save(self, trainer: L.Trainer, module: StepModule, step: int) -> None:
+        """Write the checkpoint after `step` steps, then remove all but the last `run.save_total_limit`.
+
+        Raises `BadInput` where the disk is full; earlier checkpoints stay.
         """
-        out = Path(self.run.out)
-        tensors = tensors_of(module, trainer.optimizers)
-        if is_alone():
-            with written_whole(out / FOLDER / f"step-{done:08}") as place:
-                self.check_space(out, tensors)
-                write(place, tensors)
-                self.describe(place, trainer, module, done)
-            self.tidy(out, trainer)
+        folder = self.out / CHECKPOINTS_FOLDER
+        target = folder / f"step-{step:08}"
+        tensors = tensors_to_save(module, trainer.optimizers)
+        if is_single_process():
+            with atomic_folder(target) as partial:
+                self.check_disk_space(tensors)
+                write_tensors(partial, tensors)
+                self.write_description(partial, trainer, module, step)
+            self.remove_old_checkpoints(trainer)
             return
-        # Several processes write into one folder, which the first one makes and names when all are through.
-        place = out / FOLDER / f".step-{done:08}.partial-all"
+        # All processes write to one folder, which the first one creates, and renames when all are done.
+        partial = folder / f".step-{step:08}.partial-all"
         if trainer.is_global_zero:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         trainer.strategy.barrier()
         try:
-            all_agree(lambda: self.check_space(out, tensors))  # before any of them waits for the others' writing
-            all_agree(lambda: write(place, tensors))
+            run_on_all_processes(lambda: self.check_disk_space(tensors))  # before any process waits for another's writing
+            run_on_all_processes(lambda: write_tensors(partial, tensors))
         except BadInput as error:
             if trainer.is_global_zero:
-                shutil.rmtree(place, ignore_errors=True)
-            raise BadInput(error.reason, where=out / FOLDER, remedy="make room; earlier ones are kept") from None
+                shutil.rmtree(partial, ignore_errors=True)
+            raise BadInput(error.reason, where=folder, remedy="free some space; earlier checkpoints are kept") from None
         if trainer.is_global_zero:
-            self.describe(place, trainer, module, done)
-            target = out / FOLDER / f"step-{done:08}"
+            self.write_description(partial, trainer, module, step)
             shutil.rmtree(target, ignore_errors=True)
-            place.rename(target)
-        self.tidy(out, trainer)
+            partial.rename(target)
+        self.remove_old_checkpoints(trainer)
         trainer.strategy.barrier()
 
-    def check_space(self, out: Path, tensors: dict[str, Tensor]) -> None:
-        """Raises `BadInput` where this process's part has no room, before a byte is written."""
-        parts = (value.to_local() if isinstance(value, DTensor) else value for value in tensors.values())
-        needed, free = sum(part.numel() * part.element_size() for part in parts), shutil.disk_usage(out).free
+    def check_disk_space(self, tensors: dict[str, Tensor]) -> None:
+        """Raise `BadInput` where this process's shard does not fit on the disk, before anything is written."""
+        shards = [value.to_local() if isinstance(value, DTensor) else value for value in tensors.values()]
+        needed, free = sum(shard.numel() * shard.element_size() for shard in shards), shutil.disk_usage(self.out).free
         if needed > free:
             raise BadInput(
                 f"a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-                where=out / FOLDER,
-                remedy=f"make room, then go on with --resume; the last {self.run.keep} checkpoints are kept",
+                where=self.out / CHECKPOINTS_FOLDER,
+                remedy=f"free some space, then --resume; the last {self.run.save_total_limit} checkpoints are kept",
             )
 
-    def describe(self, place: Path, trainer: L.Trainer, module: StepModule, done: int) -> None:
+    def write_description(self, folder: Path, trainer: L.Trainer, module: StepModule, step: int) -> None:
         description = {
-            "step": done,
-            "batches": module.batches + 1,
-            "tensor_parallel": self.run.tensor_parallel,
+            "completed_steps": step,
+            "batches_seen": module.batches_seen + 1,
+            "tensor_parallel_size": self.run.tensor_parallel_size,
             "processes": trainer.world_size,
-            "sha256": {path.name: checksum(path) for path in sorted(place.glob("*.safetensors"))},
+            "sha256": {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))},
             "recipe": self.recipe,
         }
-        write_json(place / DESCRIPTION, description)
+        write_json(folder / DESCRIPTION_FILE, description)
 
-    def tidy(self, out: Path, trainer: L.Trainer) -> None:
+    def remove_old_checkpoints(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.save()
-        for old in folders(out)[self.run.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        for folder in checkpoint_folders(self.out)[self.run.save_total_limit :]:
+            shutil.rmtree(folder, ignore_errors=True)

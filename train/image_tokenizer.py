@@ -1,4 +1,4 @@
-"""Training of the VQGAN under Lightning: two optimisers by hand, codebook health in the log."""
+"""Training of the VQGAN: two optimisers with manual optimisation, and the health of the codebook in the log."""
 
 from __future__ import annotations
 
@@ -15,99 +15,112 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from chameleon.data.sources import PictureEntry, read_pictures
-from chameleon.data.webdataset import Skip, stop
+from chameleon.data.source_types import PictureEntry
+from chameleon.data.sources import read_pictures
+from chameleon.data.webdataset import SkipHandler, raise_on_skip
 from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import perplexity, psnr
-from chameleon.tokenizers.image import ImageTokenizer, fit_square, load_picture, moved, to_tensor
-from chameleon.tokenizers.quantizer import PlainCodebook, build_quantizer, mean_over_all, over_all
+from chameleon.tokenizers.image import ImageTokenizer, affine_augment, fit_square, load_picture, to_tensor
+from chameleon.tokenizers.quantizer import PlainCodebook, all_reduce_mean, all_reduce_sum, build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
-from chameleon.train.checkpoint import Checkpoints, find
-from chameleon.train.optimizer import build_optimizers, clip_gradients, gradient_norm, rate_at, set_rate
-from chameleon.train.recipe import FitImageRecipe, to_plain
-from chameleon.train.steps import SPARE, StepModule
-from chameleon.train.trainer import build_trainer, fit
+from chameleon.train.checkpoint import CheckpointCallback, find_resume_point
+from chameleon.train.optimizer import build_optimizers, clip_grads, global_grad_norm, lr_at, set_lr
+from chameleon.train.recipe import FitImageRecipe
+from chameleon.train.step_module import SPARE_BATCHES_FACTOR, StepModule
+from chameleon.train.trainer import build_trainer, fit, plain_recipe
 
-TRIES = 100  # pictures drawn for one place before a source counts as unreadable
-SLICE = 8  # pictures encoded at one time to start the codebook
-SETTLED = 200  # steps after which the codebook's usage says something
+MAX_READ_ATTEMPTS = 100
+"""Pictures drawn for one row of a batch before the sources count as unreadable."""
+CODEBOOK_INIT_BATCH_SIZE = 8
+"""Pictures encoded at one time to initialise the codebook."""
+CODEBOOK_INIT_PICTURES = 512
+USAGE_SETTLES_AFTER_STEPS = 200
+"""Steps after which the usage of the codebook is meaningful."""
+VALIDATION_BATCH_SIZE = 64
 
 
-class StepPictures(Dataset[Tensor]):
-    """Batch n: a pure function of (seed, n). Each row draws a group of pictures, then one of the group."""
+class ImageBatchDataset(Dataset[Tensor]):
+    """Batch n is a pure function of (seed, n). Each row draws a group of pictures, then one of the group."""
 
     def __init__(
-        self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: Skip = stop, first: int = 0
+        self,
+        entries: Sequence[PictureEntry],
+        recipe: FitImageRecipe,
+        on_skip: SkipHandler = raise_on_skip,
+        first_batch: int = 0,
     ) -> None:
-        """Item n is batch first + n."""
+        """Item n is batch `first_batch` + n."""
         groups: dict[str, list[PictureEntry]] = {}
         for entry in entries:
             groups.setdefault(entry.group, []).append(entry)
         self.groups = [groups[name] for name in sorted(groups)]
-        self.recipe, self.on_skip, self.first = recipe, on_skip, first
-        weights = [max(self.weight(entry) for entry in group) for group in self.groups]
-        self.edges = np.cumsum(weights) if recipe.weight_field else None
-        self.bad: set[str] = set()
+        self.recipe, self.on_skip, self.first_batch = recipe, on_skip, first_batch
+        weights = [max(self.sample_weight(entry) for entry in group) for group in self.groups]
+        self.cumulative_weights = np.cumsum(weights) if recipe.weight_field else None
+        self.unreadable: set[str] = set()
         self.rank, self.world = 0, 1
 
-    def weight(self, entry: PictureEntry) -> float:
-        """How often a picture is drawn, relative to others. Raises `BadInput` where its record says no such number."""
+    def sample_weight(self, entry: PictureEntry) -> float:
+        """Return how often a picture is drawn, relative to others. Raise `BadInput` where its record has no such number."""
         value = entry.fields.get(self.recipe.weight_field, 1.0) if self.recipe.weight_field else 1.0
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise BadInput(f"{self.recipe.weight_field} is {value!r}, expected a number above 0", where=entry.name)
         return float(value)
 
     def __len__(self) -> int:
-        return SPARE * self.recipe.run.steps
+        return SPARE_BATCHES_FACTOR * self.recipe.run.max_steps
 
-    def __getitem__(self, number: int) -> Tensor:
-        """float32 [batch / devices, 3, R, R] in [-1, 1]."""
-        self.check_parts(self.world)
+    def __getitem__(self, index: int) -> Tensor:
+        """Return float32 [global_batch_size / devices, 3, R, R] in [-1, 1]."""
+        self.check_divisible(self.world)
         pictures = []
-        for row in range(self.rank, self.recipe.batch, self.world):
-            stream = np.random.default_rng((self.recipe.run.seed, self.first + number, row))
-            pictures.append(self.draw(stream))
+        for row in range(self.rank, self.recipe.global_batch_size, self.world):
+            rng = np.random.default_rng((self.recipe.run.seed, self.first_batch + index, row))
+            pictures.append(self.draw(rng))
         return to_tensor(pictures)
 
-    def check_parts(self, world: int) -> None:
-        """Raises `BadInput` where the batch does not divide by `world`."""
-        if self.recipe.batch % world:
-            near = max(world, self.recipe.batch // world * world)
+    def check_divisible(self, world: int) -> None:
+        """Raise `BadInput` where the global batch size is not divisible by `world`."""
+        batch_size = self.recipe.global_batch_size
+        if batch_size % world:
             raise BadInput(
-                f"batch {self.recipe.batch} does not divide by {world} devices", where="recipe.batch", remedy=f"{near} does"
+                f"global_batch_size {batch_size} is not divisible by {world} devices",
+                where="recipe.global_batch_size",
+                remedy=f"{max(world, batch_size // world * world)} is",
             )
 
-    def draw(self, stream: np.random.Generator) -> PILImage.Image:
-        """A picture by the stream; one that cannot be read is reported once, and another drawn in its place."""
-        for _ in range(TRIES):
-            if self.edges is None:
-                group = self.groups[stream.integers(len(self.groups))]
+    def draw(self, rng: np.random.Generator) -> PILImage.Image:
+        """Draw a picture; an unreadable one is reported once, and another one drawn instead."""
+        for _ in range(MAX_READ_ATTEMPTS):
+            if self.cumulative_weights is None:
+                group = self.groups[rng.integers(len(self.groups))]
             else:
-                place = np.searchsorted(self.edges, stream.random() * self.edges[-1], side="right")
-                group = self.groups[min(int(place), len(self.groups) - 1)]
-            entry = group[stream.integers(len(group))]
-            if entry.name in self.bad:
+                point = rng.random() * self.cumulative_weights[-1]
+                group_index = int(np.searchsorted(self.cumulative_weights, point, side="right"))
+                group = self.groups[min(group_index, len(self.groups) - 1)]
+            entry = group[rng.integers(len(group))]
+            if entry.name in self.unreadable:
                 continue
             try:
                 picture = fit_square(load_picture(entry.source, entry.name), self.recipe.model.resolution)
             except BadInput as error:
                 self.on_skip(entry.name, error.reason)
-                self.bad.add(entry.name)
+                self.unreadable.add(entry.name)
                 continue
-            return self.augment(picture, entry, stream)
-        raise BadInput(f"none of {TRIES} pictures drawn could be read", where=", ".join(self.recipe.sources))
+            return self.augment(picture, entry, rng)
+        raise BadInput(f"none of {MAX_READ_ATTEMPTS} pictures could be read", where=", ".join(self.recipe.sources))
 
-    def augment(self, picture: PILImage.Image, entry: PictureEntry, stream: np.random.Generator) -> PILImage.Image:
+    def augment(self, picture: PILImage.Image, entry: PictureEntry, rng: np.random.Generator) -> PILImage.Image:
         recipe = self.recipe
-        mirror = entry.may_mirror and bool(stream.random() < 0.5)
-        zoom = stream.uniform(*recipe.scale)
-        shift = (stream.uniform(-recipe.shift, recipe.shift), stream.uniform(-recipe.shift, recipe.shift))
-        return moved(picture, zoom, shift, mirror)
+        mirror = entry.may_mirror and bool(rng.random() < 0.5)
+        zoom = rng.uniform(*recipe.scale)
+        shift = (rng.uniform(-recipe.shift, recipe.shift), rng.uniform(-recipe.shift, recipe.shift))
+        return affine_augment(picture, zoom, shift, mirror)
 
 
 class ImageTokenizerModule(StepModule):
-    """VQGAN and, where the recipe wants them, its discriminator and a moving average of its weights."""
+    """The VQGAN and, where the recipe asks for them, its discriminator and a moving average of its weights."""
 
     def __init__(self, recipe: FitImageRecipe) -> None:
         super().__init__(recipe.run, recipe.stability)
@@ -119,37 +132,38 @@ class ImageTokenizerModule(StepModule):
         self.discriminator = (
             PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers) if loss.adversarial else None
         )
-        if not 0 <= recipe.ema < 1:
-            raise BadInput(f"{recipe.ema} is not in [0, 1)", where="recipe.ema")
-        self.average = (
-            AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).requires_grad_(False)
-            if recipe.ema
+        if not 0 <= recipe.ema_decay < 1:
+            raise BadInput(f"{recipe.ema_decay} is not in [0, 1)", where="recipe.ema_decay")
+        self.ema = (
+            AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)).requires_grad_(False)
+            if recipe.ema_decay
             else None
         )
-        self.register_buffer("counts", torch.zeros(model.codebook_size))
-        self.collapsed = False
-        self.first_pictures: list[Tensor] = []
-        """Batches from whose latents the codebook starts; none where a run goes on."""
+        self.register_buffer("code_counts", torch.zeros(model.codebook_size))
+        self.collapse_reported = False
+        self.codebook_init_pictures: list[Tensor] = []
+        """Batches whose latents initialise the codebook; none where a run is resumed."""
 
-    counts: Tensor
+    code_counts: Tensor
+    """float32 [codebook_size]: decaying counts of the codes' uses."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.first_pictures:
+        if self.codebook_init_pictures:
             torch.manual_seed(self.run_config.seed)  # the same on any number of processes
-            self.start_codebook(self.first_pictures)
-            self.first_pictures = []
+            self.init_codebook(self.codebook_init_pictures)
+            self.codebook_init_pictures = []
 
-    def weights_kept(self) -> dict[str, Tensor]:
-        """All but the perceptual network, which does not learn; codebooks may learn without gradients."""
+    def checkpointed_tensors(self) -> dict[str, Tensor]:
+        """Return all but the perceptual network, which is not trained; codebooks may be trained without gradients."""
         named = self.state_dict(keep_vars=True).items()
         return {name: value for name, value in named if not name.startswith("perceptual.")}
 
     @property
-    def result(self) -> VQGAN:
+    def final_network(self) -> VQGAN:
         """The network that is validated and saved."""
-        averaged: Any = self.average.module if self.average is not None else self.network
-        return averaged
+        network: Any = self.ema.module if self.ema is not None else self.network
+        return network
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = build_optimizers(self.network, self.recipe.optimizer)
@@ -158,156 +172,190 @@ class ImageTokenizerModule(StepModule):
         return optimizers
 
     @torch.no_grad()
-    def start_codebook(self, batches: Sequence[Tensor]) -> None:
-        """Starts the codebook from the latents of `batches` (k-means, or the spread for a linear codebook)."""
-        pictures = [part for batch in batches for part in batch.split(SLICE)]
-        found: list[Tensor] = []
-        most = 32 * self.recipe.model.codebook_size
-        while pictures and sum(len(latents) for latents in found) < most:
-            latents = self.network.latent(pictures.pop(0).to(self.device))
-            found.append(rearrange(latents, "b c h w -> (b h w) c").float())
-        latent = torch.cat(found)
-        if len(latent) < self.recipe.model.codebook_size:
+    def init_codebook(self, batches: Sequence[Tensor]) -> None:
+        """Initialise the codebook from the latents of `batches` (k-means, or the standard deviation, by its kind)."""
+        codebook_size = self.recipe.model.codebook_size
+        pictures = [part for batch in batches for part in batch.split(CODEBOOK_INIT_BATCH_SIZE)]
+        latents: list[Tensor] = []
+        max_latents = 32 * codebook_size
+        while pictures and sum(map(len, latents)) < max_latents:
+            latent = self.network.latent(pictures.pop(0).to(self.device))
+            latents.append(rearrange(latent, "b c h w -> (b h w) c").float())
+        flat = torch.cat(latents)
+        if len(flat) < codebook_size:
             raise BadInput(
-                f"{len(latent)} latents cannot start {self.recipe.model.codebook_size} codes",
+                f"{len(flat)} latents cannot initialise {codebook_size} codes",
                 where="image tokenizer",
-                remedy="raise batch or lower model.codebook_size",
+                remedy="raise global_batch_size or lower model.codebook_size",
             )
-        order = torch.randperm(len(latent))[:most].to(latent.device)
-        self.network.quantize.start_from(latent[order])  # type: ignore[operator]
+        order = torch.randperm(len(flat))[:max_latents].to(flat.device)
+        self.network.quantize.init_from_latents(flat[order])  # type: ignore[operator]
 
-    def training_step(self, pictures: Tensor, index: int) -> None:
-        step, weights = self.done, self.recipe.loss
-        optimizers = self.optimizers()
-        network_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        set_rate(network_optimizer.optimizer, rate_at(step, self.recipe.run.steps, self.recipe.optimizer))
-        drawn, quantized = self.network(pictures)
-        drawn = drawn.float()
-        difference = drawn - pictures
-        reconstruction = weights.l1 * difference.abs().mean() + weights.l2 * difference.square().mean()
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, pictures: Tensor, batch_idx: int) -> None:
+        """Forward, losses, backward, gradient norm, clipping, optimiser steps, log."""
+        step, recipe, loss_config = self.completed_steps, self.recipe, self.recipe.loss
+        max_steps = recipe.run.max_steps
+        network_optimizer, *discriminator_optimizers = self.optimizer_list()
+        lr = lr_at(step, max_steps, recipe.optimizer)
+        set_lr(network_optimizer.optimizer, lr)
+        metrics: dict[str, float | Tensor] = {}
+
+        reconstruction, quantized = self.network(pictures)
+        reconstruction = reconstruction.float()
+        difference = reconstruction - pictures
+        reconstruction_loss = loss_config.l1 * difference.abs().mean() + loss_config.l2 * difference.square().mean()
         if self.perceptual is not None:
-            distance = self.perceptual(pictures, drawn).mean()
-            reconstruction = reconstruction + weights.perceptual * distance
-            self.log("train/st_lpips", distance)
-        loss = reconstruction + weights.codebook * quantized.codebook_loss + weights.commitment * quantized.commitment_loss
-        fights = self.discriminator is not None and step >= weights.adversarial_start
-        if fights:
-            assert self.discriminator is not None and self.network.decoder is not None
-            self.discriminator.requires_grad_(False)
-            adversarial = -self.discriminator(drawn).mean()
-            self.discriminator.requires_grad_(True)
-            balance = torch.ones((), device=self.device)
-            if weights.adaptive:
-                balance = adaptive_weight(reconstruction, adversarial, self.network.decoder.last_layer)
-            loss = loss + weights.adversarial * balance * adversarial
-            self.log_dict({"train/adversarial": adversarial, "train/adaptive_weight": balance})
+            distance = self.perceptual(pictures, reconstruction).mean()
+            reconstruction_loss = reconstruction_loss + loss_config.perceptual * distance
+            metrics["train/st_lpips"] = distance
+        loss = reconstruction_loss + loss_config.codebook * quantized.codebook_loss
+        loss = loss + loss_config.commitment * quantized.commitment_loss
+        is_adversarial = self.discriminator is not None and step >= loss_config.adversarial_start
+        if is_adversarial:
+            adversarial_loss, weight = self.adversarial_loss(reconstruction, reconstruction_loss)
+            loss = loss + loss_config.adversarial * weight * adversarial_loss
+            metrics |= {"train/adversarial": adversarial_loss, "train/adaptive_weight": weight}
+
         network_optimizer.zero_grad()
         self.manual_backward(loss)
-        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        norm = gradient_norm(learning)
-        shown = mean_over_all(torch.stack((loss.detach().float(), psnr(drawn.detach(), pictures).mean())))
-        taken = not self.leaves_out(shown[0], norm)
-        if taken:
-            clip_gradients(learning, self.recipe.optimizer.clip, norm)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        grad_norm = global_grad_norm(parameters)
+        mean_psnr = psnr(reconstruction.detach(), pictures).mean()
+        mean_loss, mean_psnr = all_reduce_mean(torch.stack((loss.detach().float(), mean_psnr)))
+        if not self.should_skip_step(mean_loss, grad_norm):
+            clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
             network_optimizer.step()
-            if self.average is not None:
-                self.average.update_parameters(self.network)
-        if taken and fights and self.discriminator is not None:
-            begun = weights.adversarial_start
-            rate = rate_at(step - begun, self.recipe.run.steps - begun, self.recipe.discriminator)
-            set_rate(others[0].optimizer, rate)
-            judged = hinge_discriminator_loss(self.discriminator(pictures), self.discriminator(drawn.detach()))
-            others[0].zero_grad()
-            self.manual_backward(judged)
-            judging = list(self.discriminator.parameters())
-            judged_norm = gradient_norm(judging)
-            if judged_norm.isfinite():
-                clip_gradients(judging, self.recipe.discriminator.clip, judged_norm)
-                others[0].step()
-            self.log("train/discriminator", judged)
-        self.counts.mul_(0.99).add_(over_all(torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))))
-        usage, quantizer = (self.counts > 0.01).float().mean(), self.network.quantize
-        self.watch_codebook(float(usage))
-        self.log("train/loss", shown[0], prog_bar=True)
-        self.log("train/psnr", shown[1], prog_bar=True)
-        self.log_dict(
-            {
+            if self.ema is not None:
+                self.ema.update_parameters(self.network)
+            if is_adversarial:
+                metrics["train/discriminator"] = self.discriminator_step(
+                    discriminator_optimizers[0], pictures, reconstruction.detach()
+                )
+
+        codes = torch.bincount(quantized.codes.flatten(), minlength=len(self.code_counts))
+        self.code_counts.mul_(0.99).add_(all_reduce_sum(codes))
+        usage = float((self.code_counts > 0.01).float().mean())
+        self.check_collapse(usage)
+        if self.is_logged_step:
+            quantizer = self.network.quantize
+            metrics |= {
+                "train/loss": mean_loss,
+                "train/psnr": mean_psnr,
                 "train/commitment": quantized.commitment_loss,
-                "train/gradient_norm": norm,
-                "train/usage": usage,
-                "train/revived": float(
-                    quantizer.revived if isinstance(quantizer := self.network.quantize, PlainCodebook) else 0
-                ),
-                "stability/skipped": float(self.guard.skipped),
-                "train/perplexity": perplexity(self.counts).float(),
-                "rate": network_optimizer.optimizer.param_groups[0]["lr"],
+                "train/grad_norm": grad_norm,
+                "train/codebook_usage": usage,
+                "train/codebook_perplexity": perplexity(self.code_counts),
+                "train/revived_codes": quantizer.num_revived if isinstance(quantizer, PlainCodebook) else 0,
+                "stability/skipped_steps": self.guard.skipped_steps,
+                "lr": lr,
+            }
+            self.write_metrics(metrics)
+
+    def adversarial_loss(self, reconstruction: Tensor, reconstruction_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the adversarial loss and its adaptive weight, both scalars."""
+        assert self.discriminator is not None and self.network.decoder is not None
+        self.discriminator.requires_grad_(False)
+        loss = -self.discriminator(reconstruction).mean()
+        self.discriminator.requires_grad_(True)
+        weight = torch.ones((), device=self.device)
+        if self.recipe.loss.adaptive:
+            weight = adaptive_weight(reconstruction_loss, loss, self.network.decoder.last_layer)
+        return loss, weight
+
+    def discriminator_step(self, optimizer: Any, pictures: Tensor, reconstruction: Tensor) -> Tensor:
+        """Train the discriminator on one batch and return its loss."""
+        assert self.discriminator is not None
+        recipe, start = self.recipe, self.recipe.loss.adversarial_start
+        lr = lr_at(self.completed_steps - start, recipe.run.max_steps - start, recipe.discriminator)
+        set_lr(optimizer.optimizer, lr)
+        loss = hinge_discriminator_loss(self.discriminator(pictures), self.discriminator(reconstruction))
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        parameters = list(self.discriminator.parameters())
+        grad_norm = global_grad_norm(parameters)
+        if grad_norm.isfinite():
+            clip_grads(parameters, recipe.discriminator.max_grad_norm, grad_norm)
+            optimizer.step()
+        return loss.detach()
+
+    def check_collapse(self, usage: float) -> None:
+        """Warn once where hardly any code is used any more."""
+        is_settled = self.completed_steps >= USAGE_SETTLES_AFTER_STEPS
+        if is_settled and usage < self.recipe.min_codebook_usage and not self.collapse_reported:
+            self.collapse_reported = True
+            self.events.add(
+                self.completed_steps,
+                "alarm",
+                f"{usage:.0%} of the codebook is in use: it collapses (lower the lr, or use codebook=moving_average)",
+            )
+
+    # --- validation and result -------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_counts = torch.zeros_like(self.code_counts)
+        self.validation_psnr: list[Tensor] = []
+
+    def validation_step(self, pictures: Tensor, batch_idx: int) -> None:
+        reconstruction, quantized = self.final_network(pictures)
+        self.validation_counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.validation_counts))
+        self.validation_psnr.append(psnr(reconstruction.float().clamp(-1, 1), pictures))
+
+    def on_validation_epoch_end(self) -> None:
+        self.write_metrics(
+            {
+                "validation/psnr": torch.cat(self.validation_psnr).mean(),
+                "validation/codebook_usage": (self.validation_counts > 0).float().mean(),
+                "validation/codebook_perplexity": perplexity(self.validation_counts),
             }
         )
 
-    def watch_codebook(self, usage: float) -> None:
-        """Warns once where hardly any code is in use any more."""
-        if self.done >= SETTLED and usage < self.recipe.smallest_usage and not self.collapsed:
-            self.collapsed = True
-            self.events.tell(
-                self.done,
-                "alarm",
-                f"{usage:.0%} of the codebook is in use: it collapses (lower the rate, or use codebook=moving_average)",
-            )
-
-    def on_validation_epoch_start(self) -> None:
-        self.seen = torch.zeros_like(self.counts)
-
-    def validation_step(self, pictures: Tensor, index: int) -> None:
-        drawn, quantized = self.result(pictures)
-        self.seen += torch.bincount(quantized.codes.flatten(), minlength=len(self.seen))
-        self.log(
-            "validation/psnr", psnr(drawn.float().clamp(-1, 1), pictures).mean(), prog_bar=True, batch_size=len(pictures)
-        )
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("validation/usage", (self.seen > 0).float().mean(), prog_bar=True)
-        self.log("validation/perplexity", perplexity(self.seen).float())
-
-    def tokenizer(self) -> ImageTokenizer:
-        """The trained tokenizer, its codebook folded into the released format."""
+    def image_tokenizer(self) -> ImageTokenizer:
+        """Return the trained tokenizer, with its codebook in the released format."""
         network = VQGAN(self.recipe.model)
-        network.load_state_dict(self.result.released_state_dict())
+        network.load_state_dict(self.final_network.released_state_dict())
         return ImageTokenizer(network)
 
 
-def fit_image(recipe: FitImageRecipe, on_skip: Skip = stop) -> tuple[ImageTokenizer, dict[str, float]]:
-    """Trains, saves to `run.out`, and returns the tokenizer and its last logged figures.
+def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> tuple[ImageTokenizer, dict[str, float]]:
+    """Train an image tokenizer, save it to `run.out`, and return it with the latest metrics.
 
-    What cannot be read goes to `on_skip` and is passed over.
+    Pictures that cannot be read are passed to `on_skip`.
     """
-    if recipe.run.sharding != "ddp":
-        raise BadInput("an image tokenizer is not sharded", where="run.sharding", remedy="use ddp")
+    if recipe.run.data_parallel != "ddp":
+        raise BadInput("an image tokenizer is not sharded", where="run.data_parallel", remedy="use ddp")
     L.seed_everything(recipe.run.seed, verbose=False)
-    plain = to_plain(recipe)
-    resumed = find(recipe.run, plain) if recipe.run.resume else None
+    plain = plain_recipe(recipe)
+    resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
     module = ImageTokenizerModule(recipe)
-    training = StepPictures(read_pictures(recipe.sources, on_skip), recipe, on_skip, resumed.batches if resumed else 0)
-    if resumed is None:
-        module.first_pictures = [training[step] for step in range(max(1, -(-512 // recipe.batch)))]
-    checkpoints = Checkpoints(recipe.run, plain, resumed)
-    trainer = build_trainer(recipe.run, parts_unused=bool(recipe.loss.adversarial), callbacks=[checkpoints])
-    training.check_parts(trainer.world_size)
-    training.rank, training.world = trainer.global_rank, trainer.world_size
-    loader: DataLoader[Any] = DataLoader(training, batch_size=None, num_workers=recipe.workers)
-    held_out = []
-    if recipe.validation:
-        side = recipe.model.resolution
-        pictures = []
-        for entry in read_pictures(recipe.validation, on_skip):
-            try:
-                pictures.append(fit_square(load_picture(entry.source, entry.name), side))
-            except BadInput as error:
-                on_skip(entry.name, error.reason)
-        held_out = [to_tensor(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
-    validation: DataLoader[Any] | None = DataLoader(held_out, batch_size=None) if held_out else None  # type: ignore[arg-type]
-    figures = fit(trainer, module, loader, validation, recipe.run)
-    tokenizer = module.tokenizer()
+    first_batch = resume_point.batches_seen if resume_point else 0
+    pictures = read_pictures(recipe.sources, on_skip, allow_paths=recipe.allow_paths)
+    training_set = ImageBatchDataset(pictures, recipe, on_skip, first_batch)
+    if resume_point is None:
+        num_batches = max(1, -(-CODEBOOK_INIT_PICTURES // recipe.global_batch_size))
+        module.codebook_init_pictures = [training_set[index] for index in range(num_batches)]
+    callbacks = [CheckpointCallback(recipe.run, plain, resume_point)]
+    trainer = build_trainer(recipe.run, has_unused_parameters=bool(recipe.loss.adversarial), callbacks=callbacks)
+    training_set.check_divisible(trainer.world_size)
+    training_set.rank, training_set.world = trainer.global_rank, trainer.world_size
+    training_loader: DataLoader[Any] = DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers)
+    metrics = fit(trainer, module, training_loader, validation_loader(recipe, on_skip))
+    tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
         tokenizer.save(Path(recipe.run.out))
     trainer.strategy.barrier()
-    return tokenizer, figures
+    return tokenizer, metrics
+
+
+def validation_loader(recipe: FitImageRecipe, on_skip: SkipHandler) -> DataLoader[Any] | None:
+    """Return a loader of the validation pictures, or None where there are none."""
+    pictures = []
+    for entry in read_pictures(recipe.validation, on_skip, allow_paths=recipe.allow_paths) if recipe.validation else []:
+        try:
+            pictures.append(fit_square(load_picture(entry.source, entry.name), recipe.model.resolution))
+        except BadInput as error:
+            on_skip(entry.name, error.reason)
+    starts = range(0, len(pictures), VALIDATION_BATCH_SIZE)
+    batches = [to_tensor(pictures[start : start + VALIDATION_BATCH_SIZE]) for start in starts]
+    return DataLoader(batches, batch_size=None) if batches else None  # type: ignore[arg-type]

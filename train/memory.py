@@ -1,69 +1,70 @@
-"""Whether a run fits into the memory of its devices, before it begins."""
+"""Checks before a run whether a training step fits into the memory of its devices."""
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from chameleon.device import total_memory
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
-from chameleon.plan import RESERVED, Setup, make_plan
+from chameleon.plan import RESERVED_BYTES, TrainingSetup, plan_training
 from chameleon.train.recipe import RunConfig, TrainRecipe
-from chameleon.train.trainer import is_on_gpus, usable_precision
+from chameleon.train.trainer import effective_precision, uses_gpus
 
-WORTH_A_LOOK = 0.05  # share of the memory that weights and optimiser take before anything else is reckoned
-
-
-def memory_of(run: RunConfig, processes: int) -> float:
-    """Bytes that one process may use: of a GPU, or its share of this machine's memory."""
-    if is_on_gpus(run):
-        return torch.cuda.get_device_properties(0).total_memory - RESERVED
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(1, processes // run.nodes)
+MIN_SHARE_TO_CHECK = 0.05
+"""Models whose weights and optimiser take less than this share of the memory are not checked."""
 
 
-def setup_of(recipe: TrainRecipe, context: int, processes: int) -> Setup:
-    """What `plan` is asked for a recipe."""
-    parts = processes // recipe.run.tensor_parallel
-    return Setup(
-        rows=recipe.micro_rows or max(1, recipe.rows // parts),
-        context=context,
-        precision=usable_precision(recipe.run),
+def memory_per_process(run: RunConfig, num_processes: int) -> float:
+    """Return the bytes that one process may use: a GPU's, or its share of the host's memory (cgroup limits included)."""
+    if uses_gpus(run):
+        return total_memory(torch.device("cuda", 0)) - RESERVED_BYTES
+    return total_memory() / max(1, num_processes // run.num_nodes)
+
+
+def setup_of(recipe: TrainRecipe, context_length: int, num_processes: int) -> TrainingSetup:
+    """Return the setup of a recipe for `plan_training`."""
+    data_parallel_size = num_processes // recipe.run.tensor_parallel_size
+    return TrainingSetup(
+        micro_batch_size=recipe.micro_batch_size or max(1, recipe.global_batch_size // data_parallel_size),
+        context_length=context_length,
+        precision=effective_precision(recipe.run),
         optimizer=recipe.optimizer.kind,
-        sharding=recipe.run.sharding if processes > 1 else "none",
-        checkpointing=recipe.checkpointing,
-        devices=processes,
+        data_parallel=recipe.run.data_parallel if num_processes > 1 else "none",
+        activation_checkpointing=recipe.activation_checkpointing,
+        devices=num_processes,
     )
 
 
-def check_memory(config: ModelConfig, recipe: TrainRecipe, context: int, processes: int) -> None:
-    """Raises `BadInput` where `chameleon plan` says that a step does not fit: by how much, and what to change.
+def check_memory(config: ModelConfig, recipe: TrainRecipe, context_length: int, num_processes: int) -> None:
+    """Raise `BadInput` where, by `chameleon plan`, a step does not fit: by how much, and what to change.
 
-    `run.force` goes on nevertheless. With `learn` other than all, gradients and optimiser are hardly any.
+    `run.force` skips the check. With `trainable` other than all, gradients and optimiser hardly count.
     """
-    available = memory_of(recipe.run, processes)
-    if recipe.run.force or 16.0 * config.parameters / processes < WORTH_A_LOOK * available:
+    available = memory_per_process(recipe.run, num_processes)
+    if recipe.run.force or 16.0 * config.parameters / num_processes < MIN_SHARE_TO_CHECK * available:
         return
-    setup = setup_of(recipe, context, processes)
-    needed = make_plan(config, setup).training
+    setup = setup_of(recipe, context_length, num_processes)
+    needed = plan_training(config, setup).training
     total = float(needed.total)
-    if recipe.learn != "all":
+    if recipe.trainable != "all":
         total -= needed.gradients + needed.optimizer
-    split = recipe.run.tensor_parallel
-    total -= needed.activations * 0.5 * (1 - 1 / split)  # heads and inner width are split, what lies between blocks is not
-    ends = 16.0 * 2 * config.vocab_size * config.width  # embedding and head lie whole on each of those that split
-    total += ends * (split - 1) / processes
+    tensor_parallel_size = recipe.run.tensor_parallel_size
+    # Heads and the hidden width of the feed-forward layers are split, what lies between blocks is not.
+    total -= needed.activations * 0.5 * (1 - 1 / tensor_parallel_size)
+    embedding_and_head = 16.0 * 2 * config.vocab_size * config.width  # on every device of a tensor-parallel group
+    total += embedding_and_head * (tensor_parallel_size - 1) / num_processes
     if total <= available:
         return
     changes = []
-    if setup.rows > 1:
-        changes.append(f"micro_rows={setup.rows // 2}")
-    if recipe.checkpointing != "full":
-        changes.append("checkpointing=full")
-    if recipe.run.sharding != "fsdp" or processes == 1:
-        changes.append("run.sharding=fsdp over more devices")
-    if recipe.learn == "all":
-        changes.append("learn=lora")
+    if setup.micro_batch_size > 1:
+        changes.append(f"micro_batch_size={setup.micro_batch_size // 2}")
+    if recipe.activation_checkpointing != "full":
+        changes.append("activation_checkpointing=full")
+    if recipe.run.data_parallel != "fsdp" or num_processes == 1:
+        changes.append("run.data_parallel=fsdp over more devices")
+    if recipe.trainable == "all":
+        changes.append("trainable=lora")
     raise BadInput(
         f"a step takes {total / 1e9:.1f} GB on a device, {(total - available) / 1e9:.1f} GB more than the "
         f"{available / 1e9:.1f} GB that it has",

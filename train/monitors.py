@@ -1,4 +1,4 @@
-"""What is looked at while a model trains, by hooks: the largest attention logits, and how far a step moves the weights."""
+"""Monitors of a training run, by forward hooks: the largest attention logits, and how far a step moves the weights."""
 
 from __future__ import annotations
 
@@ -10,86 +10,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chameleon.model.transformer import Attend, Transformer
-from chameleon.train.optimizer import whole
+from chameleon.model.transformer import ScaledDotProductAttention, Transformer
+from chameleon.train.optimizer import full_tensor
 
-QUERIES = 256  # queries whose logits exist at one time
+QUERIES_PER_CHUNK = 256
+"""Queries whose attention logits exist at one time."""
 
 
 @torch.no_grad()
-def largest_logit(q: Tensor, k: Tensor, document_ids: Tensor) -> Tensor:
-    """The largest attention logit within documents: scalar. q [B, H, T, C], k [B, K, T, C], document_ids [B, T]."""
+def max_attention_logit(q: Tensor, k: Tensor, document_ids: Tensor) -> Tensor:
+    """Return the largest attention logit within documents: scalar. q [B, H, T, C], k [B, K, T, C], document_ids [B, T]."""
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(2, 3)
     largest = torch.full((), -math.inf, device=q.device)
-    places = torch.arange(q.shape[2], device=q.device)
-    for start in range(0, q.shape[2], QUERIES):
-        part = slice(start, start + QUERIES)
-        logits = (q[:, :, part] @ keys).float() / math.sqrt(q.shape[3])
-        seen = (document_ids[:, None, part, None] == document_ids[:, None, None, :]) & (places[part, None] >= places)
-        largest = torch.maximum(largest, logits.masked_fill(~seen, -math.inf).max())
+    positions = torch.arange(q.shape[2], device=q.device)
+    for start in range(0, q.shape[2], QUERIES_PER_CHUNK):
+        queries = slice(start, start + QUERIES_PER_CHUNK)
+        logits = (q[:, :, queries] @ keys).float() / math.sqrt(q.shape[3])
+        same_document = document_ids[:, None, queries, None] == document_ids[:, None, None, :]
+        is_attended = same_document & (positions[queries, None] >= positions)
+        largest = torch.maximum(largest, logits.masked_fill(~is_attended, -math.inf).max())
     return largest
 
 
-@contextmanager
-def uncompiled(model: Transformer) -> Iterator[None]:
-    """Compiled blocks run as they were written meanwhile: hooks cannot enter them, and they are for training's shapes."""
-    compiled = [(block, block._compiled_call_impl) for block in model.blocks]
-    try:
-        for block, _ in compiled:
-            block._compiled_call_impl = None
-        yield
-    finally:
-        for block, implementation in compiled:
-            block._compiled_call_impl = implementation
+def uncompiled() -> Any:
+    """Return a context in which compiled modules run eagerly: for hooks inside them, and for other shapes."""
+    return torch.compiler.set_stance("force_eager")
 
 
-class AttentionWatch:
-    """The largest attention logit of each layer, over the passes that were watched."""
+class AttentionLogitMonitor:
+    """Records the largest attention logit of each layer over several forward passes."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.largest: list[Tensor] = []
+        """Scalar of each layer."""
 
     @contextmanager
-    def watching(self, document_ids: Tensor) -> Iterator[None]:
-        """Watches the passes of a block of code, which run uncompiled."""
-        found: dict[int, Tensor] = {}
+    def recording(self, document_ids: Tensor) -> Iterator[None]:
+        """Record the forward passes of a block of code, which run uncompiled. document_ids: [B, T] of their batch."""
+        current: dict[int, Tensor] = {}
         handles = []
 
-        def hook(layer: int) -> Any:
-            def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                found[layer] = largest_logit(inputs[0].detach(), inputs[1].detach(), document_ids)
+        def hook_of(layer: int) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                current[layer] = max_attention_logit(inputs[0].detach(), inputs[1].detach(), document_ids)
 
-            return see
+            return hook
 
         for layer, block in enumerate(self.model.blocks):
-            handles += [m.register_forward_hook(hook(layer)) for m in block.modules() if isinstance(m, Attend)]
+            attentions = [m for m in block.modules() if isinstance(m, ScaledDotProductAttention)]
+            handles += [attention.register_forward_hook(hook_of(layer)) for attention in attentions]
         try:
-            with uncompiled(self.model):
+            with uncompiled():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-        new = [found[layer] for layer in range(len(self.model.blocks))]
-        before = self.largest or new
-        self.largest = [torch.maximum(old, now) for old, now in zip(before, new, strict=True)]
+        new = [current[layer] for layer in range(len(self.model.blocks))]
+        self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or new, new, strict=True)]
 
 
-class UpdateWatch:
-    """The norm of a step's change of the weights as a share of the weights' norm; holds a copy of them meanwhile."""
+class UpdateRatioMonitor:
+    """Measures the norm of a step's change of the weights relative to the weights' norm; keeps a copy of them meanwhile."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.before = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def share(self) -> Tensor:
-        """Scalar. To be asked once, after the step, on every process."""
-        sums: list[Tensor | float] = [0.0, 0.0]
-        for parameter, old in zip(self.parameters, self.before, strict=True):
-            now = parameter.detach()
-            for place, tensor in enumerate((now - old, now)):
-                sums[place] = sums[place] + whole(tensor.float().square().sum())
+    def ratio(self) -> Tensor:
+        """Return the ratio, a scalar. To be called once, after the step, on every process."""
+        squares: list[Tensor | float] = [0.0, 0.0]
+        for parameter, before in zip(self.parameters, self.before, strict=True):
+            after = parameter.detach()
+            for index, tensor in enumerate((after - before, after)):
+                squares[index] = squares[index] + full_tensor(tensor.float().square().sum())
         self.before.clear()
-        changed, size = (torch.as_tensor(value).sqrt() for value in sums)
-        return changed / size.clamp(min=1e-30)
+        change, norm = (torch.as_tensor(value).sqrt() for value in squares)
+        return change / norm.clamp(min=1e-30)

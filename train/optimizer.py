@@ -1,4 +1,4 @@
-"""AdamW as the paper sets it, Muon beside it, and learning rates as pure functions of the step."""
+"""AdamW as the paper uses it, Muon beside it, and learning rates as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -16,100 +16,102 @@ from chameleon.errors import BadInput
 
 @dataclass
 class OptimizerConfig:
-    """The optimiser and its schedule. Defaults are the paper's for pretraining (arXiv 2405.09818, 2.3)."""
+    """The optimiser and its learning-rate schedule. Defaults: pretraining in arXiv 2405.09818, section 2.3."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon`: the matrices of the blocks by Muon (arXiv 2502.16982, whose scale takes AdamW's rate), the rest by AdamW."""
+    """`muon`: Muon for the matrices of the blocks (arXiv 2502.16982, scaled to use AdamW's lr), AdamW for the rest."""
 
-    rate: float = 1e-4
+    lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
     weight_decay: float = 0.1
-    """On matrices only: norms, biases and codebooks do not decay."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-    warmup: int = 4000
+    """On matrices only; norms, biases and codebooks have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    warmup_steps: int = 4000
     """Steps of linear warm-up."""
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"
-    final: float = 0.01
-    """Rate at the last step, as a share of the peak."""
+    min_lr_ratio: float = 0.01
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
-def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Learning rate at `step` (from 0) of `steps`: linear warm-up, then exponential or cosine decay to `final`."""
-    if step < config.warmup:
-        return config.rate * (step + 1) / config.warmup
-    progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+def lr_at(step: int, max_steps: int, config: OptimizerConfig) -> float:
+    """Return the learning rate at `step` (from 0): linear warm-up, then decay to `min_lr_ratio` at `max_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     if config.schedule == "constant":
-        return config.rate
+        return config.lr
     if config.schedule == "exponential":
-        return config.rate * config.final**progress
-    return config.rate * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return config.lr * config.min_lr_ratio**progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels, and not to codebooks or the norms of heads."""
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether weight decay applies: to matrices and kernels, but not to codebooks or the norms of heads."""
     return parameter.ndim >= 2 and "_norm." not in name and not name.startswith("quantize.")
 
 
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers over all trainable parameters of `module`: AdamW, and before it Muon where the config wants it.
+    """Return the optimisers over all trainable parameters of `module`: AdamW, preceded by Muon where the config says so.
 
-    Muon takes the matrices of `module.blocks`, each as it is stored (q, k, v are one, gate and up another); embedding,
-    head, norms and biases stay with AdamW. Raises `BadInput` where Muon is wanted and there are no blocks.
+    Muon takes the matrices of `module.blocks` as they are stored (q, k, v are one, gate and up another); embedding, head,
+    norms and biases stay with AdamW. Raises `BadInput` for Muon without blocks.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    hidden = [n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and decays(n, p)]
-    result: list[torch.optim.Optimizer] = []
-    if config.kind == "muon" and not hidden:
+    muon_names = [
+        n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and has_weight_decay(n, p)
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.kind == "muon" and not muon_names:
         raise BadInput("muon is for Transformers", where="recipe.optimizer.kind", remedy="use adamw")
-    if hidden:
-        result.append(
+    if muon_names:
+        optimizers.append(
             torch.optim.Muon(
-                [named.pop(name) for name in hidden],
-                lr=config.rate,
+                [named.pop(name) for name in muon_names],
+                lr=config.lr,
                 weight_decay=config.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
         )
     groups = [
-        {"params": same, "weight_decay": config.weight_decay if which else 0.0}
-        for which in (True, False)
-        for same in by_mesh(p for n, p in named.items() if decays(n, p) is which)
+        {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0}
+        for decay in (True, False)
+        for parameters in group_by_mesh(p for n, p in named.items() if has_weight_decay(n, p) is decay)
     ]
     betas = (config.betas[0], config.betas[1])
-    result.append(torch.optim.AdamW(groups, lr=config.rate, betas=betas, eps=config.eps, fused=True))
-    return result
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True))
+    return optimizers
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all groups."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = lr
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, of which a device may hold a part; every process must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one. A collective operation: every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that lie on the same devices together, since operations on many at once need that."""
+def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters by their device mesh, since fused operations on several need the same one."""
     groups: dict[Any, list[nn.Parameter]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
     return list(groups.values())
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm over all gradients, on all devices: float32 scalar."""
-    grads = [[p.grad for p in same if p.grad is not None] for same in by_mesh(parameters)]
-    norms = [whole(nn.utils.get_total_norm(same)).float() for same in grads if same]
+def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm over all gradients, on all devices: float32 scalar."""
+    grads = [[p.grad for p in group if p.grad is not None] for group in group_by_mesh(parameters)]
+    norms = [full_tensor(nn.utils.get_total_norm(group)).float() for group in grads if group]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
-    """Shrinks gradients of the given norm to the largest one allowed; 0 allows all."""
-    for same in by_mesh(parameters) if largest else []:
-        nn.utils.clip_grads_with_norm_(same, largest, norm)
+def clip_grads(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients of the given global norm down to `max_norm`; 0 does not clip."""
+    for group in group_by_mesh(parameters) if max_norm else []:
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)

@@ -1,7 +1,7 @@
-"""How a model lies on many devices: FSDP2, tensor parallelism, activations computed again, compiled blocks.
+"""Distributing a model over devices: FSDP2, tensor parallelism, activation checkpointing, compiled blocks.
 
-All of it is put on from outside, block by block; the model knows nothing of it. Parameters begin on `meta` and get their
-values once each device holds no more than its part, so that no process ever holds the whole model.
+All of it is applied from outside, block by block; the model itself knows nothing of it. Parameters start on `meta` and get
+their values once they are sharded, so that no process ever holds the full model.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from chameleon.errors import BadInput
+from chameleon.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from chameleon.model.config import ModelConfig
-from chameleon.model.recompute import Checkpointing, recompute
 from chameleon.model.transformer import Block, Transformer
 from chameleon.train.objective import Objective
 
 
-class HeadNormParallel(ParallelStyle):
-    """QK-norm of the heads that a device has: its own rows of the weights, or the one row that serves all heads."""
+class QKNormParallel(ParallelStyle):
+    """QK-norm of the heads on a device: their own rows of the weights, or the one row that serves all heads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def place(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+        def shard_parameters(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
             for key, value in list(part.named_parameters(recurse=False)):
-                where = Shard(0) if len(value) > 1 else Replicate()
-                part.register_parameter(key, nn.Parameter(distribute_tensor(value, mesh, [where])))
+                placement = Shard(0) if len(value) > 1 else Replicate()
+                part.register_parameter(key, nn.Parameter(distribute_tensor(value, mesh, [placement])))
 
-        def enter(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+        def wrap_input(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
             return DTensor.from_local(inputs[0], mesh, [Shard(2)])  # [B, T, heads of this device, C]
 
-        def leave(part: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+        def unwrap_output(part: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
             return output.to_local()
 
-        return distribute_module(module, device_mesh, place, enter, leave)  # type: ignore[arg-type]
+        return distribute_module(module, device_mesh, shard_parameters, wrap_input, unwrap_output)  # type: ignore[arg-type]
 
 
-def split_heads(model: Transformer, mesh: DeviceMesh) -> None:
-    """Tensor parallelism (Megatron-LM, arXiv 1909.08053): each device has a share of the heads and of the inner width.
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Split heads and the hidden width of the feed-forward layers over devices (Megatron-LM, arXiv 1909.08053).
 
-    The fused matrices must lie in the order of `row_order`. Embedding, head and norms stay whole on each device.
-    Raises `BadInput` where something does not divide.
+    The rows of fused matrices must be in the order of `fused_row_order`. Embedding, head and norms are replicated. Raises
+    `BadInput` where sizes do not divide.
     """
     config, size = model.config, mesh.size()
     counts = {"heads": config.heads, "kv_heads": config.kv_heads, "ffn_width": config.ffn_width}
     if config.qk_norm_shards > 1:
-        counts |= {"qk_norm_shards": config.qk_norm_shards, "rows of the keys' norm": config.k_norm_shards}
+        counts |= {"qk_norm_shards": config.qk_norm_shards, "rows of the norm of keys": config.k_norm_shards}
     for name, count in counts.items():
         if count % size:
-            raise BadInput(f"{name} {count} does not divide by {size}", where="run.tensor_parallel")
+            raise BadInput(f"{name} {count} is not divisible by {size}", where="run.tensor_parallel_size")
     plan: dict[str, ParallelStyle] = {
         "attention.qkv": ColwiseParallel(),
         "attention.out": RowwiseParallel(),
@@ -61,15 +61,15 @@ def split_heads(model: Transformer, mesh: DeviceMesh) -> None:
         "ffn.down": RowwiseParallel(),
     }
     if config.qk_norm:
-        plan |= {"attention.q_norm": HeadNormParallel(), "attention.k_norm": HeadNormParallel()}
+        plan |= {"attention.q_norm": QKNormParallel(), "attention.k_norm": QKNormParallel()}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
         attention: Any = block.attention
         attention.heads, attention.kv_heads = config.heads // size, config.kv_heads // size
 
 
-def row_order(name: str, config: ModelConfig, size: int) -> Tensor | None:
-    """Order in which `size` devices in tensor parallel hold the rows of a matrix, int64; None for its own order.
+def fused_row_order(name: str, config: ModelConfig, size: int) -> Tensor | None:
+    """Return the order, int64, in which `size` tensor-parallel devices hold the rows of a matrix; None if unchanged.
 
     A device's share of a fused matrix is its share of each part: [q₀ k₀ v₀ | q₁ k₁ v₁ | …].
     """
@@ -78,10 +78,9 @@ def row_order(name: str, config: ModelConfig, size: int) -> Tensor | None:
     if ".qkv." in name:
         heads = torch.arange(config.heads + 2 * config.kv_heads)
         parts = heads.split((config.heads, config.kv_heads, config.kv_heads))
-        chosen = torch.cat(
-            [share for shares in zip(*(part.chunk(size) for part in parts), strict=True) for share in shares]
-        )
-        return (chosen[:, None] * config.head_width + torch.arange(config.head_width)).flatten()
+        shares = [share for shares in zip(*(part.chunk(size) for part in parts), strict=True) for share in shares]
+        head_order = torch.cat(shares)
+        return (head_order[:, None] * config.head_width + torch.arange(config.head_width)).flatten()
     if ".gate_up." in name:
         return torch.arange(2 * config.ffn_width).view(2, size, -1).transpose(0, 1).flatten()
     return None
@@ -91,47 +90,48 @@ def parallelize(
     objective: Objective,
     mesh: DeviceMesh | None,
     *,
-    checkpointing: Checkpointing = "none",
-    compiled: bool = False,
-    low: torch.dtype | None = None,
+    activation_checkpointing: ActivationCheckpointing = "none",
+    compile: bool = False,
+    param_dtype: torch.dtype | None = None,
 ) -> None:
-    """Puts on what the settings ask for. `mesh`: of two dimensions, data_parallel and tensor_parallel; None shards nothing.
+    """Apply tensor parallelism, activation checkpointing, compilation and FSDP2, in this order.
 
-    low: dtype of products and of what lies between them while parameters, their gradients' sums and the optimiser stay
-    in the parameters' own (None: the same).
+    mesh: with the dimensions data_parallel and tensor_parallel; None does not shard. param_dtype: dtype of matrix products
+    and activations under FSDP2, while parameters, gradient reduction and optimiser keep the parameters' own (None: all the
+    same).
     """
     model = objective.model
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        split_heads(model, mesh["tensor_parallel"])
+        apply_tensor_parallel(model, mesh["tensor_parallel"])
     for block in model.blocks:
         assert isinstance(block, Block)
-        recompute(block, checkpointing)
-        if compiled:
+        apply_activation_checkpointing(block, activation_checkpointing)
+        if compile:
             block.compile()
     if mesh is None:
         return
     if model.config.tied_head:
-        raise BadInput("a tied head cannot be sharded", where="run.sharding", remedy="use ddp")
-    precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.blocks, objective):
-        fully_shard(part, mesh=mesh["data_parallel"], mp_policy=precision, reshard_after_forward=True)
+        raise BadInput("a model with a tied head cannot be sharded", where="run.data_parallel", remedy="use ddp")
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, objective):
+        fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, values: Callable[[str], Tensor], real: dict[str, Tensor]) -> None:
-    """Gives each parameter and buffer of an empty module its value, whole tensors from `values(name)`.
+def fill_parameters(module: nn.Module, initial_value: Callable[[str], Tensor], kept: dict[str, Tensor]) -> None:
+    """Set each parameter and buffer of a module created on `meta`, from full tensors `initial_value(name)`.
 
-    real: tensors that had values before the module was emptied, by name.
+    kept: tensors that had values before the module's memory was allocated, by name.
     """
     for name, target in (*module.named_parameters(), *module.named_buffers()):
-        put(target, real[name] if name in real else values(name))
+        copy_full_tensor(target, kept[name] if name in kept else initial_value(name))
 
 
 @torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor into a target that may hold a part of it."""
+def copy_full_tensor(target: Tensor, source: Tensor) -> None:
+    """Copy a full tensor to a target that may be sharded."""
     if isinstance(target, DTensor):
-        whole = whole.to(target.dtype)
-        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+        source = source.to(target.dtype)
+        target.copy_(distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None))
     else:
-        target.copy_(whole)
+        target.copy_(source)

@@ -1,8 +1,9 @@
-"""A run of pretraining or tuning from its recipe to its bundle."""
+"""A run of pretraining or fine-tuning, from its recipe to its bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -11,71 +12,78 @@ from torch.utils.data import DataLoader
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import Mixture
 from chameleon.errors import BadInput
-from chameleon.train.checkpoint import Checkpoints, find
-from chameleon.train.language import LanguageModule, StepRows, TimedLoader, data_fingerprint, start
+from chameleon.train.checkpoint import CheckpointCallback, find_resume_point
+from chameleon.train.language_data import PackedBatchDataset, TimedLoader, data_fingerprint
+from chameleon.train.language_module import LanguageModule
 from chameleon.train.memory import check_memory
-from chameleon.train.recipe import TrainRecipe, to_plain
-from chameleon.train.samples import Samples
-from chameleon.train.steps import SPARE
-from chameleon.train.trainer import build_trainer, fit, is_on_gpus
+from chameleon.train.recipe import TrainRecipe
+from chameleon.train.samples import SampleLogger
+from chameleon.train.step_module import SPARE_BATCHES_FACTOR
+from chameleon.train.trainer import build_trainer, fit, plain_recipe, uses_gpus
+from chameleon.train.training_start import TrainingStart
 
 
 def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
-    """Trains as the recipe says, saves a bundle to `run.out`/bundle, and returns it with the last logged figures.
+    """Train as the recipe says, save a bundle to `run.out`/bundle, and return it with the latest metrics.
 
-    Of several processes only the first has the bundle; the others get None.
+    Of several processes only the first one returns the bundle; the others return None.
     """
     L.seed_everything(recipe.run.seed, verbose=False)
-    plain = to_plain(recipe)
-    resumed = find(recipe.run, plain) if recipe.run.resume else None
-    if recipe.attention == "flex" and not is_on_gpus(recipe.run):
+    plain = plain_recipe(recipe)
+    resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
+    if recipe.attention == "flex" and not uses_gpus(recipe.run):
         raise BadInput("flex needs a GPU", where="recipe.attention", remedy="use auto")
-    begun = start(recipe)
-    context = recipe.context or begun.config.context
-    if context > begun.config.context:
-        raise BadInput(f"context {context} exceeds the model's {begun.config.context}", where="recipe.context")
-    vocabulary = begun.tokenizer.vocabulary
-    fixed = {"context": context, "vocabulary": vocabulary, "fingerprint": begun.tokenizer.fingerprint}
+    start = TrainingStart.from_recipe(recipe)
+    context_length = recipe.context_length or start.config.context_length
+    if context_length > start.config.context_length:
+        raise BadInput(
+            f"context_length {context_length} exceeds the model's {start.config.context_length}",
+            where="recipe.context_length",
+        )
+    shared: dict[str, Any] = {
+        "context_length": context_length,
+        "vocabulary": start.tokenizer.vocabulary,
+        "fingerprint": start.tokenizer.fingerprint,
+    }
     mixture = Mixture(
         recipe.mixture,
-        rows=recipe.rows,
+        global_batch_size=recipe.global_batch_size,
         seed=recipe.run.seed,
         stages=recipe.stages,
-        steps=recipe.run.steps,
+        max_steps=recipe.run.max_steps,
         balance_modalities=recipe.balance_modalities,
-        **fixed,  # type: ignore[arg-type]
+        **shared,
     )
-    module = LanguageModule(begun, recipe, mixture, context)
-    callbacks: list[Callback] = [Checkpoints(recipe.run, plain, resumed)]
-    callbacks += [Samples(recipe.samples)] if recipe.samples else []
+    module = LanguageModule(start, recipe, mixture, context_length)
+    callbacks: list[Callback] = [CheckpointCallback(recipe.run, plain, resume_point)]
+    callbacks += [SampleLogger(recipe.num_samples)] if recipe.num_samples else []
     trainer = build_trainer(recipe.run, callbacks=callbacks)
-    mixture.check_parts(trainer.world_size // recipe.run.tensor_parallel)
-    check_memory(begun.config, recipe, context, trainer.world_size)
-    first = resumed.batches if resumed else 0
-    training = StepRows(mixture, SPARE * recipe.run.steps, first)
-    training.rank, training.world = (
-        place // recipe.run.tensor_parallel for place in (trainer.global_rank, trainer.world_size)
+    rank, world = (n // recipe.run.tensor_parallel_size for n in (trainer.global_rank, trainer.world_size))
+    mixture.check_divisible(world)
+    check_memory(start.config, recipe, context_length, trainer.world_size)
+    first_batch = resume_point.batches_seen if resume_point else 0
+    training_set = PackedBatchDataset(
+        mixture, SPARE_BATCHES_FACTOR * recipe.run.max_steps, first_batch, rank=rank, world=world
     )
-    held_out, sources = None, mixture.sources
+    validation_loader, sources = None, mixture.sources
     if recipe.validation:
-        rows = recipe.micro_rows or recipe.rows // training.world  # as many as one pass of training
-        validation = Mixture(recipe.validation, rows=rows, seed=0, **fixed)  # type: ignore[arg-type]
+        batch_size = recipe.micro_batch_size or recipe.global_batch_size // world  # as in a forward pass of training
+        validation = Mixture(recipe.validation, global_batch_size=batch_size, seed=0, **shared)
         sources, module.sample_sources = sources + validation.sources, validation.sources
-        count = max(1, sum(map(len, validation.sources)) // rows)
-        held_out = DataLoader(StepRows(validation, count), batch_size=None)
-    if recipe.verify:
+        num_batches = max(1, sum(map(len, validation.sources)) // batch_size)
+        validation_loader = DataLoader(PackedBatchDataset(validation, num_batches), batch_size=None)
+    if recipe.verify_shards:
         for shard in (shard for source in sources for shard in source.shards):
             shard.verify()
-    loader = TimedLoader(DataLoader(training, batch_size=None, num_workers=recipe.workers))
-    module.loader = loader
-    figures = fit(trainer, module, loader, held_out, recipe.run)
-    model = module.trained()
+    module.loader = TimedLoader(DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers))
+    metrics = fit(trainer, module, module.loader, validation_loader)
+    model = module.full_model()
     bundle = None
     if model is not None:
-        kept = {key: value for key, value in begun.provenance.items() if key not in ("version", "sha256")}
-        stage = {"recipe": plain, "figures": figures, "data": data_fingerprint(mixture)}
-        provenance = {**kept, "training": [*kept.get("training", []), stage]}
-        bundle = Bundle(model, begun.tokenizer, module.prompting, provenance)
+        earlier = {key: value for key, value in start.provenance.items() if key not in ("version", "sha256")}
+        stage = {"recipe": plain, "figures": metrics, "data": data_fingerprint(mixture)}
+        provenance = {**earlier, "training": [*earlier.get("training", []), stage]}
+        bundle = Bundle(model, start.tokenizer, module.prompting, provenance)
         bundle.save(Path(recipe.run.out) / "bundle")
     trainer.strategy.barrier()
-    return bundle, figures
+    return bundle, metrics

@@ -1,4 +1,4 @@
-"""What the model makes while it trains, at each validation."""
+"""Captions and drawings of the model during training, at each validation."""
 
 from __future__ import annotations
 
@@ -10,59 +10,61 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
-from chameleon.document import Document
 from chameleon.generation.chameleon import Chameleon
-from chameleon.train.language import LanguageModule
+from chameleon.train.language_module import LanguageModule
 from chameleon.train.monitors import uncompiled
 
 
-class Samples(Callback):
-    """Captions of pictures, and drawings of their texts, at each validation: in TensorBoard, and in Weights & Biases.
+class SampleLogger(Callback):
+    """Logs captions of pictures, and drawings of their texts, to TensorBoard and Weights & Biases.
 
-    The pictures are those of the first documents that have both, of the validation sources, or else of the training's.
-    A model that is divided by FSDP2 is not asked: no process has it whole.
+    The pictures are those of the first documents with one picture and a text, from the validation sources, or from those
+    of training where there are none. Models sharded by FSDP2 are skipped, since no process has the full model.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
         self.pairs: list[tuple[PILImage.Image, str]] = []
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, LanguageModule)
-        if not trainer.is_global_zero or module.recipe.run.sharding == "fsdp":
+        if not trainer.is_global_zero or module.recipe.run.data_parallel == "fsdp":
             return
-        tokenizer = module.begun.tokenizer
-        self.pairs = self.pairs or self.find(module)
+        tokenizer = module.tokenizer
+        self.pairs = self.pairs or self.find_pairs(module)
         if not self.pairs or not tokenizer.image.config.decoder:
             return
         was_training = module.model.training
         try:
             module.model.eval()
             chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting))
-            with uncompiled(module.model):
+            with uncompiled():
                 captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
                 drawings = chameleon.draw_batch([text for _, text in self.pairs])
         finally:
             module.model.train(was_training)
-        for number, ((picture, text), caption, drawing) in enumerate(zip(self.pairs, captions, drawings, strict=True)):
-            told = f"“{caption}” for “{text}”"
+        step = module.completed_steps
+        for index, ((picture, text), caption, drawing) in enumerate(zip(self.pairs, captions, drawings, strict=True)):
+            caption_and_truth = f"“{caption}” for “{text}”"
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    pixels = np.concatenate([np.asarray(each.convert("RGB")) for each in (picture, drawing)], axis=1)
-                    logger.experiment.add_text(f"samples/caption_{number}", told, module.done)
-                    logger.experiment.add_image(f"samples/drawing_{number}", pixels, module.done, dataformats="HWC")
+                    pixels = np.concatenate([np.asarray(image.convert("RGB")) for image in (picture, drawing)], axis=1)
+                    logger.experiment.add_text(f"samples/caption_{index}", caption_and_truth, step)
+                    logger.experiment.add_image(f"samples/drawing_{index}", pixels, step, dataformats="HWC")
                 elif isinstance(logger, WandbLogger):
-                    logger.log_image(f"samples/{number}", [picture, drawing], caption=[told, text])
+                    logger.log_image(f"samples/{index}", [picture, drawing], caption=[caption_and_truth, text])
 
-    def find(self, module: LanguageModule) -> list[tuple[PILImage.Image, str]]:
-        """Pictures with their texts."""
-        found = []
+    def find_pairs(self, module: LanguageModule) -> list[tuple[PILImage.Image, str]]:
+        """Return pictures with their texts."""
+        pairs: list[tuple[PILImage.Image, str]] = []
         for source in module.sample_sources:
             for shard in source.shards:
-                for number in range(min(len(shard), 4 * self.count)):
-                    document: Document = module.begun.tokenizer.decode(torch.from_numpy(shard[number]))
+                for document_index in range(min(len(shard), 4 * self.num_samples)):
+                    document = module.tokenizer.decode(torch.from_numpy(shard[document_index]))
                     if document.text.strip() and len(document.images) == 1:
-                        found.append((document.images[0], document.text.strip()))
-                    if len(found) == self.count:
-                        return found  # type: ignore[return-value]
-        return found  # type: ignore[return-value]
+                        (picture,) = document.images
+                        assert isinstance(picture, PILImage.Image)
+                        pairs.append((picture, document.text.strip()))
+                    if len(pairs) == self.num_samples:
+                        return pairs
+        return pairs

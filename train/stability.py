@@ -1,6 +1,6 @@
-"""What keeps a run on its way: signs that foretell divergence, and steps that are better not taken.
+"""Training stability: which steps are skipped, when a run rolls back, and which signs of divergence raise an alarm.
 
-Both see plain numbers, the same on every process, and keep nothing that a checkpoint could not.
+Everything here sees plain numbers that are the same on every process, and its state fits in a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,123 +14,132 @@ from torch import Tensor, float64, tensor
 
 @dataclass
 class StabilityConfig:
-    """When a step is left out, when a run goes back, and when it warns."""
+    """When a step is skipped, when a run rolls back, and when it warns."""
 
-    spike: float = 20.0
-    """A step whose gradient norm is this many times the median of the last `window` is left out; 0: only what is not
-    finite is."""
-    window: int = 50
-    """Steps that medians are taken over; nothing is judged before as many were seen."""
-    patience: int = 5
-    """Steps left out in a row after which the run goes back to its last checkpoint and on behind their batches (PaLM,
-    arXiv 2204.02311, 5.1); it ends where that was in vain three times. 0 never goes back."""
+    max_grad_norm_ratio: float = 20.0
+    """Skip a step whose gradient norm is more than this many times the median of the last `window_steps`; 0 skips only
+    steps that are not finite."""
+    window_steps: int = 50
+    """Steps that medians are taken over; nothing is judged before that many."""
+    max_consecutive_skips: int = 5
+    """Skipped steps in a row after which the run rolls back to its last checkpoint and continues with later batches (PaLM,
+    arXiv 2204.02311, section 5.1); it ends when that failed three times. 0 never rolls back."""
     alarms: bool = True
-    """Warn of growing output norms and of the other signs."""
-    output_growth: float = 3.0
-    """Times its lowest median at which the output norm's growth is a sign (arXiv 2405.09818, fig. 5a), and again each time
-    it has grown as much. Looked at once warm-up and two windows are over: until then every model's norm grows."""
-    largest_attention_logit: float = 100.0
-    """An attention logit beyond which the softmax is as good as one-hot (arXiv 2309.14322)."""
-    largest_log_z: float = 30.0
-    """Size of log Z beyond which the output logits have drifted (PaLM's reason for z-loss)."""
+    """Warn of growing output norms and other signs of divergence."""
+    max_output_norm_growth: float = 3.0
+    """Warn when the output norm has grown by this factor over its lowest median (arXiv 2405.09818, figure 5a), and again
+    each time it has grown as much. Checked after warm-up and two windows: until then every model's norm grows."""
+    max_attention_logit: float = 100.0
+    """Warn of attention logits above this, where softmax is almost one-hot (arXiv 2309.14322)."""
+    max_log_z: float = 30.0
+    """Warn where |log Z| exceeds this: the output logits have drifted, which z-loss prevents (PaLM)."""
 
 
-class Guard:
-    """Says which steps are not to be taken."""
+class StepGuard:
+    """Decides which steps are skipped."""
 
     def __init__(self, config: StabilityConfig) -> None:
         self.config = config
-        self.norms: list[float] = []
-        """Gradient norms of the last steps that were taken."""
-        self.skipped = 0
-        self.in_a_row = 0
-        self.returns = 0
-        """How often the run went back."""
+        self.grad_norms: list[float] = []
+        """Gradient norms of the last steps that were not skipped."""
+        self.skipped_steps = 0
+        self.consecutive_skips = 0
+        self.rollbacks = 0
+        """Rollbacks since the last checkpoint was written."""
 
-    def judge(self, loss: float, norm: float) -> str | None:
-        """Why a step of this loss and gradient norm is not to be taken; None where it is."""
+    def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
+        """Return why a step with this loss and gradient norm is to be skipped, or None, and take note of it."""
         reason = None
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            reason = f"loss is {loss:g}, gradient norm {norm:g}"
-        elif self.config.spike and len(self.norms) >= self.config.window:
-            usual = statistics.median(self.norms)
-            if norm > self.config.spike * usual:
-                reason = f"gradient norm {norm:.3g} is {norm / max(usual, 1e-30):.0f} times the usual {usual:.3g}"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            reason = f"loss is {loss:g}, gradient norm {grad_norm:g}"
+        elif self.config.max_grad_norm_ratio and len(self.grad_norms) >= self.config.window_steps:
+            median = statistics.median(self.grad_norms)
+            if grad_norm > self.config.max_grad_norm_ratio * median:
+                ratio = grad_norm / max(median, 1e-30)
+                reason = f"gradient norm {grad_norm:.3g} is {ratio:.0f} times the median {median:.3g}"
         if reason is None:
-            self.in_a_row = 0
-            self.norms = [*self.norms, norm][-self.config.window :]
+            self.consecutive_skips = 0
+            self.grad_norms = [*self.grad_norms, grad_norm][-self.config.window_steps :]
         else:
-            self.skipped += 1
-            self.in_a_row += 1
+            self.skipped_steps += 1
+            self.consecutive_skips += 1
         return reason
 
     @property
-    def gives_up(self) -> bool:
-        """Whether the run has to go back."""
-        return bool(self.config.patience) and self.in_a_row >= self.config.patience
+    def needs_rollback(self) -> bool:
+        """Whether so many steps in a row were skipped that the run has to roll back."""
+        return bool(self.config.max_consecutive_skips) and self.consecutive_skips >= self.config.max_consecutive_skips
 
-    def went_back(self) -> None:
-        self.in_a_row = 0
-        self.returns += 1
+    def rolled_back(self) -> None:
+        """Take note of a rollback."""
+        self.consecutive_skips = 0
+        self.rollbacks += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint stores."""
         return {
-            "norms": tensor(self.norms, dtype=float64),
-            "counts": tensor([self.skipped, self.in_a_row, self.returns]),
+            "grad_norms": tensor(self.grad_norms, dtype=float64),
+            "counts": tensor([self.skipped_steps, self.consecutive_skips, self.rollbacks]),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.norms = state["norms"].tolist()
-        self.skipped, self.in_a_row, self.returns = map(int, state["counts"])
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.grad_norms = state["grad_norms"].tolist()
+        self.skipped_steps, self.consecutive_skips, self.rollbacks = map(int, state["counts"])
 
 
-class Alarm:
-    """Names the signs that the paper saw before a loss blew up."""
+class DivergenceAlarm:
+    """Warns of the signs that precede divergence. Each method returns a warning, or None."""
 
-    def __init__(self, config: StabilityConfig, warmup: int = 0) -> None:
+    def __init__(self, config: StabilityConfig, warmup_steps: int = 0) -> None:
         self.config = config
-        self.settled = warmup + 2 * config.window
-        self.norms: list[float] = []
-        self.lowest = math.inf
-        self.told = {"attention": False, "log_z of text": False, "log_z of image": False}
+        self.first_checked_step = warmup_steps + 2 * config.window_steps
+        self.output_norms: list[float] = []
+        self.lowest_median = math.inf
+        self.is_raised = {"attention": False, "log_z of text": False, "log_z of image": False}
+        """Whether each sign was seen at the last look, so that it is reported once."""
 
-    def output_norm(self, step: int, norm: float) -> str | None:
-        """A warning where the last block's output norm has grown; to be told the norm of every step."""
-        self.norms = [*self.norms, norm][-self.config.window :]
-        if not self.config.alarms or step < self.settled or len(self.norms) < self.config.window:
+    def check_output_norm(self, step: int, output_norm: float) -> str | None:
+        """Check the norm of the last block's output, of every step, for growth."""
+        self.output_norms = [*self.output_norms, output_norm][-self.config.window_steps :]
+        is_settled = step >= self.first_checked_step and len(self.output_norms) >= self.config.window_steps
+        if not self.config.alarms or not is_settled:
             return None
-        usual = statistics.median(self.norms)
-        if math.isnan(usual) or usual <= self.config.output_growth * self.lowest:
-            self.lowest = min(self.lowest, usual)
+        median = statistics.median(self.output_norms)
+        if math.isnan(median) or median <= self.config.max_output_norm_growth * self.lowest_median:
+            self.lowest_median = min(self.lowest_median, median)
             return None
-        text = f"output norm has grown {usual / self.lowest:.1f} times, from {self.lowest:.3g} to {usual:.3g}"
-        self.lowest = usual  # so that it is told again only once it has grown as much again
-        return f"{text}: a sign that comes before the loss diverges (lower the rate, or use qk_norm, z_loss, dropout)"
+        growth = median / self.lowest_median
+        message = f"output norm has grown {growth:.1f} times, from {self.lowest_median:.3g} to {median:.3g}"
+        self.lowest_median = median  # report again only after it has grown as much again
+        return f"{message}: a sign that precedes divergence (lower the lr, or use qk_norm, z_loss, dropout)"
 
-    def attention_logit(self, largest: float, layer: int) -> str | None:
-        """A warning, once, where attention logits are too large."""
-        if not self.first("attention", largest > self.config.largest_attention_logit):
+    def check_attention_logit(self, attention_logit: float, layer: int) -> str | None:
+        """Check the largest attention logit of all layers, which is that of `layer`."""
+        if not self.is_new("attention", attention_logit > self.config.max_attention_logit):
             return None
-        return f"attention logits of layer {layer} reach {largest:.0f}: its softmax is near one-hot (use qk_norm)"
+        return f"attention logits of layer {layer} reach {attention_logit:.0f}: its softmax is almost one-hot (use qk_norm)"
 
-    def log_z(self, size: float, modality: str) -> str | None:
-        """A warning, once, where output logits have drifted."""
-        if not self.first(f"log_z of {modality}", abs(size) > self.config.largest_log_z):
+    def check_log_z(self, log_z: float, modality: str) -> str | None:
+        """Check the mean log Z of the tokens of a modality."""
+        if not self.is_new(f"log_z of {modality}", abs(log_z) > self.config.max_log_z):
             return None
-        return f"log Z of {modality} is {size:.0f}: the output logits have drifted (raise z_loss)"
+        return f"log Z of {modality} is {log_z:.0f}: the output logits have drifted (raise z_loss)"
 
-    def first(self, sign: str, seen: bool) -> bool:
-        """Whether a sign is seen that was not seen at the last look."""
-        new = self.config.alarms and seen and not self.told[sign]
-        self.told[sign] = seen
-        return new
+    def is_new(self, sign: str, is_seen: bool) -> bool:
+        """Return whether a sign is seen that was not seen at the last look."""
+        is_new = self.config.alarms and is_seen and not self.is_raised[sign]
+        self.is_raised[sign] = is_seen
+        return is_new
 
     def state(self) -> dict[str, Tensor]:
-        told = [float(self.told[sign]) for sign in sorted(self.told)]
-        return {"norms": tensor(self.norms, dtype=float64), "rest": tensor([self.lowest, *told], dtype=float64)}
+        """Return what a checkpoint stores."""
+        raised = [float(self.is_raised[sign]) for sign in sorted(self.is_raised)]
+        return {
+            "output_norms": tensor(self.output_norms, dtype=float64),
+            "rest": tensor([self.lowest_median, *raised], dtype=float64),
+        }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.norms = state["norms"].tolist()
-        self.lowest, *told = state["rest"].tolist()
-        self.told = {sign: bool(value) for sign, value in zip(sorted(self.told), told, strict=True)}
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.output_norms = state["output_norms"].tolist()
+        self.lowest_median, *raised = state["rest"].tolist()
+        self.is_raised = {sign: bool(value) for sign, value in zip(sorted(self.is_raised), raised, strict=True)}

@@ -1,4 +1,4 @@
-"""A model in transit: what a reader of one format hands to the writer of another, weights one tensor at a time."""
+"""The common form of a checkpoint: what a reader of one format passes to the writer of another, with lazy tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from chameleon.bundle import PROVENANCE_FILE, Prompting, read_header, stored_nam
 from chameleon.convert import layout
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
-from chameleon.tensor_files import Chosen, Progress, SafetensorsFiles, Weights, nothing
+from chameleon.tensor_files import LazyTensors, Progress, RenamedTensors, SafetensorsFiles, no_progress
 from chameleon.tokenizers.image import STEM, WEIGHTS_FILE, read_config
-from chameleon.tokenizers.mixed import check_fit, load_text_tokenizer
+from chameleon.tokenizers.mixed import check_compatible, load_text_tokenizer
 from chameleon.tokenizers.text import TextTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.vocabulary import Vocabulary
@@ -27,65 +27,70 @@ DECODER, CODEBOOK = "decoder.", "quantize.embedding.weight"
 
 @dataclass(frozen=True)
 class Source:
-    """What another format's files say beyond the model, kept in a bundle's provenance for the way back."""
+    """Details of another format's files that a bundle keeps in its provenance, so that converting back restores them."""
 
     format: Format = "bundle"
     name: str | None = None
-    """Of the model's folder."""
+    """Name of the model's folder."""
     shards: int | None = None
-    """Files of Meta's weights."""
+    """Number of files of Meta's weights."""
     fused: bool = False
-    """Whether q, k, v and gate, up are one matrix each in Meta's."""
+    """Whether Meta's files have q, k, v and gate, up as one matrix each."""
     frequencies: dict[str, Any] | None = None
     """Meta's `rope.freqs`: dtype, shape, values."""
 
     @classmethod
     def from_json(cls, value: Any, where: object) -> Source:
-        """Reads what a bundle holds. Raises `BadInput` for what this class would not have written."""
+        """Read the form in a bundle's provenance. Raise `BadInput` for what this class would not have written."""
         try:
-            found = cls(**value)
-            kept = found.frequencies
-            if kept is not None:
-                torch.tensor(kept["values"], dtype=torch.float64).to(getattr(torch, kept["dtype"])).view(kept["shape"])
-            if found.format not in get_args(Format) or not isinstance(found.fused, bool):
+            source = cls(**value)
+            frequencies = source.frequencies
+            if frequencies is not None:
+                torch.tensor(frequencies["values"], dtype=torch.float64).to(getattr(torch, frequencies["dtype"])).view(
+                    frequencies["shape"]
+                )
+            if source.format not in get_args(Format) or not isinstance(source.fused, bool):
                 raise ValueError("format or fused")
-            if found.name is not None and (Path(found.name).name != found.name or found.name in ("", "..")):
+            if source.name is not None and (Path(source.name).name != source.name or source.name in ("", "..")):
                 raise ValueError("name")
-            if found.shards is not None and (type(found.shards) is not int or found.shards < 1):
+            if source.shards is not None and (type(source.shards) is not int or source.shards < 1):
                 raise ValueError("shards")
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise BadInput(f"source cannot be read ({error})", where=where) from None
-        return found
+        return source
 
 
 @dataclass
 class Checkpoint:
-    """A model with its tokenizers, nothing of its weights read yet."""
+    """A model with its tokenizers, none of whose weights has been read yet."""
 
     config: ModelConfig
     vocabulary: Vocabulary
-    weights: Weights
-    """Our names."""
+    weights: LazyTensors
+    """By the names of `chameleon.model.transformer`."""
     text: TextTokenizer
     image: VQGANConfig
-    image_weights: Weights
-    """Names as released."""
+    image_weights: LazyTensors
+    """By the names of Meta's release."""
     nbytes: int
-    """Bytes of the files, about as many as there are to write."""
+    """Size of the files in bytes, about as many as will be written."""
     source: Source = field(default_factory=Source)
     prompting: Prompting = "conversation"
     provenance: dict[str, Any] = field(default_factory=dict)
-    """A bundle's, without what belongs to its files."""
+    """A bundle's, without its version and checksums."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know, one line each; complete once all weights were read."""
+    """Notes for the user, one line each; complete once all weights were read."""
 
 
-def vocabulary_of(text: TextTokenizer, image: VQGANConfig, rows: int, where: object) -> Vocabulary:
-    """The layout that text tokenizer, image tokenizer and a model with `rows` ids agree on, or `BadInput`."""
-    vocabulary = text.vocabulary(image.codebook_size, image.grid, rows)
-    if vocabulary.image_count != image.codebook_size:
+def vocabulary_of(text: TextTokenizer, image: VQGANConfig, num_ids: int, where: object) -> Vocabulary:
+    """Return the vocabulary of a text and an image tokenizer and a model with `rows` token ids.
+
+    Raises `BadInput` where they do not fit together.
+    """
+    vocabulary = text.vocabulary(image.codebook_size, image.grid, num_ids)
+    if vocabulary.num_image_codes != image.codebook_size:
         raise BadInput(
-            f"{vocabulary.image_count} image pieces, the image tokenizer has {image.codebook_size} codes", where=where
+            f"{vocabulary.num_image_codes} image pieces, the image tokenizer has {image.codebook_size} codes", where=where
         )
     return vocabulary
 
@@ -94,78 +99,80 @@ def vocabulary_of(text: TextTokenizer, image: VQGANConfig, rows: int, where: obj
 
 
 def image_shapes(config: VQGANConfig) -> dict[str, torch.Size]:
-    """Name → shape of every tensor of a released image tokenizer."""
+    """Return name → shape of every tensor of an image tokenizer in the released format."""
     with torch.device("meta"):
         return {name: value.shape for name, value in VQGAN(config).released_state_dict().items()}
 
 
 def image_weights(
     source: Mapping[str, Tensor], config: VQGANConfig, *, prefix: str = "", where: object
-) -> tuple[VQGANConfig, Weights]:
-    """The image tokenizer that `source` holds under `prefix`, without a decoder where there is none.
+) -> tuple[VQGANConfig, LazyTensors]:
+    """Return the image tokenizer under `prefix` of a mapping of tensors, without a decoder where there is none.
 
     Raises `BadInput` naming a tensor that is missing, unknown, or of the wrong shape or dtype.
     """
-    found = {name.removeprefix(prefix): name for name in source if name.startswith(prefix)}
-    config = replace(config, decoder=any(name.startswith(DECODER) for name in found))
-    wanted = image_shapes(config)
-    layout.check_names(found, set(wanted), where)
-    for name, shape in wanted.items():
-        layout.fit(prefix + name, source[found[name]], shape, where)
-    return config, Chosen({name: (source, found[name]) for name in wanted})
+    source_names = {name.removeprefix(prefix): name for name in source if name.startswith(prefix)}
+    config = replace(config, decoder=any(name.startswith(DECODER) for name in source_names))
+    shapes = image_shapes(config)
+    layout.check_names(source_names, set(shapes), where)
+    for name, shape in shapes.items():
+        layout.check_tensor(prefix + name, source[source_names[name]], shape, where)
+    return config, RenamedTensors({name: (source, source_names[name]) for name in shapes})
 
 
-def with_decoder(checkpoint: Checkpoint, config: VQGANConfig, weights: Weights, where: object) -> Checkpoint:
-    """The checkpoint with the decoder of another copy of its image tokenizer; itself, where it has one.
+def add_decoder(checkpoint: Checkpoint, config: VQGANConfig, weights: LazyTensors, where: object) -> Checkpoint:
+    """Return the checkpoint with the decoder of another copy of its image tokenizer; unchanged where it has one.
 
-    Raises `BadInput` where that is no copy, its codebook being another.
+    Raises `BadInput` where the other one is not a copy, since it has another codebook.
     """
     if checkpoint.image.decoder:
         return checkpoint
     if replace(checkpoint.image, decoder=True, dropout=config.dropout) != config:
         raise BadInput("an image tokenizer of another shape than the model's", where=where)
-    ours, theirs = (entry[CODEBOOK].float() for entry in (checkpoint.image_weights, weights))
-    coarse = min((checkpoint.image_weights.dtype(CODEBOOK), weights.dtype(CODEBOOK)), key=lambda dtype: dtype.itemsize)
-    if not torch.equal(ours.to(coarse), theirs.to(coarse)):
+    own_codebook, other_codebook = (entry[CODEBOOK].float() for entry in (checkpoint.image_weights, weights))
+    coarser_dtype = min(
+        (checkpoint.image_weights.dtype(CODEBOOK), weights.dtype(CODEBOOK)), key=lambda dtype: dtype.itemsize
+    )
+    if not torch.equal(own_codebook.to(coarser_dtype), other_codebook.to(coarser_dtype)):
         raise BadInput("its codebook is not the model's, so its decoder would draw something else", where=where)
     names = [name for name in image_shapes(config) if name.startswith(DECODER)]
-    places = {name: (checkpoint.image_weights, name) for name in checkpoint.image_weights}
-    joined = Chosen({**places, **{name: (weights, name) for name in names}})
+    locations = {name: (checkpoint.image_weights, name) for name in checkpoint.image_weights}
+    joined = RenamedTensors({**locations, **{name: (weights, name) for name in names}})
     ordered = {name: joined.names[name] for name in image_shapes(config)}
-    return replace(checkpoint, image=replace(checkpoint.image, decoder=True), image_weights=Chosen(ordered))
+    return replace(checkpoint, image=replace(checkpoint.image, decoder=True), image_weights=RenamedTensors(ordered))
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
 
 
 def read_bundle(folder: Path) -> Checkpoint:
-    """A bundle, its checksums verified. Raises `BadInput` naming what does not fit."""
+    """Open a bundle after verifying its checksums. Raise `BadInput` that names what does not fit."""
     header = read_header(folder)
-    kept = {key: value for key, value in header.provenance.items() if key not in ("version", "sha256", "source")}
+    provenance = {key: value for key, value in header.provenance.items() if key not in ("version", "sha256", "source")}
     source = Source.from_json(header.provenance.get("source", {}), folder / PROVENANCE_FILE)
-    weights, pictures = SafetensorsFiles.of_folder(folder), SafetensorsFiles.of_folder(folder, STEM)
+    weights, image_files = SafetensorsFiles.from_folder(folder), SafetensorsFiles.from_folder(folder, STEM)
     text = load_text_tokenizer(folder)
-    image, chosen = image_weights(pictures, read_config(folder), where=folder / WEIGHTS_FILE)
-    check_fit(header.vocabulary, text, image, folder)
+    image, image_tensors = image_weights(image_files, read_config(folder), where=folder / WEIGHTS_FILE)
+    check_compatible(header.vocabulary, text, image, folder)
     return Checkpoint(
         header.model,
         header.vocabulary,
-        layout.BundleReading(weights, header.model, folder),
+        layout.BundleTensors(weights, header.model, folder),
         text,
         image,
-        chosen,
-        weights.nbytes + pictures.nbytes,
+        image_tensors,
+        weights.nbytes + image_files.nbytes,
         source,
         header.prompting,
-        kept,
+        provenance,
     )
 
 
-def write_as_bundle(checkpoint: Checkpoint, place: Path, progress: Progress = nothing) -> None:
-    """Writes a bundle's files into an empty folder."""
+def write_as_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress = no_progress) -> None:
+    """Write a bundle's files to an empty folder."""
     source = checkpoint.source
     write_bundle(
-        place,
+        folder,
         checkpoint.config,
         checkpoint.vocabulary,
         ((name, checkpoint.weights[name]) for name in stored_names(checkpoint.config)),

@@ -1,34 +1,34 @@
-"""Shapes as the two other formats write them: Meta's params.json and vqgan.yaml, Hugging Face's config.json."""
+"""Configurations in the other two formats: Meta's params.json and vqgan.yaml, Hugging Face's config.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from chameleon.errors import BadInput, reading
+from chameleon.errors import BadInput, as_bad_input
 from chameleon.model.config import ModelConfig, NormOrder
 from chameleon.tokenizers.vqgan import VQGANConfig
 
 CONTEXT = 4096
-"""Ids a sequence of the released models may have (arXiv 2405.09818, 2.3); Meta's files do not say."""
+"""Context length of the released models (arXiv 2405.09818, section 2.3), which Meta's files do not state."""
 ROPE_THETA = 10000.0
 NORM_GROUPS = 32
-"""Groups of every GroupNorm in both other formats."""
+"""Groups of every GroupNorm, fixed in both other formats."""
 
 
-def wanted(values: dict[str, Any], key: str) -> Any:
+def required(values: dict[str, Any], key: str) -> Any:
     if key not in values:
         raise BadInput(f"no key {key}")
     return values[key]
 
 
-def fixed(values: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raises `BadInput` naming a key that is there with another value than the one there is a counterpart of."""
-    for key, only in known.items():
-        if values.get(key) not in (None, only):
-            raise BadInput(f"{key} is {values[key]!r}, only {only!r} is known")
+def check_fixed(values: dict[str, Any], supported: dict[str, Any]) -> None:
+    """Raise `BadInput` that names a key whose value has no counterpart here."""
+    for key, value in supported.items():
+        if values.get(key) not in (None, value):
+            raise BadInput(f"{key} is {values[key]!r}, only {value!r} is known")
 
 
-def order(swin: Any) -> NormOrder:
+def norm_order_of(swin: Any) -> NormOrder:
     if not isinstance(swin, bool):
         raise BadInput(f"swin_norm is {swin!r}, expected true or false")
     return "swin" if swin else "pre"
@@ -38,7 +38,7 @@ def order(swin: Any) -> NormOrder:
 
 
 def meta_ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
-    """Width inside SwiGLU as LLaMA's reference code has it: two thirds of 4 · width, scaled, rounded up."""
+    """Return the hidden width of SwiGLU as in LLaMA's reference code: two thirds of 4 · width, scaled, rounded up."""
     hidden = int(2 * 4 * width / 3)
     if multiplier is not None:
         hidden = int(multiplier * hidden)
@@ -46,46 +46,46 @@ def meta_ffn_width(width: int, multiple_of: int, multiplier: float | None) -> in
 
 
 def from_meta_params(params: dict[str, Any], shards: int, *, vocab_size: int, where: object = "params.json") -> ModelConfig:
-    """The model of params.json, all keys at the top, in `shards` files.
+    """Return the configuration in params.json, with all keys at the top level, of weights in `shards` files.
 
-    `vocab_size` serves where the file has none, or -1.
+    `vocab_size` is used where the file has none, or -1.
     """
-    with reading("a model's parameters", where):
-        said = params.get("vocab_size")
-        if said not in (None, -1, vocab_size):
-            raise BadInput(f"vocab_size {said}, the embedding has {vocab_size} rows")
-        width, heads = wanted(params, "dim"), wanted(params, "n_heads")
-        norms = params.get("qk_normalization", False)
+    with as_bad_input("a model's parameters", where):
+        stated_size = params.get("vocab_size")
+        if stated_size not in (None, -1, vocab_size):
+            raise BadInput(f"vocab_size {stated_size}, the embedding has {vocab_size} rows")
+        width, heads = required(params, "dim"), required(params, "n_heads")
+        qk_norm = params.get("qk_normalization", False)
         config = ModelConfig(
             vocab_size=vocab_size,
-            layers=wanted(params, "n_layers"),
+            layers=required(params, "n_layers"),
             width=width,
             heads=heads,
             kv_heads=heads if params.get("n_kv_heads") is None else params["n_kv_heads"],
             ffn_width=meta_ffn_width(width, params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
-            context=CONTEXT,
+            context_length=CONTEXT,
             norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=params.get("rope_theta", ROPE_THETA),
-            qk_norm=norms,
-            qk_norm_shards=shards if norms else 1,
-            norm_order=order(params.get("swin_norm", False)),
+            qk_norm=qk_norm,
+            qk_norm_shards=shards if qk_norm else 1,
+            norm_order=norm_order_of(params.get("swin_norm", False)),
         )
     return config
 
 
 def to_meta_params(config: ModelConfig, shards: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """params.json and consolidate_params.json. Reading them again gives the same shape, context and dropout excepted."""
-    multiple, multiplier = 256, None
-    if meta_ffn_width(config.width, multiple, None) != config.ffn_width:
+    """Return params.json and consolidate_params.json, from which all but context length and dropout can be read again."""
+    multiple_of, ffn_dim_multiplier = 256, None
+    if meta_ffn_width(config.width, multiple_of, None) != config.ffn_width:
         # Half a step above the quotient, so that rounding down gives the width itself.
-        multiple, multiplier = 1, (config.ffn_width + 0.5) / int(2 * 4 * config.width / 3)
+        multiple_of, ffn_dim_multiplier = 1, (config.ffn_width + 0.5) / int(2 * 4 * config.width / 3)
     model = {
         "dim": config.width,
         "n_layers": config.layers,
         "n_heads": config.heads,
         "n_kv_heads": config.kv_heads,
-        "multiple_of": multiple,
-        "ffn_dim_multiplier": multiplier,
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": ffn_dim_multiplier,
         "norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "vocab_size": config.vocab_size,
@@ -96,20 +96,20 @@ def to_meta_params(config: ModelConfig, shards: int) -> tuple[dict[str, Any], di
 
 
 def from_meta_vqgan(values: dict[str, Any], *, where: object = "vqgan.yaml") -> VQGANConfig:
-    """The image tokenizer of vqgan.yaml. Raises `BadInput` for a network this one cannot be."""
-    with reading("an image tokenizer's configuration", where):
-        params = wanted(wanted(values, "model"), "params")
-        network = wanted(params, "ddconfig")
-        fixed(network, {"double_z": False, "in_channels": 3, "out_ch": 3})
+    """Return the configuration in vqgan.yaml. Raise `BadInput` for a network that has no counterpart here."""
+    with as_bad_input("an image tokenizer's configuration", where):
+        params = required(required(values, "model"), "params")
+        network = required(params, "ddconfig")
+        check_fixed(network, {"double_z": False, "in_channels": 3, "out_ch": 3})
         config = VQGANConfig(
-            resolution=wanted(network, "resolution"),
-            channels=wanted(network, "ch"),
-            multipliers=tuple(wanted(network, "ch_mult")),
-            res_blocks=wanted(network, "num_res_blocks"),
+            resolution=required(network, "resolution"),
+            channels=required(network, "ch"),
+            multipliers=tuple(required(network, "ch_mult")),
+            res_blocks=required(network, "num_res_blocks"),
             attention_resolutions=tuple(network.get("attn_resolutions") or ()),
-            latent_channels=wanted(network, "z_channels"),
-            codebook_size=wanted(params, "n_embed"),
-            codebook_width=wanted(params, "embed_dim"),
+            latent_channels=required(network, "z_channels"),
+            codebook_size=required(params, "n_embed"),
+            codebook_width=required(params, "embed_dim"),
             norm_groups=NORM_GROUPS,
         )
     return config
@@ -125,7 +125,7 @@ def check_groups(config: VQGANConfig) -> None:
 
 
 def to_meta_vqgan(config: VQGANConfig) -> dict[str, Any]:
-    """vqgan.yaml. Raises `BadInput` where the format cannot say it."""
+    """Return vqgan.yaml. Raise `BadInput` for what the format cannot express."""
     check_groups(config)
     network = {
         "double_z": False,
@@ -147,35 +147,35 @@ def to_meta_vqgan(config: VQGANConfig) -> dict[str, Any]:
 
 
 def from_hf_config(values: dict[str, Any], *, where: object = "config.json") -> ModelConfig:
-    """The model of a `ChameleonForConditionalGeneration`'s config.json, of this and earlier releases.
+    """Return the configuration in the config.json of a `ChameleonForConditionalGeneration`, of this and earlier releases.
 
-    QK-norms there are always on. Raises `BadInput` for what this model has no counterpart of.
+    QK-norm is always on there. Raises `BadInput` for what has no counterpart here.
     """
-    with reading("a model's configuration", where):
-        fixed(values, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_scaling": None})
+    with as_bad_input("a model's configuration", where):
+        check_fixed(values, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_scaling": None})
         rope = values.get("rope_parameters") or {}
-        fixed(rope, {"rope_type": "default"})
-        heads = wanted(values, "num_attention_heads")
+        check_fixed(rope, {"rope_type": "default"})
+        heads = required(values, "num_attention_heads")
         kv_heads = values.get("num_key_value_heads")
         config = ModelConfig(
-            vocab_size=wanted(values, "vocab_size"),
-            layers=wanted(values, "num_hidden_layers"),
-            width=wanted(values, "hidden_size"),
+            vocab_size=required(values, "vocab_size"),
+            layers=required(values, "num_hidden_layers"),
+            width=required(values, "hidden_size"),
             heads=heads,
             kv_heads=heads if kv_heads is None else kv_heads,
-            ffn_width=wanted(values, "intermediate_size"),
-            context=values.get("max_position_embeddings", CONTEXT),
+            ffn_width=required(values, "intermediate_size"),
+            context_length=values.get("max_position_embeddings", CONTEXT),
             norm_eps=values.get("rms_norm_eps", 1e-5),
             rope_theta=rope.get("rope_theta", values.get("rope_theta", ROPE_THETA)),
             qk_norm_shards=values.get("model_parallel_size") or 1,
-            norm_order=order(values.get("swin_norm") or False),
+            norm_order=norm_order_of(values.get("swin_norm") or False),
             tied_head=values.get("tie_word_embeddings", False),
         )
     return config
 
 
 def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
-    """config.json, without what depends on the vocabulary. Raises `BadInput` for a model without QK-norm."""
+    """Return config.json without what depends on the vocabulary. Raise `BadInput` for a model without QK-norm."""
     if not config.qk_norm:
         raise BadInput("a model without QK-norm has no counterpart in Hugging Face's format", where="model")
     check_groups(image)
@@ -189,7 +189,7 @@ def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -218,9 +218,9 @@ def to_hf_config(config: ModelConfig, image: VQGANConfig) -> dict[str, Any]:
 
 
 def from_hf_vqgan(values: dict[str, Any], *, where: object = "config.json, vq_config") -> VQGANConfig:
-    """The image tokenizer of config.json's `vq_config`; what is left out has the released value."""
-    with reading("an image tokenizer's configuration", where):
-        fixed(values, {"double_latent": False, "in_channels": 3, "attn_type": "vanilla"})
+    """Return the image tokenizer's configuration in `vq_config`; keys that are left out have the released value."""
+    with as_bad_input("an image tokenizer's configuration", where):
+        check_fixed(values, {"double_latent": False, "in_channels": 3, "attn_type": "vanilla"})
         released = VQGANConfig()
         config = VQGANConfig(
             resolution=values.get("resolution", released.resolution),

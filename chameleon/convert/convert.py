@@ -1,4 +1,4 @@
-"""From any of the three formats to any other: bundle, Meta's, Hugging Face's."""
+"""Conversion of checkpoints between three formats: bundle, Meta's, Hugging Face's."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any, get_args
 
 from chameleon.bundle import CONFIG_FILE, PROVENANCE_FILE, Prompting
-from chameleon.convert.checkpoint import Checkpoint, Format, read_bundle, with_decoder, write_as_bundle
+from chameleon.convert.checkpoint import Checkpoint, Format, add_decoder, read_bundle, write_as_bundle
 from chameleon.convert.hugging_face import read_hugging_face, write_hugging_face
-from chameleon.convert.meta import IMAGE, PARAMS, read_image, read_meta, tokenizer_folder, write_meta
+from chameleon.convert.meta import IMAGE, PARAMS, read_image_tokenizer, read_meta, tokenizer_folder, write_meta
 from chameleon.errors import BadInput
-from chameleon.files import written_whole
-from chameleon.tensor_files import Progress, nothing
+from chameleon.files import atomic_folder
+from chameleon.tensor_files import Progress, no_progress
 
 
-def format_of(folder: Path) -> Format:
-    """Which format a folder is in. Raises `BadInput` where it is none."""
+def detect_format(folder: Path) -> Format:
+    """Return the format of the checkpoint in a folder. Raise `BadInput` where there is none."""
     if not folder.is_dir():
         raise BadInput("is a file" if folder.exists() else "no such folder", where=folder, remedy="give the folder")
     if (folder / PROVENANCE_FILE).is_file():
         return "bundle"
-    here = (folder / CONFIG_FILE).is_file()
-    if here and any(folder.glob("*.safetensors")):
+    has_config = (folder / CONFIG_FILE).is_file()
+    if has_config and any(folder.glob("*.safetensors")):
         return "hf"
     if any(folder.rglob(PARAMS)):
         return "meta"
-    if here:
+    if has_config:
         raise BadInput(f"{CONFIG_FILE}, but no .safetensors", where=folder, remedy="other files of weights are not read")
     raise BadInput(
         f"no checkpoint: neither {CONFIG_FILE} here nor {PARAMS} here or below",
@@ -38,7 +38,7 @@ def format_of(folder: Path) -> Format:
 def read(
     source: Path, *, model_dir: str | None = None, tokenizer: Path | None = None, prompting: Prompting | None = None
 ) -> Checkpoint:
-    """A checkpoint of any format, nothing of its weights read yet.
+    """Open a checkpoint of any format, without reading its weights yet.
 
     `model_dir`: which of several Meta models. `tokenizer`: a folder with Meta's tokenizer at or below it, for what the
     source lacks (its decoder, say). `prompting`: how the model is prompted, which the other formats do not say; left out,
@@ -46,16 +46,16 @@ def read(
     """
     if tokenizer is not None and not tokenizer.is_dir():
         raise BadInput("no such folder", where=f"--tokenizer {tokenizer}")
-    kind = format_of(source)
-    if model_dir is not None and kind != "meta":
+    source_format = detect_format(source)
+    if model_dir is not None and source_format != "meta":
         raise BadInput("only for Meta's format", where="--model-dir")
-    if kind == "meta":
+    if source_format == "meta":
         checkpoint = read_meta(source, model_dir=model_dir, tokenizer=tokenizer)
     else:
-        checkpoint = read_hugging_face(source, tokenizer=tokenizer) if kind == "hf" else read_bundle(source)
+        checkpoint = read_hugging_face(source, tokenizer=tokenizer) if source_format == "hf" else read_bundle(source)
         if tokenizer is not None and not checkpoint.image.decoder:
-            place = tokenizer_folder(tokenizer)
-            checkpoint = with_decoder(checkpoint, *read_image(place, checkpoint.notes), place / IMAGE)
+            folder = tokenizer_folder(tokenizer)
+            checkpoint = add_decoder(checkpoint, *read_image_tokenizer(folder, checkpoint.notes), folder / IMAGE)
     return checkpoint if prompting is None else replace(checkpoint, prompting=prompting)
 
 
@@ -68,13 +68,13 @@ def convert(
     tokenizer: Path | str | None = None,
     shards: int | None = None,
     prompting: Prompting | None = None,
-    progress: Progress = nothing,
-    begin: Progress = nothing,
+    progress: Progress = no_progress,
+    on_total: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Reads a checkpoint of any format and writes it in another, one tensor at a time; returns what was converted.
+    """Read a checkpoint of any format and write it in another, one tensor at a time; return a summary.
 
     `target`: a folder that is not there yet, or empty; it appears once it is whole. `shards`: files of Meta's weights.
-    `begin` is told of the bytes there are, `progress` of those written. Raises `BadInput` naming file and tensor.
+    `on_total` is told of the bytes there are, `progress` of those written. Raises `BadInput` naming file and tensor.
     """
     source, target = Path(source), Path(target)
     if to not in get_args(Format):
@@ -85,18 +85,18 @@ def convert(
         raise BadInput("lies in the source", where=target, remedy="name a folder elsewhere")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("is there already", where=target, remedy="name a new folder")
-    where = None if tokenizer is None else Path(tokenizer)
-    checkpoint = read(source, model_dir=model_dir, tokenizer=where, prompting=prompting)
-    begin(checkpoint.nbytes)
-    with written_whole(target) as place:
+    tokenizer_path = None if tokenizer is None else Path(tokenizer)
+    checkpoint = read(source, model_dir=model_dir, tokenizer=tokenizer_path, prompting=prompting)
+    on_total(checkpoint.nbytes)
+    with atomic_folder(target) as folder:
         if to == "bundle":
-            write_as_bundle(checkpoint, place, progress)
+            write_as_bundle(checkpoint, folder, progress)
         elif to == "hf":
-            write_hugging_face(checkpoint, place, progress=progress)
+            write_hugging_face(checkpoint, folder, progress=progress)
         else:
-            write_meta(checkpoint, place, shards=shards, name=target.resolve().name, progress=progress)
+            write_meta(checkpoint, folder, shards=shards, name=target.resolve().name, progress=progress)
     return {
-        "from": format_of(source),
+        "from": detect_format(source),
         "to": to,
         "out": str(target),
         "parameters": checkpoint.config.parameters,

@@ -109,18 +109,18 @@ def entries(packages: Path) -> Iterator[dict[str, Any]]:
 
 def samples(packages: Path) -> list[tuple[str, bytes, dict[str, Any]]]:
     """(key, WebP bytes, sidecar) of every picture that a style has, sorted by key."""
-    found: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
+    pictures_of_concept: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
     for entry in entries(packages):
         for style, (package, pattern) in PICTURES.items():
-            for code in dict.fromkeys((entry["hexcode"], *with_selectors(entry["hexcode"], entry["emoji"]))):
-                path = packages / package / pattern.format(code)
+            for concept_code in dict.fromkeys((entry["hexcode"], *with_selectors(entry["hexcode"], entry["emoji"]))):
+                path = packages / package / pattern.format(concept_code)
                 if path.exists():
-                    found.setdefault(entry["concept"], []).append((style, path, entry))
+                    pictures_of_concept.setdefault(entry["concept"], []).append((style, path, entry))
                     break
     result = []
-    for code, members in found.items():
-        held_out = held_out_style(code, sorted({style for style, _, _ in members}))
-        for style, path, entry in members:
+    for concept_code, pictures in pictures_of_concept.items():
+        held_out = held_out_style(concept_code, sorted({style for style, _, _ in pictures}))
+        for style, path, entry in pictures:
             rgba = flatten(path)
             white = Image.new("RGBA", rgba.size, "white")
             buffer = io.BytesIO()
@@ -156,14 +156,14 @@ def write_gzip(path: Path, data: bytes) -> None:
 
 def words(packages: Path) -> bytes:
     """Lines of JSON: for each emoji its label and tags in every language of `LANGUAGES`."""
-    table: dict[str, dict[str, Any]] = {}
+    all_words: dict[str, dict[str, Any]] = {}
     for language in LANGUAGES:
         path = packages / WORDS[0] / WORDS[1].format(language)
         for emoji in json.loads(path.read_text(encoding="utf-8")):
             if "group" in emoji and emoji.get("label"):
-                row = table.setdefault(plain(emoji["hexcode"]), {})
-                row[language] = [emoji["label"], *emoji.get("tags", [])]
-    lines = [dump({"hexcode": code, "words": row}) for code, row in sorted(table.items())]
+                words_of = all_words.setdefault(plain(emoji["hexcode"]), {})
+                words_of[language] = [emoji["label"], *emoji.get("tags", [])]
+    lines = [dump({"hexcode": code, "words": words_of}) for code, words_of in sorted(all_words.items())]
     return b"\n".join(lines) + b"\n"
 
 
@@ -173,19 +173,19 @@ def build(packages: Path, out: Path) -> dict[str, int]:
         if not (packages / package / "package").is_dir():
             raise BadInput("package not found", where=packages / package, remedy="see the module's docstring")
     out.mkdir(parents=True, exist_ok=True)
-    everything = samples(packages)
+    all_samples = samples(packages)
     # Round robin by key, so that each shard holds all three styles.
-    for number in range(SHARDS):
+    for shard in range(SHARDS):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, webp, sidecar in everything[number::SHARDS]:
+            for key, webp, sidecar in all_samples[shard::SHARDS]:
                 add(tar, f"{key}.webp", webp)
                 add(tar, f"{key}.json", dump(sidecar))
-        write_gzip(out / f"emoji-{number:03d}.tar.gz", buffer.getvalue())
+        write_gzip(out / f"emoji-{shard:03d}.tar.gz", buffer.getvalue())
     write_gzip(out / "words.jsonl.gz", words(packages))
     (out / "ATTRIBUTIONS.md").write_text(ATTRIBUTIONS, encoding="utf-8")
     counts: dict[str, int] = {}
-    for _, _, sidecar in everything:
+    for _, _, sidecar in all_samples:
         counts[sidecar["style"]] = counts.get(sidecar["style"], 0) + 1
     return counts
 

@@ -1,8 +1,8 @@
 """The embedded set: emoji in three openly licensed styles, with words, questions and a train/validation split.
 
-A *concept* is an emoji without its skin tone and gender. Sampling goes by concept, since 58% of the pictures are
-variants of people. For 15% of the concepts validation holds out one whole style, so each concept it asks about is
-known, but not in that style. `build_emoji.py` made the shards and `embedded/ATTRIBUTIONS.md` says where all comes from.
+A *concept* is an emoji without its skin tone and gender. Pictures are sampled by concept, since 58% of them are variants of
+people. For 15% of the concepts one whole style is held out for validation, so each concept of the validation set occurs in
+training, but not in that style. The shards are written by `build_emoji.py`; `embedded/ATTRIBUTIONS.md` names the sources.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 
 from chameleon.data.webdataset import read_samples
 from chameleon.document import Conversation, Document, Image, Message, Part, Text
-from chameleon.tokenizers.image import moved
+from chameleon.tokenizers.image import affine_augment
 
 EMBEDDED = Path(__file__).parent / "embedded"
 STYLES = ("fluent", "noto", "twemoji")
@@ -39,7 +39,7 @@ GROUP_WORDS = {
     "flags": "flags",
 }
 NO_TONE = "none"
-# Hue in degrees up to which a colour's name holds; the last wraps round to red.
+# (hue in degrees below which a colour has this name, name)
 HUES = (
     (14, "red"),
     (42, "orange"),
@@ -55,7 +55,7 @@ FIXED_HANDEDNESS = ("left", "right", "arrow", "clock", "thirty", "east", "west",
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture of the set and what is known of it."""
+    """One picture of the set and its metadata."""
 
     key: str
     webp: bytes
@@ -80,14 +80,14 @@ class Emoji:
 
     @property
     def caption(self) -> str:
-        """The name, and the skin tone of a variant that has one."""
+        """The name, followed by the skin tone where there is one."""
         if self.skin_tone in (None, "mixed"):
             return self.name
         return f"{self.name}, {self.skin_tone} skin tone"
 
     @property
     def may_mirror(self) -> bool:
-        """Whether the mirrored picture still shows what the name says."""
+        """Whether the caption is also true of the mirrored picture."""
         if self.group in ("flags", "symbols"):
             return False
         return not any(word in self.name for word in FIXED_HANDEDNESS)
@@ -95,7 +95,7 @@ class Emoji:
 
 @cache
 def load(split: str | None = None) -> tuple[Emoji, ...]:
-    """All emoji of a split ("train", "validation"; None: both), in the order of the shards."""
+    """Return all emoji of a split ("train", "validation"; None: both), in the order of the shards."""
     result = []
     for shard in sorted(EMBEDDED.glob("emoji-*.tar.gz")):
         for sample in read_samples(shard):
@@ -108,21 +108,21 @@ def load(split: str | None = None) -> tuple[Emoji, ...]:
 
 
 def subset(split: str, concepts: int | None = None) -> tuple[Emoji, ...]:
-    """The emoji of a split; with `concepts`, of that many concepts only, the same ones in both splits.
+    """Return the emoji of a split; with `concepts`, of that many concepts only, the same ones in both splits.
 
-    A subset takes concepts that validation holds a style of and others half and half.
+    Half of the concepts of a subset have a style that is held out for validation.
     """
     if concepts is None:
         return load(split)
-    held = {entry.concept for entry in load("validation")}
-    everything = sorted({entry.concept for entry in load()}, key=lambda concept: random.Random(concept).random())
-    chosen = [c for c in everything if c in held][: concepts // 2]
-    chosen += [c for c in everything if c not in held][: concepts - len(chosen)]
+    held_out = {entry.concept for entry in load("validation")}
+    shuffled = sorted({entry.concept for entry in load()}, key=lambda concept: random.Random(concept).random())
+    chosen = [concept for concept in shuffled if concept in held_out][: concepts // 2]
+    chosen += [concept for concept in shuffled if concept not in held_out][: concepts - len(chosen)]
     return tuple(entry for entry in load(split) if entry.concept in set(chosen))
 
 
 def by_concept(emoji: Sequence[Emoji]) -> dict[str, list[Emoji]]:
-    """The emoji of each concept, concepts sorted."""
+    """Return the emoji of each concept, sorted by concept."""
     groups: dict[str, list[Emoji]] = {}
     for entry in emoji:
         groups.setdefault(entry.concept, []).append(entry)
@@ -130,7 +130,7 @@ def by_concept(emoji: Sequence[Emoji]) -> dict[str, list[Emoji]]:
 
 
 def representatives(emoji: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
-    """One picture for each concept, without skin tone where there is such a one."""
+    """Return one picture of each concept, without skin tone where there is one."""
     result = []
     for concept, members in by_concept(emoji).items():
         neutral = [entry for entry in members if entry.skin_tone is None]
@@ -138,30 +138,30 @@ def representatives(emoji: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
     return result
 
 
-def draw_by_concept(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[tuple[Emoji, random.Random]]:
-    """`per_concept` pictures for each concept in shuffled order, each with a random stream of its own.
+def sample_by_concept(emoji: Sequence[Emoji], per_concept: int, seed: int) -> Iterator[tuple[Emoji, random.Random]]:
+    """Yield `per_concept` pictures of each concept in shuffled order, each with a random generator of its own.
 
-    The styles of a concept take turns; within a style, half of the draws are the plain emoji and half any variant.
+    The styles of a concept alternate; within a style, half of the pictures are without skin tone, half any variant.
     """
-    rounds = []
+    sampled = []
     for concept, members in by_concept(emoji).items():
         styles: dict[str, list[Emoji]] = {}
         for entry in members:
             styles.setdefault(entry.style, []).append(entry)
-        for number in range(per_concept):
-            stream = random.Random(f"{seed} {concept} {number}")
-            variants = styles[sorted(styles)[number % len(styles)]]
+        for index in range(per_concept):
+            rng = random.Random(f"{seed} {concept} {index}")
+            variants = styles[sorted(styles)[index % len(styles)]]
             neutral = [entry for entry in variants if entry.skin_tone is None] or variants
-            rounds.append((stream.choice(neutral if stream.random() < 0.5 else variants), stream))
-    random.Random(seed).shuffle(rounds)
-    yield from rounds
+            sampled.append((rng.choice(neutral if rng.random() < 0.5 else variants), rng))
+    random.Random(seed).shuffle(sampled)
+    yield from sampled
 
 
-def augment(entry: Emoji, stream: random.Random) -> PILImage.Image:
-    """The picture shifted by up to 5%, scaled by 0.85 to 1.1, and mirrored in half of the cases that allow it."""
-    mirror = entry.may_mirror and stream.random() < 0.5
-    zoom = stream.uniform(0.85, 1.1)
-    return moved(entry.picture, zoom, (stream.uniform(-0.05, 0.05), stream.uniform(-0.05, 0.05)), mirror)
+def augment(entry: Emoji, rng: random.Random) -> PILImage.Image:
+    """Return the picture shifted by up to 5%, scaled by 0.85 to 1.1, and mirrored with probability ½ where allowed."""
+    mirror = entry.may_mirror and rng.random() < 0.5
+    zoom = rng.uniform(0.85, 1.1)
+    return affine_augment(entry.picture, zoom, (rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)), mirror)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def augment(entry: Emoji, stream: random.Random) -> PILImage.Image:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture. `family` names the figure under which its answers are counted."""
+    """A question about one picture. `family` names the metric that its answer counts towards."""
 
     family: str
     question: str
@@ -179,11 +179,11 @@ class Question:
 YES_NO = {"flags": "is it a flag?", "animals-nature": "is it an animal or plant?", "food-drink": "is it food or drink?"}
 
 
-def questions(entry: Emoji, stream: random.Random | None = None) -> list[Question]:
-    """Every question that can be asked of the picture.
+def questions(entry: Emoji, rng: random.Random | None = None) -> list[Question]:
+    """Return the questions that can be asked about the picture.
 
-    With a `stream` the yes-or-no question is one at random, "yes" and "no" equally often where the group allows;
-    without, each of them is asked.
+    With a random generator they include one random yes-no question, whose answers are balanced where the group allows;
+    without, all of them.
     """
     result = [
         Question("name", "what is it?", entry.name),
@@ -194,21 +194,18 @@ def questions(entry: Emoji, stream: random.Random | None = None) -> list[Questio
         result.append(Question("skin tone", "which skin tone?", entry.skin_tone or NO_TONE))
     if entry.colour is not None:
         result.append(Question("colour", "which colour is it?", entry.colour))
-    asked = list(YES_NO)
-    if stream is not None:
-        true = entry.group in YES_NO and stream.random() < 0.5
-        asked = [entry.group] if true else [stream.choice([group for group in YES_NO if group != entry.group])]
-    for group in asked:
+    asked_groups = list(YES_NO)
+    if rng is not None:
+        is_yes = entry.group in YES_NO and rng.random() < 0.5
+        asked_groups = [entry.group] if is_yes else [rng.choice([group for group in YES_NO if group != entry.group])]
+    for group in asked_groups:
         answer = "yes" if entry.group == group else "no"
         result.append(Question(f"{GROUP_WORDS[group].split(' ')[0]} yes-no", YES_NO[group], answer))
     return result
 
 
 def dominant_colour(rgba: PILImage.Image) -> str | None:
-    """The colour's name that at least 60% of the visible pixels share, or None.
-
-    Pixels count where alpha > 128. Value and saturation tell black, grey, white; dark orange is brown.
-    """
+    """Return the name of the colour of at least 60% of the visible pixels (alpha > 128), or None."""
     pixels = np.asarray(rgba.convert("RGBA"), dtype=np.float32).reshape(-1, 4)
     visible = pixels[pixels[:, 3] > 128][:, :3] / 255
     if len(visible) < 100:
@@ -222,7 +219,7 @@ def dominant_colour(rgba: PILImage.Image) -> str | None:
 
 
 def colour_name(red: float, green: float, blue: float) -> str:
-    """The everyday name of a colour, components in [0, 1]."""
+    """Return the everyday name of a colour with components in [0, 1]; dark orange and red are brown."""
     hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
     if value < 0.22:
         return "black"
@@ -235,98 +232,102 @@ def colour_name(red: float, green: float, blue: float) -> str:
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
-# Each task takes its picture from the stream first, so that with one seed all tasks show the same pictures, and those
-# are encoded once. `augmented` 0 shows the pictures as they are.
+# Each task first draws its picture from the generator, so that with one seed all tasks show the same pictures, and those
+# are encoded once. `augmented` 0 leaves the pictures unchanged.
 
 
-def show(entry: Emoji, stream: random.Random, augmented: int) -> Image:
-    return Image(augment(entry, stream) if augmented else entry.picture)
+def picture_part(entry: Emoji, rng: random.Random, augmented: int) -> Image:
+    return Image(augment(entry, rng) if augmented else entry.picture)
 
 
-def ask(*content: Part) -> Message:
+def user_message(*content: Part) -> Message:
     return Message("user", Document(content))
 
 
-def reply(*content: Part) -> Message:
+def assistant_message(*content: Part) -> Message:
     return Message("assistant", Document(content))
 
 
 def pairs(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Document]:
-    """Pictures with captions; one in ten has no caption, so that the model also learns pictures alone."""
-    for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = show(entry, stream, augmented)
-        yield Document((picture,) if stream.random() < 0.1 else (picture, Text(entry.caption)))
+    """Yield pictures with captions; one in ten has no caption, so that the model also learns pictures alone."""
+    for entry, rng in sample_by_concept(emoji, per_concept, seed):
+        picture = picture_part(entry, rng, augmented)
+        yield Document((picture,) if rng.random() < 0.1 else (picture, Text(entry.caption)))
 
 
 def captioning(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
-    """A picture, answered by its caption."""
-    for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        yield Conversation((ask(show(entry, stream, augmented)), reply(Text(entry.caption))))
+    """Yield a picture as the prompt, and its caption as the answer."""
+    for entry, rng in sample_by_concept(emoji, per_concept, seed):
+        picture = picture_part(entry, rng, augmented)
+        yield Conversation((user_message(picture), assistant_message(Text(entry.caption))))
 
 
 def answering(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
-    """Questions about one picture in one conversation, as LLaVA-1.5 (arXiv 2310.03744) lays out its VQA data.
+    """Yield questions about one picture as one conversation, the format of LLaVA-1.5's VQA data (arXiv 2310.03744).
 
-    The order is random, so that each kind of question is also met without answers before it. The name comes last if at
-    all: it would give the others away.
+    Their order is random, so that each kind of question also occurs without others before it. The name comes last, if at
+    all, since it would give the other answers away.
     """
-    for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = show(entry, stream, augmented)
-        asked = questions(entry, stream)
-        name, rest = asked[0], asked[1:]
-        stream.shuffle(rest)
-        if stream.random() < 0.25:
-            rest = [*rest, name] if stream.random() < 0.5 else [name]
+    for entry, rng in sample_by_concept(emoji, per_concept, seed):
+        picture = picture_part(entry, rng, augmented)
+        name_question, *others = questions(entry, rng)
+        rng.shuffle(others)
+        if rng.random() < 0.25:
+            others = [*others, name_question] if rng.random() < 0.5 else [name_question]
         messages = []
-        for number, question in enumerate(rest):
-            content = (picture, Text(question.question)) if number == 0 else (Text(question.question),)
-            messages += [ask(*content), reply(Text(question.answer))]
+        for index, question in enumerate(others):
+            content = (picture, Text(question.question)) if index == 0 else (Text(question.question),)
+            messages += [user_message(*content), assistant_message(Text(question.answer))]
         yield Conversation(tuple(messages))
 
 
 def drawing(emoji: Sequence[Emoji], per_concept: int, seed: int, augmented: int = 1) -> Iterator[Conversation]:
-    """A caption, in a quarter of the cases with the style, answered by the picture; one in ten prompts is empty."""
-    for entry, stream in draw_by_concept(emoji, per_concept, seed):
-        picture = show(entry, stream, augmented)
+    """Yield a caption as the prompt, in a quarter of the cases with the style, and the picture as the answer.
+
+    One prompt in ten is empty, for classifier-free guidance.
+    """
+    for entry, rng in sample_by_concept(emoji, per_concept, seed):
+        picture = picture_part(entry, rng, augmented)
         prompt = entry.caption
-        if stream.random() < 0.25:
+        if rng.random() < 0.25:
             prompt = f"{prompt}, {entry.style} style"
-        content = () if stream.random() < 0.1 else (Text(prompt),)
-        yield Conversation((ask(*content), reply(picture)))
+        content = () if rng.random() < 0.1 else (Text(prompt),)
+        yield Conversation((user_message(*content), assistant_message(picture)))
 
 
 def words(split: str, seed: int = 0) -> Iterator[Document]:
-    """Names and tags of emoji in twelve languages, a line each. Validation holds every 20th emoji."""
+    """Yield names and tags of emoji in twelve languages, one language a line. Every 20th emoji is for validation."""
     with gzip.open(EMBEDDED / "words.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if (number % 20 == 0) != (split == "validation"):
+        for line_index, line in enumerate(lines):
+            if (line_index % 20 == 0) != (split == "validation"):
                 continue
-            row = json.loads(line)["words"]
-            languages = sorted(row)
-            random.Random(f"{seed} {number}").shuffle(languages)
+            words_of = json.loads(line)["words"]
+            languages = sorted(words_of)
+            random.Random(f"{seed} {line_index}").shuffle(languages)
             for start in range(0, len(languages), 3):
-                text = "\n".join(f"{code}: {', '.join(row[code])}" for code in languages[start : start + 3])
+                shown = languages[start : start + 3]
+                text = "\n".join(f"{language}: {', '.join(words_of[language])}" for language in shown)
                 yield Document((Text(text),))
 
 
 def code(split: str, limit_bytes: int | None = None) -> Iterator[Document]:
-    """Modules of Python's standard library as text. Validation holds every 20th module, training the others."""
+    """Yield modules of Python's standard library as text. Every 20th module is for validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    taken = 0
+    bytes_read = 0
     paths = sorted(
         path
         for path in root.rglob("*.py")
         if not {"site-packages", "test", "tests", "idlelib"} & set(path.relative_to(root).parts)
     )
-    for number, path in enumerate(paths):
-        if (number % 20 == 0) != (split == "validation"):
+    for path_index, path in enumerate(paths):
+        if (path_index % 20 == 0) != (split == "validation"):
             continue
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if limit_bytes is not None and taken >= limit_bytes:
+        if limit_bytes is not None and bytes_read >= limit_bytes:
             return
-        taken += len(text.encode())
+        bytes_read += len(text.encode())
         if text:
             yield Document((Text(text),))

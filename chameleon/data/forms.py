@@ -1,22 +1,21 @@
-"""What a record says: the forms in which the field writes documents, captions and conversations, told apart by their keys.
+"""Forms of records: how datasets write documents, captions and conversations, told apart by their keys.
 
-A form is a function from a record to a document or conversation, entered in `FORMS` with the keys it needs; the first
-that fits is taken. Pictures are named relative to the file's folder, or to a folder that is given.
+A form is a function from a record to a document or conversation, listed in `FORMS` with the keys it needs; the first that
+matches is used. Paths of images are relative to the file's folder, or to a folder that is given.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chameleon.document import Conversation, Document, Image, Message, Part, Role, Text, from_json, unicode
+from chameleon.document import Conversation, Document, Image, Message, Part, Role, Text, check_unicode, from_json
 from chameleon.errors import BadInput
 
 PLACEHOLDER = "<image>"
-"""Where a picture stands in the text of LLaVA's conversations."""
+"""Stands for an image in the text of LLaVA's conversations."""
 SPEAKERS: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -29,122 +28,141 @@ CAPTION_KEYS = ("caption", "text", "sentence", "title", "alt_text", "prompt")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a record lies: how messages name it, and the folder that its pictures are named from."""
+class RecordContext:
+    """Where a record is: how messages name it, and the folder that its image paths are relative to."""
 
     key: str
     folder: Path
+    allow_paths: bool = False
+    """Whether images outside the folder may be named."""
 
     def error(self, what: str) -> BadInput:
         return BadInput(what, where=self.key)
 
     def text(self, value: Any, name: str) -> str:
+        """Return a field that must be a text."""
         if not isinstance(value, str):
-            raise self.error(f"{name} is no text")
-        return unicode(value, self.key)
+            raise self.error(f"{name} is not a text")
+        return check_unicode(value, self.key)
 
-    def picture(self, value: Any, name: str) -> Image:
-        """A picture given as a path, a `data:` URL, bytes, or Hugging Face's `{"bytes": …, "path": …}`."""
+    def image(self, value: Any, name: str) -> Image:
+        """Return an image given as a path, a `data:` URL, bytes, or Hugging Face's `{"bytes": …, "path": …}`."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return Image(as_data_url(value))
+            return Image(value)
         if not isinstance(value, str) or not value:
-            raise self.error(f"{name} is no picture")
+            raise self.error(f"{name} is not an image")
         if value.startswith(("http://", "https://")):
-            raise self.error(f"{name} is an address; pictures have to be downloaded first")
-        return Image(value if value.startswith("data:") else self.folder / value)
+            raise self.error(f"{name} is a URL; images have to be downloaded first")
+        return Image(value) if value.startswith("data:") else Image(self.checked_path(self.folder / value))
+
+    def checked_path(self, path: Path) -> Path:
+        """Return the path. Raise `BadInput` where it leaves the folder and that is not allowed."""
+        try:
+            is_inside = self.allow_paths or path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name that is too long, a loop of links
+            raise self.error(f"not a path ({error})") from None
+        if not is_inside:
+            raise BadInput(
+                f"names an image outside {self.folder}: {path}", where=self.key, remedy="--allow-paths permits that"
+            )
+        return path
+
+    def checked_content(self, content: Document | Conversation) -> Document | Conversation:
+        """Return a document or conversation. Raise `BadInput` where one of its image paths leaves the folder."""
+        documents = [content] if isinstance(content, Document) else [message.content for message in content.messages]
+        for image in (image for document in documents for image in document.images):
+            if isinstance(image, Path) or (isinstance(image, str) and not image.startswith("data:")):
+                self.checked_path(Path(image))
+        return content
 
 
-def as_data_url(data: bytes) -> str:
-    return "data:image/*;base64," + base64.b64encode(data).decode()
+def native_form(record: dict[str, Any], context: RecordContext) -> Document | Conversation:
+    """Read the project's own JSON form: `parts` or `messages`."""
+    return context.checked_content(from_json(record, where=context.key, folder=context.folder))
 
 
-def parts_form(record: dict[str, Any], place: Place) -> Document | Conversation:
-    """Our own JSON form: `parts` or `messages`."""
-    return from_json(record, where=place.key, folder=place.folder)
-
-
-def llava_form(record: dict[str, Any], place: Place) -> Conversation:
-    """LLaVA's: `conversations` of `{"from", "value"}` with `<image>` where the pictures of `image` stand."""
-    found = record.get("image") if record.get("image") is not None else record.get("images")
-    given = found if isinstance(found, list) else [] if found is None else [found]
-    pictures = [place.picture(value, "image") for value in given]
-    messages, used = [], 0
+def llava_form(record: dict[str, Any], context: RecordContext) -> Conversation:
+    """Read LLaVA's form: `conversations` of `{"from", "value"}`, with `<image>` for the images of `image`."""
+    value = record.get("image") if record.get("image") is not None else record.get("images")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    images = [context.image(value, "image") for value in values]
+    messages, num_used = [], 0
     if not isinstance(record["conversations"], list) or not record["conversations"]:
-        raise place.error("conversations is no list with entries")
+        raise context.error("conversations is not a list with entries")
     for entry in record["conversations"]:
         if not isinstance(entry, dict) or entry.get("from") not in SPEAKERS:
-            raise place.error('expected "from" (human or gpt) and "value" in conversations')
+            raise context.error('expected "from" (human or gpt) and "value" in conversations')
         parts: list[Part] = []
-        for number, piece in enumerate(place.text(entry.get("value"), "value").split(PLACEHOLDER)):
-            if number:
-                if used == len(pictures):
-                    raise place.error(f"more {PLACEHOLDER} than pictures")
-                parts.append(pictures[used])
-                used += 1
-            if piece.strip():
-                parts.append(Text(piece.strip()))
+        for index, text in enumerate(context.text(entry.get("value"), "value").split(PLACEHOLDER)):
+            if index:
+                if num_used == len(images):
+                    raise context.error(f"more {PLACEHOLDER} than images")
+                parts.append(images[num_used])
+                num_used += 1
+            if text.strip():
+                parts.append(Text(text.strip()))
         messages.append(Message(SPEAKERS[entry["from"]], Document(tuple(parts))))
-    if used < len(pictures):
-        raise place.error(f"{len(pictures)} pictures, but {used} {PLACEHOLDER}")
+    if num_used < len(images):
+        raise context.error(f"{len(images)} images, but {num_used} {PLACEHOLDER}")
     return Conversation(tuple(messages))
 
 
-def obelics_form(record: dict[str, Any], place: Place) -> Document:
-    """OBELICS': lists `texts` and `images` of one length, of which one has a value at each place."""
-    texts, pictures = record["texts"], record["images"]
-    if not isinstance(texts, list) or not isinstance(pictures, list) or len(texts) != len(pictures):
-        raise place.error("texts and images are no lists of one length")
+def obelics_form(record: dict[str, Any], context: RecordContext) -> Document:
+    """Read OBELICS' form: lists `texts` and `images` of equal length, one of which has a value at each index."""
+    texts, images = record["texts"], record["images"]
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        raise context.error("texts and images are not lists of equal length")
     parts: list[Part] = []
-    for text, picture in zip(texts, pictures, strict=True):
-        if text is not None and picture is not None:
-            raise place.error("a text and a picture at one place")
-        if picture is not None:
-            parts.append(place.picture(picture, "images"))
+    for text, image in zip(texts, images, strict=True):
+        if text is not None and image is not None:
+            raise context.error("a text and an image at the same index")
+        if image is not None:
+            parts.append(context.image(image, "images"))
         elif text is not None:
-            parts.append(Text(place.text(text, "texts")))
+            parts.append(Text(context.text(text, "texts")))
     return Document(tuple(parts))
 
 
-def mmc4_form(record: dict[str, Any], place: Place) -> Document:
-    """MMC4's: sentences in `text_list`; each of `image_info` goes before the sentence of `matched_text_index`."""
-    sentences, pictures = record["text_list"], record["image_info"]
-    if not isinstance(sentences, list) or not isinstance(pictures, list):
-        raise place.error("text_list and image_info are no lists")
-    before: dict[int, list[Part]] = {}
-    for entry in pictures:
-        number = entry.get("matched_text_index") if isinstance(entry, dict) else None
-        if type(number) is not int or not 0 <= number < len(sentences):
-            raise place.error("matched_text_index names no sentence")
-        before.setdefault(number, []).append(place.picture(entry.get("image_name"), "image_name"))
+def mmc4_form(record: dict[str, Any], context: RecordContext) -> Document:
+    """Read MMC4's form: sentences in `text_list`; each of `image_info` precedes the sentence `matched_text_index`."""
+    sentences, images = record["text_list"], record["image_info"]
+    if not isinstance(sentences, list) or not isinstance(images, list):
+        raise context.error("text_list and image_info are not lists")
+    images_before: dict[int, list[Part]] = {}
+    for entry in images:
+        index = entry.get("matched_text_index") if isinstance(entry, dict) else None
+        if type(index) is not int or not 0 <= index < len(sentences):
+            raise context.error("matched_text_index is not the index of a sentence")
+        images_before.setdefault(index, []).append(context.image(entry.get("image_name"), "image_name"))
     parts: list[Part] = []
-    for number, sentence in enumerate(sentences):
-        parts += before.get(number, [])
-        parts.append(Text(place.text(sentence, "text_list") + (" " if number + 1 < len(sentences) else "")))
+    for index, sentence in enumerate(sentences):
+        parts += images_before.get(index, [])
+        parts.append(Text(context.text(sentence, "text_list") + (" " if index + 1 < len(sentences) else "")))
     return Document(tuple(parts))
 
 
-def pair_form(record: dict[str, Any], place: Place) -> Document:
-    """A picture with a caption, under the names that people use."""
-    name = next(name for name in PICTURE_KEYS if record.get(name) is not None)
-    parts: list[Part] = [place.picture(record[name], name)]
-    caption = next((key for key in CAPTION_KEYS if record.get(key) is not None), None)
-    if caption is not None and (text := place.text(record[caption], caption).strip()):
-        parts.append(Text(text))
+def pair_form(record: dict[str, Any], context: RecordContext) -> Document:
+    """Read an image with a caption, under the usual names."""
+    image_key = next(key for key in PICTURE_KEYS if record.get(key) is not None)
+    parts: list[Part] = [context.image(record[image_key], image_key)]
+    caption_key = next((key for key in CAPTION_KEYS if record.get(key) is not None), None)
+    if caption_key is not None and (caption := context.text(record[caption_key], caption_key).strip()):
+        parts.append(Text(caption))
     return Document(tuple(parts))
 
 
-def text_form(record: dict[str, Any], place: Place) -> Document:
-    """Text or code alone: `text` or `content`."""
-    name = "text" if record.get("text") is not None else "content"
-    return Document((Text(place.text(record[name], name)),))
+def text_form(record: dict[str, Any], context: RecordContext) -> Document:
+    """Read text or code alone: `text` or `content`."""
+    key = "text" if record.get("text") is not None else "content"
+    return Document((Text(context.text(record[key], key)),))
 
 
-Form = Callable[[dict[str, Any], Place], Document | Conversation]
+Form = Callable[[dict[str, Any], RecordContext], Document | Conversation]
 FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
-    (("messages",), parts_form),
-    (("parts",), parts_form),
+    (("messages",), native_form),
+    (("parts",), native_form),
     (("conversations",), llava_form),
     (("texts", "images"), obelics_form),
     (("text_list", "image_info"), mmc4_form),
@@ -152,18 +170,18 @@ FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
     (("text",), text_form),
     (("content",), text_form),
 )
-"""The keys that tell a form, all of which must hold something, and the form; tried from the top."""
+"""(keys that must all have a value, form), tried in this order."""
 
 
-def content_of(record: Any, place: Place) -> Document | Conversation:
-    """The document or conversation of a record. Raises `BadInput` where it has no known form, or is empty."""
+def content_of(record: Any, context: RecordContext) -> Document | Conversation:
+    """Return the document or conversation of a record. Raise `BadInput` where it has no known form, or is empty."""
     if not isinstance(record, dict):
-        raise place.error("expected an object")
+        raise context.error("expected an object")
     for keys, form in FORMS:
         if all(record.get(key) is not None for key in keys):
-            content = form(record, place)
+            content = form(record, context)
             if isinstance(content, Document) and not content.images and not content.text:
-                raise place.error("neither picture nor text")
+                raise context.error("neither image nor text")
             return content
     known = ", ".join(dict.fromkeys(" and ".join(keys) for keys, _ in FORMS))
-    raise place.error(f"no known form; its keys are {', '.join(map(str, record)) or 'none'}, a form needs one of {known}")
+    raise context.error(f"unknown form; its keys are {', '.join(map(str, record)) or 'none'}, a form needs one of {known}")

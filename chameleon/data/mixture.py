@@ -1,8 +1,8 @@
-"""Which rows a training step sees: a pure function of (seed, step).
+"""The mixture: which packed rows a training step sees, as a pure function of (seed, step).
 
-Each source's rows are planned once and shuffled anew every epoch. A pattern of places, shuffled once, says which source
-each row of the run comes from, so the source and the place in it follow from the row's number alone. Resuming needs a step
-number and nothing else, and any number of devices sees the same global batches.
+The rows of each source are planned once and shuffled anew every epoch. A pattern of sources, shuffled once and repeated,
+determines which source each row of the run comes from, so that the source and the row within it follow from the row's index
+alone. Resuming needs a step number and nothing else, and any number of devices sees the same global batches.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon.data.index import Piece, RowIndex
-from chameleon.data.sources import braced
+from chameleon.data.index import RowIndex, Segment
+from chameleon.data.sources import expand_braces
 from chameleon.data.token_shards import TokenShard, open_shards
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import answer_mask
 from chameleon.vocabulary import Vocabulary
 
-PATTERN = 10_000
+PATTERN_LENGTH = 10_000
 
 
 @dataclass
@@ -34,18 +34,18 @@ class SourceConfig:
     """One source of a mixture."""
 
     shards: str
-    """Folder of token shards, or several in braces, `data/{pairs,texts}`: their documents then share rows."""
+    """Folder of token shards, or several in braces, `data/{pairs,texts}`, whose documents then share rows."""
     weight: float = 1.0
-    """Share of the tokens, relative to the other sources'; 0 where a later stage gives it one."""
+    """Share of the tokens, relative to the other sources; 0 where a later stage gives it one."""
     loss: Literal["all", "answers"] = "all"
-    """Which ids the loss is taken on."""
+    """Tokens on which the loss is taken."""
     swap_pairs: bool = True
-    """Put the text of a picture–text pair first in half of the cases, decided per sample and epoch (RECIPE 2.2)."""
+    """Put the text of an image–text pair first in half of the cases, by sample and epoch (arXiv 2405.09818, 2.2)."""
     name: str | None = None
-    """What stages call it; left out, the folder's name."""
+    """Name for stages and the log; by default that of the folder."""
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         return self.name or Path(self.shards).name
 
 
@@ -54,19 +54,19 @@ class StageConfig:
     """A part of training in which sources have other weights."""
 
     start: float
-    """Share of training at which it begins, above 0 and below 1."""
+    """Fraction of training at which it starts, above 0 and below 1."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Name of a source → its weight from here on; those left out keep theirs."""
+    """Name of a source → its weight from here on; other sources keep theirs."""
 
 
-class Rows(NamedTuple):
+class PackedBatch(NamedTuple):
     """Packed rows, each tensor [B, T]."""
 
-    ids: Tensor
-    """int64; `pad` where nothing is."""
+    input_ids: Tensor
+    """int64; `pad` in padding."""
     targets: Tensor
-    """int64: the next id of the same document."""
-    weights: Tensor
+    """int64: the next token of the same document."""
+    loss_weights: Tensor
     """float32: 1 where the loss is taken, else 0."""
     document_ids: Tensor
     """int64: which document of the row; padding is one of its own."""
@@ -74,243 +74,260 @@ class Rows(NamedTuple):
     """int64: position in the document."""
 
 
-M64 = (1 << 64) - 1
+# --- counter-based shuffling -----------------------------------------------------------------------------------------
+
+MASK_64 = (1 << 64) - 1
+FEISTEL_ROUNDS = 6
 
 
-def splitmix(*numbers: int) -> int:
-    """64 bits that look random, from integers: the finaliser of SplitMix64 over each in turn (Steele et al. 2014)."""
+def splitmix64(*values: int) -> int:
+    """Return 64 pseudo-random bits of integers: SplitMix64's finalizer over each in turn (Steele et al., 2014)."""
     state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & M64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & M64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & M64
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
         state ^= state >> 31
     return state
 
 
-ROUNDS = 6
+def permuted_index(index: int, count: int, key: int) -> int:
+    """Return element `index` of a pseudo-random permutation of 0 … count − 1 that `key` selects, without a list.
 
-
-def shuffled(place: int, count: int, key: int) -> int:
-    """What stands at `place` when 0 … count − 1 are shuffled by `key`, without a list of them.
-
-    A Feistel network on the least even number of bits, walked until it gives a number below `count` (Black and Rogaway,
-    Ciphers with Arbitrary Finite Domains, 2002).
+    A Feistel network on the least even number of bits, applied until the result is below `count` (cycle walking; Black and
+    Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+    half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
     while True:
-        left, right = place >> half, place & mask
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (splitmix(key, turn, right) & mask)
-        place = left << half | right
-        if place < count:
-            return place
+        left, right = index >> half_bits, index & mask
+        for round_index in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (splitmix64(key, round_index, right) & mask)
+        index = left << half_bits | right
+        if index < count:
+            return index
+
+
+# --- sources and stages ----------------------------------------------------------------------------------------------
 
 
 class PackedSource:
     """The documents of a source, packed into rows of the context length."""
 
-    def __init__(self, config: SourceConfig, context: int, vocabulary: Vocabulary, fingerprint: str | None) -> None:
-        self.config, self.context, self.vocabulary = config, context, vocabulary
+    def __init__(self, config: SourceConfig, context_length: int, vocabulary: Vocabulary, fingerprint: str | None) -> None:
+        self.config, self.context_length, self.vocabulary = config, context_length, vocabulary
         self.shards: list[TokenShard] = []
-        for folder in braced(config.shards):
+        for folder in expand_braces(config.shards):
             self.shards += open_shards(Path(folder), fingerprint)
-        self.index = RowIndex(self.shards, context, vocabulary.block_length)
+        self.index = RowIndex(self.shards, context_length, vocabulary.image_block_length)
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return len(self.index)
 
     @property
     def tokens_per_row(self) -> float:
-        """Targets that a row holds on average."""
-        return self.index.targets / len(self)
+        """Mean number of targets in a row."""
+        return self.index.num_targets / len(self)
 
-    def answers_by_modality(self) -> tuple[int, int]:
-        """How many ids of text and of image codes its answers hold; of documents, all their ids."""
-        part = "answers_by_modality" if self.config.loss == "answers" else "by_modality"
-        counts = [shard.description[part] for shard in self.shards]
+    def answer_tokens_by_modality(self) -> tuple[int, int]:
+        """Return the number of text tokens and of image codes in its answers; of documents, in all."""
+        key = "answers_by_modality" if self.config.loss == "answers" else "by_modality"
+        counts = [shard.description[key] for shard in self.shards]
         return sum(count.get("text", 0) for count in counts), sum(count.get("image", 0) for count in counts)
 
-    def swapped(self, ids: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-        """`bos picture text eos` as `bos text picture eos` in half of the cases; anything else as it is."""
-        v, block = self.vocabulary, self.vocabulary.block_length
-        if len(ids) <= block + 2 or ids[1] != v.boi or ids[-1] != v.eos or splitmix(*seed) & 1:
-            return ids
-        if not bool(v.is_text(torch.from_numpy(ids[1 + block : -1])).all()):
-            return ids
-        return np.concatenate((ids[:1], ids[1 + block : -1], ids[1 : 1 + block], ids[-1:]))
+    def maybe_swap(self, token_ids: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+        """Return `bos image text eos` as `bos text image eos` in half of the cases; other documents unchanged."""
+        v, block_length = self.vocabulary, self.vocabulary.image_block_length
+        is_pair = len(token_ids) > block_length + 2 and token_ids[1] == v.boi and token_ids[-1] == v.eos
+        if not is_pair or splitmix64(*seed) & 1:
+            return token_ids
+        image, text = token_ids[1 : 1 + block_length], token_ids[1 + block_length : -1]
+        if not bool(v.is_text(torch.from_numpy(text)).all()):
+            return token_ids
+        return np.concatenate((token_ids[:1], text, image, token_ids[-1:]))
 
-    def piece(self, piece: Piece, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray | float]:
-        """Ids int64 [size + 1] of a piece, and the loss's weight of each but the first."""
-        number, within = self.index.shard_of(piece.document)
-        shard = self.shards[number]
+    def read_segment(self, segment: Segment, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray | float]:
+        """Return token ids int64 [size + 1] of a segment, and the loss weight of each but the first."""
+        shard_index, document = self.index.locate_document(segment.document)
+        shard = self.shards[shard_index]
         variant = epoch % shard.variants
-        end = piece.start + piece.size + 1
+        end = segment.start + segment.size + 1
         if self.config.loss == "answers":
-            whole = shard.stretch(within, variant=variant)  # where its answers lie is told by what came before
-            mask = answer_mask(whole, self.vocabulary)
-            return whole[piece.start : end], mask[piece.start + 1 : end]
-        ids = shard.stretch(within, piece.start, end, variant)
-        if self.config.swap_pairs and piece.start == 0:
-            ids = self.swapped(ids, (seed, epoch, piece.document))
-        return ids, 1.0
+            all_ids = shard.read(document, variant=variant)  # what is an answer depends on the tokens before it
+            mask = answer_mask(all_ids, self.vocabulary)
+            return all_ids[segment.start : end], mask[segment.start + 1 : end]
+        token_ids = shard.read(document, segment.start, end, variant)
+        if self.config.swap_pairs and segment.start == 0:
+            token_ids = self.maybe_swap(token_ids, (seed, epoch, segment.document))
+        return token_ids, 1.0
 
-    def row(self, number: int, epoch: int, seed: int) -> Rows:
-        """Row `number`, each tensor [T]. `seed` and `epoch` decide the order within pairs; `epoch` the view of pictures."""
-        v, context = self.vocabulary, self.context
-        ids, targets = (np.full(context, v.pad) for _ in range(2))
-        weights = np.zeros(context, dtype=np.float32)
-        document_ids, positions = (np.zeros(context, dtype=np.int64) for _ in range(2))
-        place = order = 0
-        for order, piece in enumerate(self.index[number], 1):
-            values, loss = self.piece(piece, epoch, seed)
-            end = place + piece.size
-            ids[place:end], targets[place:end] = values[:-1], values[1:]
-            weights[place:end] = loss
-            document_ids[place:end] = order - 1
-            positions[place:end] = np.arange(piece.size)
-            place = end
-        document_ids[place:] = order
-        positions[place:] = np.arange(context - place)
-        return Rows(*map(torch.from_numpy, (ids, targets, weights, document_ids, positions)))
+    def row(self, row_index: int, epoch: int, seed: int) -> PackedBatch:
+        """Return one row, each tensor [T].
+
+        `seed` and `epoch` determine the order within pairs; `epoch` selects the views of pictures.
+        """
+        v, context_length = self.vocabulary, self.context_length
+        input_ids, targets = (np.full(context_length, v.pad) for _ in range(2))
+        loss_weights = np.zeros(context_length, dtype=np.float32)
+        document_ids, positions = (np.zeros(context_length, dtype=np.int64) for _ in range(2))
+        segments = self.index[row_index]
+        start = 0
+        for document_id, segment in enumerate(segments):
+            token_ids, weights = self.read_segment(segment, epoch, seed)
+            end = start + segment.size
+            input_ids[start:end], targets[start:end] = token_ids[:-1], token_ids[1:]
+            loss_weights[start:end] = weights
+            document_ids[start:end] = document_id
+            positions[start:end] = np.arange(segment.size)
+            start = end
+        document_ids[start:] = len(segments)
+        positions[start:] = np.arange(context_length - start)
+        return PackedBatch(*map(torch.from_numpy, (input_ids, targets, loss_weights, document_ids, positions)))
 
 
 class Stage:
-    """Rows of the run from `first` on, over which sources have one set of shares."""
+    """The rows of the run from `first_row` on, over which the sources' shares are constant."""
 
-    def __init__(self, first: int, shares: np.ndarray, drawn: np.ndarray, seed: int) -> None:
-        """`shares` [sources] of the rows; `drawn` [sources]: rows that each has given before."""
-        self.first, self.drawn = first, drawn
-        self.counts = np.floor(shares * PATTERN).astype(np.int64)
-        for place in np.argsort(self.counts - shares * PATTERN, kind="stable")[: PATTERN - self.counts.sum()]:
-            self.counts[place] += 1
+    def __init__(self, first_row: int, shares: np.ndarray, drawn: np.ndarray, seed: int) -> None:
+        """shares: float [sources], of the rows. drawn: int64 [sources], rows that each source gave in earlier stages."""
+        self.first_row, self.drawn = first_row, drawn
+        self.counts = np.floor(shares * PATTERN_LENGTH).astype(np.int64)
+        """Rows of each source in one pattern; what is left over goes to those that rounding down cost most."""
+        order = np.argsort(self.counts - shares * PATTERN_LENGTH, kind="stable")
+        for source in order[: PATTERN_LENGTH - self.counts.sum()]:
+            self.counts[source] += 1
         self.pattern = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(shares)), self.counts))
-        hits = self.pattern[:, None] == np.arange(len(shares))
-        self.before = np.concatenate((np.zeros((1, len(shares)), int), np.cumsum(hits, axis=0)))
+        is_source = self.pattern[:, None] == np.arange(len(shares))
+        self.drawn_in_pattern = np.concatenate((np.zeros((1, len(shares)), int), np.cumsum(is_source, axis=0)))
 
-    def drawn_until(self, number: int) -> np.ndarray:
-        """Rows that each source has given before row `number` of the run: int64 [sources]."""
-        block, place = divmod(number - self.first, PATTERN)
-        return self.drawn + block * self.counts + self.before[place]
+    def drawn_before(self, row: int) -> np.ndarray:
+        """Return the number of rows that each source gives before row `row` of the run: int64 [sources]."""
+        repetition, position = divmod(row - self.first_row, PATTERN_LENGTH)
+        return self.drawn + repetition * self.counts + self.drawn_in_pattern[position]
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """(source, how many rows it has given before) of row `number` of the run."""
-        block, place = divmod(number - self.first, PATTERN)
-        source = int(self.pattern[place])
-        return source, int(self.drawn[source] + block * self.counts[source] + self.before[place, source])
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return (source, rows that it gives before) of row `row` of the run."""
+        repetition, position = divmod(row - self.first_row, PATTERN_LENGTH)
+        source = int(self.pattern[position])
+        before = self.drawn[source] + repetition * self.counts[source] + self.drawn_in_pattern[position, source]
+        return source, int(before)
 
 
 class Mixture:
-    """Batches of rows from several sources by weight."""
+    """Batches of packed rows from several sources by weight."""
 
     def __init__(
         self,
         sources: Sequence[SourceConfig],
         *,
-        context: int,
-        rows: int,
+        context_length: int,
+        global_batch_size: int,
         seed: int,
         vocabulary: Vocabulary,
         fingerprint: str | None = None,
         stages: Sequence[StageConfig] = (),
-        steps: int = 0,
+        max_steps: int = 0,
         balance_modalities: bool = False,
     ) -> None:
-        """`rows`: rows a step, over all devices; `steps`: of the whole run, which `stages` are shares of.
+        """max_steps: of the run, of which `stages` start at fractions.
 
-        `balance_modalities`: sources whose answers are mostly image codes get half of the tokens together and the others
-        the other half, each in the ratio of their weights. Raises `BadInput` for shards of other tokenizers, two sources
-        of one name, and weights or stages that make no sense.
+        balance_modalities: sources whose answers are mostly image codes get half of the tokens together, the others the
+        other half, each in the ratio of their weights. Raises `BadInput` for shards of other tokenizers, two sources of one
+        name, and invalid weights or stages.
         """
         weights = stage_weights(sources, stages)
-        self.sources = [PackedSource(source, context, vocabulary, fingerprint) for source in sources]
-        self.rows, self.seed = rows, seed
+        self.sources = [PackedSource(source, context_length, vocabulary, fingerprint) for source in sources]
+        self.global_batch_size, self.seed = global_batch_size, seed
         if balance_modalities:
-            weights = [self.balanced(row) for row in weights]
-        per_row = np.array([source.tokens_per_row for source in self.sources])
+            weights = [self.balance(stage) for stage in weights]
+        tokens_per_row = np.array([source.tokens_per_row for source in self.sources])
         self.stages: list[Stage] = []
-        for start, row in zip((0.0, *(stage.start for stage in stages)), weights, strict=True):
-            first = round(start * steps) * rows
-            drawn = self.stages[-1].drawn_until(first) if self.stages else np.zeros(len(row), dtype=np.int64)
-            shares = row / per_row
-            stage = Stage(first, shares / shares.sum(), drawn, seed)
-            for source, weight, count in zip(sources, row, stage.counts, strict=True):
+        for start, of_stage in zip((0.0, *(stage.start for stage in stages)), weights, strict=True):
+            first_row = round(start * max_steps) * global_batch_size
+            no_rows = np.zeros(len(of_stage), dtype=np.int64)
+            drawn = self.stages[-1].drawn_before(first_row) if self.stages else no_rows
+            shares = of_stage / tokens_per_row
+            stage = Stage(first_row, shares / shares.sum(), drawn, seed)
+            for source, weight, count in zip(sources, of_stage, stage.counts, strict=True):
                 if weight > 0 and count == 0:
                     raise BadInput(
-                        f"its weight gives {source.called} less than one row in {PATTERN}",
+                        f"its weight gives {source.display_name} less than one row in {PATTERN_LENGTH}",
                         where="mixture",
                         remedy="raise it",
                     )
             self.stages.append(stage)
-        self.stage_firsts = [stage.first for stage in self.stages]
+        self.first_rows = [stage.first_row for stage in self.stages]
 
-    def balanced(self, weights: np.ndarray) -> np.ndarray:
-        """Weights under which sources that draw have half of the tokens. Raises `BadInput` where only one kind is there."""
-        draws = np.array([image > text for text, image in (source.answers_by_modality() for source in self.sources)])
-        result = weights.copy()
-        for kind in (draws, ~draws):
+    def balance(self, weights: np.ndarray) -> np.ndarray:
+        """Return weights that give sources of images half of the tokens. Raise `BadInput` without both kinds of sources."""
+        counts = [source.answer_tokens_by_modality() for source in self.sources]
+        is_image = np.array([image > text for text, image in counts])
+        balanced = weights.copy()
+        for kind, name in ((is_image, "images"), (~is_image, "text")):
             if not weights[kind].sum() > 0:
                 raise BadInput(
-                    f"no source whose answers are mostly {'pictures' if kind is draws else 'text'}",
+                    f"no source whose answers are mostly {name}",
                     where="balance_modalities",
                     remedy="add one, or leave it out",
                 )
-            result[kind] /= weights[kind].sum()
-        return result
+            balanced[kind] /= weights[kind].sum()
+        return balanced
 
-    def locate(self, number: int) -> tuple[int, int, int]:
-        """(source, epoch, row of the source) of the run's row `number`."""
-        source, drawn = self.stages[bisect_right(self.stage_firsts, number) - 1].locate(number)
-        count = len(self.sources[source])
-        epoch, place = divmod(drawn, count)
-        return source, epoch, shuffled(place, count, splitmix(self.seed, source, epoch))
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """Return (source, epoch, row of the source) of row `row` of the run."""
+        source, drawn = self.stages[bisect_right(self.first_rows, row) - 1].locate(row)
+        num_rows = len(self.sources[source])
+        epoch, position = divmod(drawn, num_rows)
+        return source, epoch, permuted_index(position, num_rows, splitmix64(self.seed, source, epoch))
 
-    def check_parts(self, world: int) -> None:
-        """Raises `BadInput` where the rows do not divide by `world`: devices with fewer would leave the others waiting."""
-        if self.rows % world:
-            near = max(world, self.rows // world * world)
+    def check_divisible(self, world: int) -> None:
+        """Raise `BadInput` where the global batch size is not divisible by `world`: some devices would wait for others."""
+        batch_size = self.global_batch_size
+        if batch_size % world:
             raise BadInput(
-                f"rows {self.rows} do not divide by {world} devices", where="recipe.rows", remedy=f"{near} rows do"
+                f"global_batch_size {batch_size} is not divisible by {world} devices",
+                where="recipe.global_batch_size",
+                remedy=f"{max(world, batch_size // world * world)} is",
             )
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Rows:
-        """The rows of a step that fall to one of `world` devices, each tensor [rows / world, T]; see `check_parts`."""
-        self.check_parts(world)
-        chosen = []
-        for number in range(step * self.rows + rank, (step + 1) * self.rows, world):
-            source, epoch, row = self.locate(number)
-            chosen.append(self.sources[source].row(row, epoch, self.seed))
-        return Rows(*(torch.stack(column) for column in zip(*chosen, strict=True)))
+    def batch(self, batch_index: int, rank: int = 0, world: int = 1) -> PackedBatch:
+        """Return the part of a batch for one of `world` devices, each tensor [global_batch_size / world, T]."""
+        self.check_divisible(world)
+        first_row, end = batch_index * self.global_batch_size, (batch_index + 1) * self.global_batch_size
+        rows = []
+        for row in range(first_row + rank, end, world):
+            source, epoch, row_of_source = self.locate(row)
+            rows.append(self.sources[source].row(row_of_source, epoch, self.seed))
+        return PackedBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def stage_weights(sources: Sequence[SourceConfig], stages: Sequence[StageConfig]) -> list[np.ndarray]:
-    """Weights [sources] of each stage, the first being the sources' own. Raises `BadInput` for what makes no sense."""
-    names = [source.called for source in sources]
+    """Return the weights [sources] of each stage, the first one the sources' own. Raise `BadInput` for invalid ones."""
+    names = [source.display_name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise BadInput(f"two sources are called {name}", where="mixture", remedy="give them a name each")
+            raise BadInput(f"two sources are named {name}", where="mixture", remedy="give each a name of its own")
     if not sources:
         raise BadInput("no source", where="mixture")
-    rows = [{source.called: source.weight for source in sources}]
-    before = 0.0
+    weights = [{source.display_name: source.weight for source in sources}]
+    previous_start = 0.0
     for stage in stages:
-        if not before < stage.start < 1:
-            raise BadInput(f"stage starts at {stage.start}, expected rising shares above 0 and below 1", where="stages")
-        before = stage.start
+        if not previous_start < stage.start < 1:
+            raise BadInput(f"stage starts at {stage.start}, expected rising fractions between 0 and 1", where="stages")
+        previous_start = stage.start
         for name in stage.weights:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-                raise BadInput(f"no source {name}", where="stages", remedy=f"did you mean {near[0]}?")
-        rows.append({**rows[-1], **stage.weights})
-    for row in rows:
-        for name, weight in row.items():
+                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise BadInput(f"no source {name}", where="stages", remedy=f"did you mean {nearest}?")
+        weights.append({**weights[-1], **stage.weights})
+    for of_stage in weights:
+        for name, weight in of_stage.items():
             if not 0 <= weight < math.inf:
                 raise BadInput(f"weight of {name} is {weight}, expected a number of 0 or more", where="mixture")
-        if not sum(row.values()) > 0:
+        if not sum(of_stage.values()) > 0:
             raise BadInput("a mixture needs sources with positive weights", where="mixture")
     for name in names:
-        if not any(row[name] > 0 for row in rows):
-            raise BadInput(f"weight of {name} is 0 from first to last", where="mixture", remedy="leave it out")
-    return [np.array([row[name] for name in names], dtype=float) for row in rows]
+        if not any(of_stage[name] > 0 for of_stage in weights):
+            raise BadInput(f"weight of {name} is 0 in all stages", where="mixture", remedy="leave it out")
+    return [np.array([of_stage[name] for name in names], dtype=float) for of_stage in weights]

@@ -1,10 +1,10 @@
-"""Packing documents into rows of the context length.
+"""Packing of documents into rows of the context length.
 
-Documents are cut only where they exceed the context, and never inside a picture. Best fit by falling length leaves
-little unfilled. Nothing looks across documents in a row, so which ones share it does not matter to the model.
+Documents are only split where they exceed the context length, and never inside an image. Best-fit decreasing leaves little
+padding. Attention does not cross documents, so it does not matter to the model which ones share a row.
 
-Rows are planned from how many items there are of each length alone: a plan takes a moment for any number of items, and
-little memory.
+Rows are planned from the number of items of each length alone, so a plan takes little time and memory for any number of
+items.
 """
 
 from __future__ import annotations
@@ -17,95 +17,106 @@ import numpy as np
 from chameleon.errors import BadInput
 
 
-class Cuts(NamedTuple):
-    """Stretches of documents, int64 [stretches] each."""
+class Segments(NamedTuple):
+    """Segments of documents, int64 [segments] each."""
 
     document: np.ndarray
-    """Which of the given documents."""
+    """Index among the given documents."""
     start: np.ndarray
-    """The id that is the first input, counted from the document's start."""
+    """The token that is the first input, counted from the document's start."""
     size: np.ndarray
-    """How many targets: ids start + 1 … start + size."""
+    """Number of targets: tokens start + 1 … start + size."""
 
 
-def cut(starts: np.ndarray, ends: np.ndarray, pictures: np.ndarray, block: int, context: int) -> Cuts:
-    """Stretches of at most `context` targets that make up documents, each as long as it may be.
+def split_long_documents(
+    starts: np.ndarray, ends: np.ndarray, image_starts: np.ndarray, image_block_length: int, context_length: int
+) -> Segments:
+    """Split documents into segments of at most `context_length` targets, each as long as possible.
 
-    A document's ids are starts[i] … ends[i] of one file, int64 [documents]; `pictures`, int64, rising, is where in it
-    pictures start, each of `block` ids, none of which is parted: the stretch ends before it. A later stretch begins with
-    the last id of the one before, so that each id but a document's first is a target once. Raises `BadInput` where a
-    picture does not fit the context.
+    Document i is tokens starts[i] … ends[i] of one file, int64 [documents]. `image_starts`, int64, ascending, is where
+    images of `image_block_length` tokens start in the file; none of them is split: the segment ends before it. Each later
+    segment starts with the last token of the one before, so that every token except a document's first is a target once.
+    Raises `BadInput` where an image does not fit the context length.
     """
-    if len(pictures) and block > context:
-        raise BadInput(f"a picture takes {block} ids, the context is {context}", where="packing", remedy="raise it")
-    which = np.flatnonzero(ends - starts > 1)
-    first, last = starts[which], ends[which] - 1  # ids that the stretch under way begins with, and the final one
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    while len(which):
-        end = np.minimum(first + context, last)
-        if len(pictures):
-            place = np.searchsorted(pictures, end, side="right") - 1
-            before = pictures[np.maximum(place, 0)]
-            parted = (end < last) & (place >= 0) & (before > first) & (end < before + block - 1)
-            end = np.where(parted, before - 1, end)
-        found.append((which, first - starts[which], end - first))
-        rest = end < last
-        which, first, last = which[rest], end[rest], last[rest]
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)] if found else [np.empty(0, np.int64)] * 3
+    if len(image_starts) and image_block_length > context_length:
+        raise BadInput(
+            f"an image takes {image_block_length} tokens, context_length is {context_length}",
+            where="packing",
+            remedy="raise it",
+        )
+    document = np.flatnonzero(ends - starts > 1)
+    first, last = starts[document], ends[document] - 1  # first token of the current segment, and the document's last
+    columns_of_rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while len(document):
+        end = np.minimum(first + context_length, last)
+        if len(image_starts):
+            image = np.searchsorted(image_starts, end, side="right") - 1
+            image_start = image_starts[np.maximum(image, 0)]
+            is_inside = (image_start > first) & (end < image_start + image_block_length - 1)
+            is_split = (end < last) & (image >= 0) & is_inside
+            end = np.where(is_split, image_start - 1, end)
+        columns_of_rounds.append((document, first - starts[document], end - first))
+        unfinished = end < last
+        document, first, last = document[unfinished], end[unfinished], last[unfinished]
+    if not columns_of_rounds:
+        return Segments(*[np.empty(0, np.int64)] * 3)
+    columns = [np.concatenate(column) for column in zip(*columns_of_rounds, strict=True)]
     by_document = np.argsort(columns[0], kind="stable")
-    return Cuts(*(column[by_document] for column in columns))
+    return Segments(*(column[by_document] for column in columns))
 
 
-class Stack(NamedTuple):
-    """Items of one length in rows that are alike: row j holds `each` items, `first + j·each …` of those of this length."""
+class ItemRun(NamedTuple):
+    """Items of one length in a group of rows: row j has `per_row` items, from item `first` + j · `per_row` on."""
 
     length: int
-    each: int
+    per_row: int
     first: int
 
 
 @dataclass
-class Alike:
-    """Rows that hold the same lengths."""
+class RowGroup:
+    """Rows that have items of the same lengths."""
 
-    stacks: tuple[Stack, ...]
-    rows: int
+    item_runs: tuple[ItemRun, ...]
+    num_rows: int
 
 
-def pack(counts: np.ndarray, context: int) -> list[Alike]:
-    """Rows for counts[l] items of each length l, int64 [context + 1]: best fit by falling length, many items at a time.
+def pack(counts: np.ndarray, context_length: int) -> list[RowGroup]:
+    """Pack counts[l] items of each length l, int64 [context_length + 1], into rows by best-fit decreasing.
 
-    As many rows as if each item were put by itself into the fullest row that has room for it: the rows of one room are
-    filled together, each with as many items of the length as that rule would put in it before it turns to another.
+    The number of rows is that of putting one item after the other into the fullest row with room for it: all rows with the
+    same free space are filled together, each with as many items as that rule would put into it in a row.
     """
-    if len(counts) != context + 1 or counts[0]:
-        raise BadInput(f"items longer than the context, {context}, or empty", where="packing")
-    full: list[Alike] = []
-    open_rows: dict[int, list[Alike]] = {}
-    rooms = 0  # bit r: some open row has room r
-    for length in range(context, 0, -1):
-        left, first = int(counts[length]), 0
-        while left:
-            fitting = rooms >> length
+    if len(counts) != context_length + 1 or counts[0]:
+        raise BadInput(f"items that are empty or longer than the context length, {context_length}", where="packing")
+    full: list[RowGroup] = []
+    open_groups: dict[int, list[RowGroup]] = {}
+    """Free space of a row → groups of rows with that much."""
+    free_spaces = 0
+    """Bit s is set if some open row has free space s."""
+    for length in range(context_length, 0, -1):
+        items_left, first = int(counts[length]), 0
+        while items_left:
+            fitting = free_spaces >> length
             if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                base = open_rows[room].pop()
+                space = length + (fitting & -fitting).bit_length() - 1
+                base = open_groups[space].pop()
             else:
-                room, base = context, Alike((), left)
-            each = min(room // length, left)
-            rows = min(base.rows, left // each)
-            taken = Alike((*base.stacks, Stack(length, each, first)), rows)
+                space, base = context_length, RowGroup((), items_left)
+            per_row = min(space // length, items_left)
+            num_rows = min(base.num_rows, items_left // per_row)
+            filled = RowGroup((*base.item_runs, ItemRun(length, per_row, first)), num_rows)
             if fitting:
-                if base.rows > rows:
-                    later = tuple(Stack(s.length, s.each, s.first + rows * s.each) for s in base.stacks)
-                    open_rows[room].append(Alike(later, base.rows - rows))
-                elif not open_rows[room]:
-                    rooms &= ~(1 << room)
-            first, left = first + rows * each, left - rows * each
-            over = room - each * length
-            if over:
-                open_rows.setdefault(over, []).append(taken)
-                rooms |= 1 << over
+                if base.num_rows > num_rows:
+                    later_runs = tuple(ItemRun(r.length, r.per_row, r.first + num_rows * r.per_row) for r in base.item_runs)
+                    open_groups[space].append(RowGroup(later_runs, base.num_rows - num_rows))
+                elif not open_groups[space]:
+                    free_spaces &= ~(1 << space)
+            first, items_left = first + num_rows * per_row, items_left - num_rows * per_row
+            space_left = space - per_row * length
+            if space_left:
+                open_groups.setdefault(space_left, []).append(filled)
+                free_spaces |= 1 << space_left
             else:
-                full.append(taken)
-    return full + [alike for room in sorted(open_rows) for alike in open_rows[room]]
+                full.append(filled)
+    return full + [group for space in sorted(open_groups) for group in open_groups[space]]

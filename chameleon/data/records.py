@@ -1,7 +1,7 @@
 """Files of records: JSON lines, JSON arrays, Parquet and CSV, plain or compressed, as an iterator of objects.
 
-What a record says is `forms.py`'s matter. A record that cannot be read is passed to `on_skip` and passed over; a file
-that ends in the middle is reported, and what came before is kept.
+What a record means is decided in `forms.py`. A record that cannot be read is passed to `on_skip`; of a truncated or damaged
+file, the records before the damage are read.
 """
 
 from __future__ import annotations
@@ -17,50 +17,56 @@ from typing import IO, Any
 import pyarrow
 from pyarrow import parquet
 
-from chameleon.data.webdataset import Skip
-from chameleon.document import unicode
+from chameleon.data.webdataset import SkipHandler
+from chameleon.document import check_unicode
 from chameleon.errors import BadInput
 
 Record = tuple[str, Any]
-"""How messages name it, and what it holds."""
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-DAMAGE = (EOFError, OSError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError)
-csv.field_size_limit(1 << 30)  # the library's own limit of 128 KiB is less than a text may have
-ROWS = 64  # of a Parquet file held at a time: a row may hold pictures
+"""How messages name the record, and its value."""
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+DAMAGE_ERRORS = (EOFError, OSError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError)
+MAX_LINE_BYTES = 64 << 20
+"""Longer lines are skipped, so that a damaged or malicious compressed file cannot fill the memory."""
+MAX_JSON_BYTES = 4 << 30
+"""A JSON array, or an annotation file, is read as a whole and may not be larger."""
+READ_BYTES = 1 << 20
+PARQUET_BATCH_ROWS = 64
+"""Rows of a Parquet file that are read at a time: each may contain images."""
+csv.field_size_limit(MAX_LINE_BYTES)  # the library's default of 128 KiB is less than a text may have
 
 
-def decode(data: bytes, where: object) -> str:
-    """UTF-8 bytes to text. Raises `BadInput` naming the first byte that is not."""
+def decode_utf8(data: bytes, where: object) -> str:
+    """Decode UTF-8. Raise `BadInput` that names the first invalid byte."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"not UTF-8 (byte {error.start})", where=where, remedy="convert it to UTF-8") from None
 
 
-def strict_json(text: str, where: object) -> Any:
-    """A JSON value. Raises `BadInput` for what JSON has not (NaN), for a key given twice, and for half surrogate pairs."""
+def parse_json(text: str, where: object) -> Any:
+    """Parse JSON strictly. Raise `BadInput` for NaN, for a repeated key, and for nesting that is too deep."""
 
-    def constant(name: str) -> Any:
-        raise BadInput(f"{name} is no JSON", where=where)
+    def refuse_constant(name: str) -> Any:
+        raise BadInput(f"{name} is not JSON", where=where)
 
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
             names = [name for name, _ in pairs]
-            double = next(name for name in names if names.count(name) > 1)
-            raise BadInput(f"key {double!r} is there twice", where=where)
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise BadInput(f"key {repeated!r} occurs twice", where=where)
         return value
 
     try:
-        return json.loads(text, parse_constant=constant, object_pairs_hook=object_of)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=build_object)
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})", where=where) from None
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed as its ending says."""
-    codec = COMPRESSED.get(path.suffix.lower())
+def open_decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed by its extension."""
+    codec = CODECS.get(path.suffix.lower())
     try:
         file: Any = pyarrow.input_stream(str(path), compression=codec)
     except FileNotFoundError:
@@ -69,126 +75,144 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def json_lines(path: Path, on_skip: Skip) -> Iterator[Record]:
-    """A value a line; empty lines are none."""
-    number = 0
-    with opened(path) as file:
-        for number, line in enumerate(lines_of(file), 1):
-            key = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield key, strict_json(decode(line, key), key)
-            except BadInput as error:
-                on_skip(key, error.reason)
+def read_json_lines(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Read one value a line; empty lines are ignored."""
+    with open_decompressed(path) as file:
+        for line_number, line in enumerate(split_lines(file), 1):
+            where = f"{path}, line {line_number}"
+            if line is None:
+                on_skip(where, f"over the limit of {MAX_LINE_BYTES >> 20} MiB")
+            elif line.strip():
+                try:
+                    yield where, parse_json(decode_utf8(line, where), where)
+                except BadInput as error:
+                    on_skip(where, error.reason)
 
 
-def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a stream that reads blocks alone; what came before damage is given first."""
-    rest: list[bytes] = []
-    while block := file.read(1 << 20):
+def split_lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines of a stream that is only read in blocks; None for a line longer than `MAX_LINE_BYTES`.
+
+    Lines before damage in the stream are yielded before the error is raised.
+    """
+    line: list[bytes] = []
+    length = 0
+    while block := file.read(READ_BYTES):
         first, *others = bytes(block).split(b"\n")
-        rest.append(first)
+        length += len(first)
+        if length <= MAX_LINE_BYTES:
+            line.append(first)
+        else:
+            line.clear()
         if others:
-            yield b"".join(rest)
+            yield b"".join(line) if length <= MAX_LINE_BYTES else None
             yield from others[:-1]
-            rest = [others[-1]]
-    if last := b"".join(rest):
+            line, length = [others[-1]], len(others[-1])
+    if length > MAX_LINE_BYTES:
+        yield None
+    elif last := b"".join(line):
         yield last
 
 
-def json_array(path: Path, on_skip: Skip) -> Iterator[Record]:
-    """The entries of one JSON array."""
-    value = json_file(path)
+def read_json_array(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Read the elements of one JSON array."""
+    value = read_json_file(path)
     if not isinstance(value, list):
         raise BadInput(
             "expected an array of records",
             where=path,
             remedy="for annotations of COCO or VQAv2 write coco:FILE or vqa:FILE",
         )
-    for number, entry in enumerate(value):
-        yield f"{path}, entry {number}", entry
+    for index, element in enumerate(value):
+        yield f"{path}, entry {index}", element
 
 
-def json_file(path: Path) -> Any:
-    """The value of a whole JSON file. Raises `BadInput` naming it."""
+def read_json_file(path: Path) -> Any:
+    """Return the value of a complete JSON file. Raise `BadInput` that names it."""
+    blocks, length = [], 0
     try:
-        with opened(path) as file:
-            return strict_json(decode(file.read(), path), path)
-    except DAMAGE as error:
+        with open_decompressed(path) as file:
+            while block := file.read(READ_BYTES):
+                blocks.append(bytes(block))
+                length += len(block)
+                if length > MAX_JSON_BYTES:
+                    limit = f"over the limit of {MAX_JSON_BYTES >> 20} MiB for one JSON value"
+                    raise BadInput(limit, where=path, remedy="convert it to JSON lines")
+            return parse_json(decode_utf8(b"".join(blocks), path), path)
+    except DAMAGE_ERRORS as error:
         raise BadInput(f"damaged file ({error})", where=path) from None
 
 
-def parquet_rows(path: Path, on_skip: Skip) -> Iterator[Record]:
-    """The rows of a Parquet file, some at a time; columns as Python values, pictures as `{"bytes": …}` perhaps."""
-    number = 0
+def read_parquet(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Read the rows of a Parquet file, some at a time, with columns as Python values (images may be `{"bytes": …}`)."""
+    row_index = 0
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=ROWS):
-            for place in range(len(batch)):
-                key = f"{path}, row {number}"
-                number += 1
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+            for index_in_batch in range(len(batch)):
+                where = f"{path}, row {row_index}"
+                row_index += 1
                 try:
-                    row = batch.slice(place, 1).to_pylist()[0]
+                    row = batch.slice(index_in_batch, 1).to_pylist()[0]
                 except UnicodeDecodeError as error:
-                    on_skip(key, f"not UTF-8 ({error.reason})")
+                    on_skip(where, f"not UTF-8 ({error.reason})")
                     continue
-                yield key, row
+                yield where, row
 
 
-def csv_rows(path: Path, on_skip: Skip) -> Iterator[Record]:
-    """The rows of a CSV or TSV file under its header; the delimiter is what the ending says."""
+def read_csv(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Read the rows of a CSV or TSV file with a header."""
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    with opened(path) as file:
-        # A row that is not UTF-8 is named when its fields are seen, so that those behind it are read.
-        lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines_of(file))
-        yield from csv_fields(csv.DictReader(lines, delimiter=delimiter, strict=True), path, on_skip)
+    with open_decompressed(path) as file:
+        # Invalid UTF-8 is reported when the fields of its row are checked, so that later rows are read.
+        lines = ((line or b"").decode("utf-8", "surrogateescape") + "\n" for line in split_lines(file))
+        yield from csv_rows(csv.DictReader(lines, delimiter=delimiter, strict=True), path, on_skip)
 
 
-def csv_fields(rows: csv.DictReader[str], path: Path, on_skip: Skip) -> Iterator[Record]:
+def csv_rows(reader: csv.DictReader[str], path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Yield the valid rows of a reader."""
     while True:
         try:
-            row = next(rows, None)
+            row = next(reader, None)
         except csv.Error as error:
-            on_skip(f"{path}, line {rows.line_num}", f"not CSV ({error})")
+            on_skip(f"{path}, line {reader.line_num}", f"not CSV ({error})")
             continue
         if row is None:
             return
-        key = f"{path}, line {rows.line_num}"
+        where = f"{path}, line {reader.line_num}"
         if None in row or None in row.values():
-            on_skip(key, "not as many fields as the header")
+            on_skip(where, "not as many fields as the header")
             continue
         try:
-            unicode("".join((*row, *row.values())), key)
+            check_unicode("".join((*row, *row.values())), where)
         except BadInput:
-            on_skip(key, "not UTF-8")
+            on_skip(where, "not UTF-8")
             continue
-        yield key, row
+        yield where, row
 
 
-FILES = {
-    "jsonl": (json_lines, (".jsonl", ".ndjson")),
-    "json": (json_array, (".json",)),
-    "parquet": (parquet_rows, (".parquet",)),
-    "csv": (csv_rows, (".csv", ".tsv")),
+RECORD_FILES = {
+    "jsonl": (read_json_lines, (".jsonl", ".ndjson")),
+    "json": (read_json_array, (".json",)),
+    "parquet": (read_parquet, (".parquet",)),
+    "csv": (read_csv, (".csv", ".tsv")),
 }
-"""Kind → its reader and endings, to which a compression's may be added."""
+"""Kind of file → its reader and extensions, to which that of a codec may be added."""
 
 
-def endings(kind: str) -> tuple[str, ...]:
-    """The endings of a kind's files, compressed ones too."""
-    plain = FILES[kind][1]
-    return plain if kind == "parquet" else plain + tuple(end + more for end in plain for more in COMPRESSED)
+def extensions(kind: str) -> tuple[str, ...]:
+    """Return the file extensions of a kind, those of compressed files included."""
+    plain = RECORD_FILES[kind][1]
+    return plain if kind == "parquet" else plain + tuple(extension + codec for extension in plain for codec in CODECS)
 
 
-def read_records(kind: str, path: Path, on_skip: Skip) -> Iterator[Record]:
-    """The records of a file. Raises `BadInput` where it is missing; damage is passed to `on_skip`."""
+def read_record_file(kind: str, path: Path, on_skip: SkipHandler) -> Iterator[Record]:
+    """Read the records of a file. Raise `BadInput` where it is missing; damage is passed to `on_skip`."""
     try:
-        yield from FILES[kind][0](path, on_skip)
+        yield from RECORD_FILES[kind][0](path, on_skip)
     except FileNotFoundError:
         raise BadInput("no such file", where=path) from None
     except BadInput as error:
         if not path.is_file():
             raise
         on_skip(str(path), error.reason)
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         on_skip(str(path), f"damaged file ({error})")

@@ -1,9 +1,9 @@
-"""Raw shards to token shards: what is done with each, and what is reported of all.
+"""Tokenisation of raw shards to token shards.
 
-A shard is one task, and what it becomes depends on nothing but its files, the tokenizers and `TokenizeOptions`: pictures
-go through the network in batches of the shard's own, in its order. So a run may be killed at any point; started again it
-makes what is missing, and the result is the same to the byte, whichever engine ran it on however many processes. (Other
-processors, or another number of threads, round otherwise, and where two codes are as near a code may differ.)
+A raw shard is one task, whose result depends on nothing but its files, the tokenizers and `TokenizeOptions`: pictures are
+encoded in batches of that shard alone, in its order. So a run may be killed at any point; started again it writes what is
+missing, and the result is the same to the byte, whichever engine ran it with however many processes. (On another processor
+or with another number of threads, products round differently, so a code may differ where two are equally near.)
 """
 
 from __future__ import annotations
@@ -31,90 +31,105 @@ import torch
 from PIL import Image as PILImage
 
 from chameleon.data import sources
-from chameleon.data.filters import ALL_SEEN, FILTERED, Filters, refusal
-from chameleon.data.sources import RawShard, Sample
+from chameleon.data.filters import ALL_DUPLICATES, FILTERED, Filters, reason_to_filter
+from chameleon.data.source_types import RawShard, Sample
 from chameleon.data.token_shards import DESCRIPTION, HASH_BYTES, PICTURES, TokenShard, write_shard
-from chameleon.errors import BadInput
-from chameleon.files import remove_left_over, write_json, written_into
-from chameleon.tokenizers.image import BATCH, picture_bytes, picture_hash, picture_size
-from chameleon.tokenizers.mixed import MixedTokenizer, Prepared, Preparer, View, turns_of
+from chameleon.errors import BadInput, check_seed
+from chameleon.files import atomic_update, remove_stale_partials, write_json
+from chameleon.tokenizers.image import BATCH_SIZE
+from chameleon.tokenizers.mixed import DocumentPreparer, MixedTokenizer, PreparedDocument, ViewFunction, split_turns
 
-EXAMPLES = 20  # skipped samples that a report names
-REASONS, OTHER_REASONS = 100, "other reasons"  # that a report counts apart: decoders put numbers into some of theirs
-CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH, 1 << 20  # of what is prepared and encoded together
-AHEAD = 2  # chunks that wait beside those that workers have in hand
+MAX_EXAMPLES = 20
+"""Skipped samples that a report names."""
+MAX_REASONS, OTHER_REASONS = 100, "other reasons"
+"""Reasons that a report counts separately; some decoders' messages contain numbers."""
+CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH_SIZE, 1 << 20
+"""Size of a chunk, which is prepared and encoded together."""
+CHUNKS_AHEAD = 2
+"""Chunks that wait besides those in the hands of workers."""
 
 
 @dataclass
 class TokenizeOptions:
-    """What decides, beside files and tokenizers, what a token shard holds."""
+    """What decides, besides files and tokenizers, the contents of a token shard."""
 
     filters: Filters = field(default_factory=Filters)
     variants: int = 1
-    """Views of each document's pictures: the first is as it is, the others are random crops; epoch e of a training run
+    """Views of each document's pictures: the first is unchanged, the others are random crops; epoch e of a training run
     sees view e modulo `variants`."""
     crop: float = 0.8
-    """The least share of a picture's sides that a crop shows."""
+    """The least fraction of a picture's sides that a crop shows."""
     mirror: bool = False
-    """Whether a crop may be mirrored; text in pictures, left and right are then not what captions say."""
+    """Whether a crop may be mirrored; captions are then wrong about text, left and right."""
     seed: int = 0
 
     def check(self) -> None:
-        """Raises `BadInput` for what makes no sense."""
+        """Raise `BadInput` for invalid values."""
         where = "options of tokenize"
         if self.variants < 1:
             raise BadInput(f"variants is {self.variants}, expected 1 or more", where=where)
         if not 0 < self.crop <= 1:
-            raise BadInput(f"crop is {self.crop}, expected a share above 0 and at most 1", where=where)
+            raise BadInput(f"crop is {self.crop}, expected a fraction above 0 and at most 1", where=where)
+        check_seed(self.seed, where)
         self.filters.check()
 
 
 @dataclass
 class Report:
-    """What tokenising did."""
+    """Counts of a tokenisation."""
 
     documents_in: int = 0
     documents_out: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many samples were passed over, by reason."""
+    """Number of skipped samples by reason."""
     examples: list[str] = field(default_factory=list)
     """The first skipped samples, by name."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """Ids written, by modality."""
+    """Tokens written, by modality."""
     pictures: int = 0
     """Pictures read."""
+    bytes_in: int = 0
+    """Size of the files that were read."""
+    unreadable_bytes: int = 0
+    """Bytes of damaged archives that could not be read, in which further samples may have been lost."""
     duplicate_share: float = 0.0
-    """What share of the pictures were there before, byte for byte; known once all shards are made."""
+    """Share of the pictures that are duplicates, byte for byte; known once all shards are written."""
     shards_made: int = 0
-    """Shards that this run made; the others were there."""
+    """Shards written by this run; the others existed."""
     others: list[str] = field(default_factory=list)
-    """Shards that lay in the folder before and were made of none of these sources; training on it reads them too."""
+    """Shards in the folder that belong to none of these sources; training on the folder reads them too."""
 
-    def skip(self, where: str, why: str) -> None:
+    def skip(self, where: str, reason: str, num_bytes: int = 0) -> None:
+        """Count a skipped sample, or a damaged place in an archive: a `SkipHandler`."""
         self.documents_in += 1
-        self.count_skipped(why, 1)
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why}")
+        self.unreadable_bytes += num_bytes
+        self.count_skipped(reason, 1)
+        if len(self.examples) < MAX_EXAMPLES:
+            lost = f" ({num_bytes} bytes could not be read)" if num_bytes else ""
+            self.examples.append(f"{where}: {reason}{lost}")
 
-    def count_skipped(self, why: str, count: int) -> None:
-        apart = why in self.skipped or len(self.skipped) < REASONS or why.startswith(FILTERED)
-        self.skipped[why if apart else OTHER_REASONS] += count
+    def count_skipped(self, reason: str, count: int) -> None:
+        is_separate = reason in self.skipped or len(self.skipped) < MAX_REASONS or reason.startswith(FILTERED)
+        self.skipped[reason if is_separate else OTHER_REASONS] += count
 
     @property
     def skipped_share(self) -> float:
-        """What share of the samples could not be used; those that filters were meant to leave out do not count."""
-        unusable = sum(count for why, count in self.skipped.items() if not why.startswith(FILTERED))
-        return unusable / max(1, self.documents_in)
+        """The share of the samples, or of the bytes where that is more, that could not be read; filtered ones are fine."""
+        unusable = sum(count for reason, count in self.skipped.items() if not reason.startswith(FILTERED))
+        lost_bytes = self.unreadable_bytes / max(1, self.bytes_in, self.unreadable_bytes)
+        return max(unusable / max(1, self.documents_in), lost_bytes)
 
     def add(self, other: Report) -> None:
-        """Adds another report's counts."""
+        """Add another report's counts."""
         self.documents_in += other.documents_in
         self.documents_out += other.documents_out
-        for why, count in other.skipped.items():
-            self.count_skipped(why, count)
+        for reason, count in other.skipped.items():
+            self.count_skipped(reason, count)
         self.tokens.update(other.tokens)
         self.pictures += other.pictures
-        self.examples = (self.examples + other.examples)[:EXAMPLES]
+        self.bytes_in += other.bytes_in
+        self.unreadable_bytes += other.unreadable_bytes
+        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
@@ -125,108 +140,121 @@ class Report:
 
 
 class Skipped(NamedTuple):
-    """A sample that is passed over."""
+    """A sample that is skipped."""
 
     where: str
-    why: str
+    reason: str
+    num_bytes: int = 0
+    """Bytes of a damaged archive that could not be read."""
 
 
 class Task(NamedTuple):
-    """A raw shard, where its token shard goes, and which of its samples are left out as duplicates."""
+    """A raw shard, the folder of its token shard, and its samples that are left out as duplicates."""
 
     raw: RawShard
     folder: Path
     source: dict[str, Any]
-    """What tells whether a token shard was made of this: the raw shard's identity and the options."""
+    """What decides whether a token shard is up to date: the raw shard's identity and the options."""
     duplicates: Mapping[int, Sequence[bytes]]
-    """Place of each sample to leave out in the raw shard → the hashes of its pictures."""
+    """Index of a sample to leave out → the hashes of its pictures."""
 
 
 class Status(NamedTuple):
-    """How far a run is."""
+    """The progress of a run."""
 
     shards: int
-    shards_in_all: int
+    total_shards: int
     documents: int
     """Documents written in this run."""
     pictures: int
     tokens: int
     skipped: int
     seconds: float
-    """Since the run began."""
-    left: float | None
-    """Seconds to go, by the size of the raw shards; None while none is done."""
+    """Since the start of the run."""
+    seconds_left: float | None
+    """Estimated by the size of the raw shards; None until one is done."""
 
 
-Watch = Callable[[Status], None]
+StatusCallback = Callable[[Status], None]
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
-def items_of(raw: RawShard) -> Iterator[Sample | Skipped]:
-    """What a raw shard holds, in order, what cannot be read in its place."""
+def read_items(raw: RawShard) -> Iterator[Sample | Skipped]:
+    """Yield the samples of a raw shard in order, and skipped ones in their place."""
     skipped: list[Skipped] = []
-    for sample in sources.read(raw, lambda where, why: skipped.append(Skipped(where, why))):
+
+    def on_skip(where: str, reason: str, num_bytes: int = 0) -> None:
+        skipped.append(Skipped(where, reason, num_bytes))
+
+    for sample in sources.read(raw, on_skip):
         yield from skipped
         skipped.clear()
         yield sample
     yield from skipped
 
 
-def chunks_of(task: Task, variants: int) -> Iterator[list[tuple[int, Sample | Skipped]]]:
-    """A task's samples with their places, some at a time; one chunk at least, that may be empty."""
-    chunk: list[tuple[int, Sample | Skipped]] = []
-    pictures = characters = 0
-    place = 0
-    for item in items_of(task.raw):
+Chunk = list[tuple[int, Sample | Skipped]]
+"""Samples with their index in the raw shard, skipped ones not counted."""
+
+
+def read_chunks(task: Task, variants: int) -> Iterator[Chunk]:
+    """Yield a task's samples in chunks; at least one chunk, which may be empty."""
+    chunk: Chunk = []
+    num_pictures = num_characters = 0
+    sample_index = 0
+    for item in read_items(task.raw):
         if isinstance(item, Sample):
-            more = (len(item.images) * variants, len(item.text))
-            if chunk and (pictures + more[0] > CHUNK_PICTURES or characters + more[1] > CHUNK_CHARACTERS):
+            pictures, characters = len(item.images) * variants, len(item.text)
+            is_full = num_pictures + pictures > CHUNK_PICTURES or num_characters + characters > CHUNK_CHARACTERS
+            if chunk and is_full:
                 yield chunk
-                chunk, pictures, characters = [], 0, 0
-            pictures, characters = pictures + more[0], characters + more[1]
-        chunk.append((place, item))
-        place += isinstance(item, Sample)
+                chunk, num_pictures, num_characters = [], 0, 0
+            num_pictures, num_characters = num_pictures + pictures, num_characters + characters
+        chunk.append((sample_index, item))
+        sample_index += isinstance(item, Sample)
         if len(chunk) == CHUNK_DOCUMENTS:
             yield chunk
-            chunk, pictures, characters = [], 0, 0
-    if chunk or place == 0:
+            chunk, num_pictures, num_characters = [], 0, 0
+    if chunk or sample_index == 0:
         yield chunk
 
 
-def view_of(options: TokenizeOptions, place: int) -> View:
-    """The views of a document's pictures: variant 0 as it is, others cropped as (seed, place, picture, variant) say."""
+def view_function(options: TokenizeOptions, sample_index: int) -> ViewFunction:
+    """Return the views of a document's pictures: variant 0 unchanged, others random crops by (seed, sample, variant)."""
 
-    def view(picture: PILImage.Image, number: int, variant: int) -> PILImage.Image:
+    def view(picture: PILImage.Image, picture_index: int, variant: int) -> PILImage.Image:
         if variant == 0:
             return picture
-        stream = random.Random(f"{options.seed} {place} {number} {variant}")
-        share = stream.uniform(options.crop, 1)
-        width, height = (max(1, round(side * share)) for side in picture.size)
-        left, top = stream.randint(0, picture.width - width), stream.randint(0, picture.height - height)
-        shown = picture.crop((left, top, left + width, top + height))
-        if options.mirror and stream.random() < 0.5:
-            shown = shown.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return shown
+        rng = random.Random(f"{options.seed} {sample_index} {picture_index} {variant}")
+        fraction = rng.uniform(options.crop, 1)
+        width, height = (max(1, round(side * fraction)) for side in picture.size)
+        left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
+        cropped = picture.crop((left, top, left + width, top + height))
+        if options.mirror and rng.random() < 0.5:
+            cropped = cropped.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        return cropped
 
     return view
 
 
 def prepare_chunk(
-    preparer: Preparer,
+    preparer: DocumentPreparer,
     options: TokenizeOptions,
     duplicates: Mapping[int, Sequence[bytes]],
-    chunk: Sequence[tuple[int, Sample | Skipped]],
-) -> list[Prepared | Skipped]:
-    """What can be done without the image tokenizer's network: filters, opening and fitting pictures, text to ids."""
-    result: list[Prepared | Skipped] = []
-    for place, item in chunk:
+    chunk: Chunk,
+) -> list[PreparedDocument | Skipped]:
+    """Do what does not need the image tokenizer's network: filters, reading and resizing pictures, text to token ids."""
+    result: list[PreparedDocument | Skipped] = []
+    for sample_index, item in chunk:
         if isinstance(item, Sample):
             try:
-                reason = ALL_SEEN if place in duplicates else refusal(item, options.filters)
+                is_duplicate = sample_index in duplicates
+                reason = ALL_DUPLICATES if is_duplicate else reason_to_filter(item, options.filters)
                 if reason is None:
-                    result.append(preparer.prepare(item.content, view_of(options, place), options.variants))
+                    view = view_function(options, sample_index)
+                    result.append(preparer.prepare(item.content, view, options.variants, item.image_files))
                     continue
             except BadInput as error:
                 reason = error.reason
@@ -235,60 +263,59 @@ def prepare_chunk(
     return result
 
 
-in_worker: dict[str, Any] = {}
-"""What a worker process was given when it started."""
+worker_state: dict[str, Any] = {}
+"""What a worker process got when it started."""
 
 
-def start_worker(preparer: Preparer, options: TokenizeOptions) -> None:
+def init_worker(preparer: DocumentPreparer, options: TokenizeOptions) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the process that gives the work, and it this one
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    in_worker.update(preparer=preparer, options=options)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent process, which ends this one
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    worker_state.update(preparer=preparer, options=options)
 
 
-def end_with_parent() -> None:
-    """Ends this process when the one that gives it work is gone, however it went."""
+def exit_with_parent() -> None:
+    """Exit when the parent process has ended, in whatever way."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def prepare_in_worker(
-    duplicates: Mapping[int, Sequence[bytes]], chunk: Sequence[tuple[int, Sample | Skipped]]
-) -> list[Prepared | Skipped]:
-    return prepare_chunk(in_worker["preparer"], in_worker["options"], duplicates, chunk)
+def prepare_in_worker(duplicates: Mapping[int, Sequence[bytes]], chunk: Chunk) -> list[PreparedDocument | Skipped]:
+    return prepare_chunk(worker_state["preparer"], worker_state["options"], duplicates, chunk)
 
 
 def prepared_chunks(
-    tasks: Sequence[Task], preparer: Preparer, options: TokenizeOptions, workers: int
-) -> Iterator[tuple[int, list[Prepared | Skipped]]]:
-    """The number of a task and a chunk of it, in order; worker processes run ahead, into further tasks too."""
-    if workers == 0:
-        for number, task in enumerate(tasks):
-            for chunk in chunks_of(task, options.variants):
-                yield number, prepare_chunk(preparer, options, task.duplicates, chunk)
+    tasks: Sequence[Task], preparer: DocumentPreparer, options: TokenizeOptions, num_workers: int
+) -> Iterator[tuple[int, list[PreparedDocument | Skipped]]]:
+    """Yield (index of a task, a prepared chunk of it) in order; worker processes run ahead, into further tasks too."""
+    if num_workers == 0:
+        for task_index, task in enumerate(tasks):
+            for chunk in read_chunks(task, options.variants):
+                yield task_index, prepare_chunk(preparer, options, task.duplicates, chunk)
         return
-    waiting: deque[tuple[int, Any]] = deque()
-    given = (preparer, options)
-    # Processes of their own, not forks: the library that multiplies matrices holds threads, which a fork would lose.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=given) as pool:
+    queue: deque[tuple[int, Any]] = deque()
+    # Spawned, not forked: a fork would lose the threads of the linear algebra library.
+    with ProcessPoolExecutor(
+        num_workers, get_context("spawn"), initializer=init_worker, initargs=(preparer, options)
+    ) as pool:
         try:
-            for number, task in enumerate(tasks):
-                for chunk in chunks_of(task, options.variants):
-                    known = {place: task.duplicates[place] for place, _ in chunk if place in task.duplicates}
-                    waiting.append((number, pool.submit(prepare_in_worker, known, chunk)))
-                    if len(waiting) > workers + AHEAD:
-                        done, future = waiting.popleft()
-                        yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
+            for task_index, task in enumerate(tasks):
+                for chunk in read_chunks(task, options.variants):
+                    duplicates = {index: task.duplicates[index] for index, _ in chunk if index in task.duplicates}
+                    queue.append((task_index, pool.submit(prepare_in_worker, duplicates, chunk)))
+                    if len(queue) > num_workers + CHUNKS_AHEAD:
+                        first_index, future = queue.popleft()
+                        yield first_index, future.result()
+            while queue:
+                first_index, future = queue.popleft()
+                yield first_index, future.result()
         except BrokenProcessPool:
             raise BadInput(
                 "a worker process died",
                 where="tokenize",
-                remedy="out of memory? take fewer --workers; started again, what is done is kept",
+                remedy="out of memory? use fewer --num-workers; completed shards are kept when you start again",
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -299,37 +326,38 @@ def make_shards(
     tokenizer: MixedTokenizer,
     options: TokenizeOptions,
     *,
-    workers: int = 0,
+    num_workers: int = 0,
     strict: bool = False,
     on_chunk: Callable[[Report], None] = lambda report: None,
 ) -> Iterator[Report]:
-    """Makes the token shard of each task, in order; its report comes when it is whole.
+    """Write the token shard of each task, in order, and yield its report when it is complete.
 
-    `workers` processes open pictures and split text while this one runs the network. `on_chunk` is called with the
-    report of the shard that is being made. Raises `BadInput` for the first sample that cannot be used if `strict`.
+    `num_workers` processes read pictures and encode text while this one runs the network. `on_chunk` is called with the
+    report of the shard in progress. Raises `BadInput` for the first sample that cannot be used if `strict`.
     """
     fingerprint, vocabulary = tokenizer.fingerprint, tokenizer.vocabulary
-    chunks = prepared_chunks(tasks, tokenizer.preparer, options, workers)
-    for number, group in groupby(chunks, key=itemgetter(0)):
-        task, report = tasks[number], Report()
-        tokenizer.image.forget()
+    chunks = prepared_chunks(tasks, tokenizer.preparer, options, num_workers)
+    for task_index, group in groupby(chunks, key=itemgetter(0)):
+        task = tasks[task_index]
+        report = Report(bytes_in=task.raw.num_bytes)
+        tokenizer.image.clear_cache()
         with write_shard(task.folder, fingerprint, vocabulary, variants=options.variants, source=task.source) as writer:
             for hashes in task.duplicates.values():
-                writer.add_pictures(hashes)
+                writer.add_picture_hashes(hashes)
                 report.pictures += len(hashes)
             for _, chunk in group:
-                made = [entry for entry in chunk if isinstance(entry, Prepared)]
-                for entry, ids in zip(made, tokenizer.finish(made), strict=True):
-                    writer.add(ids, entry.hashes)
-                    report.pictures += len(entry.hashes)
-                report.documents_in += len(made)
-                report.documents_out += len(made)
+                documents = [item for item in chunk if isinstance(item, PreparedDocument)]
+                for document, token_ids in zip(documents, tokenizer.insert_image_codes(documents), strict=True):
+                    writer.add(token_ids, document.hashes)
+                    report.pictures += len(document.hashes)
+                report.documents_in += len(documents)
+                report.documents_out += len(documents)
                 for item in chunk:
                     if isinstance(item, Skipped):
-                        if strict and not item.why.startswith(FILTERED):
-                            raise BadInput(item.why, where=item.where, remedy="repair or remove it")
+                        if strict and not item.reason.startswith(FILTERED):
+                            raise BadInput(item.reason, where=item.where, remedy="repair or remove it")
                         report.skip(*item)
-                report.tokens = Counter(writer.counts)
+                report.tokens = Counter(writer.token_counts)
                 on_chunk(report)
             writer.description["report"] = report.to_json()
         yield report
@@ -337,17 +365,24 @@ def make_shards(
 
 # --- all shards ------------------------------------------------------------------------------------------------------
 
-Engine = Callable[..., Iterator[tuple[int, Report]]]
-"""Makes the shards of tasks: (tasks, tokenizer, options, workers=, strict=, on_chunk=) → the number of each task when it is
-done, in any order, and its report. `on_chunk` is called now and then, with the report of what is under way where the engine
+TokenizeEngine = Callable[..., Iterator[tuple[int, Report]]]
+"""Writes the shards of tasks: (tasks, tokenizer, options, num_workers=, strict=, on_chunk=) → (index of a task, its report)
+when it is done, in any order. `on_chunk` is called now and then, with the report of the shard in progress where the engine
 knows it."""
 
 
-def local(
-    tasks: Sequence[Task], tokenizer: MixedTokenizer, options: TokenizeOptions, **more: Any
+def local_engine(
+    tasks: Sequence[Task],
+    tokenizer: MixedTokenizer,
+    options: TokenizeOptions,
+    *,
+    num_workers: int = 0,
+    strict: bool = False,
+    on_chunk: Callable[[Report], None] = lambda report: None,
 ) -> Iterator[tuple[int, Report]]:
-    """The engine of one machine: this process runs the network."""
-    return enumerate(make_shards(tasks, tokenizer, options, **more))
+    """Run all tasks on this machine; this process runs the network."""
+    reports = make_shards(tasks, tokenizer, options, num_workers=num_workers, strict=strict, on_chunk=on_chunk)
+    return enumerate(reports)
 
 
 def tokenize(
@@ -356,132 +391,138 @@ def tokenize(
     out: Path,
     *,
     options: TokenizeOptions | None = None,
-    engine: Engine = local,
-    workers: int = 0,
+    engine: TokenizeEngine = local_engine,
+    num_workers: int = 0,
     strict: bool = False,
-    watch: Watch = lambda status: None,
+    allow_paths: bool = False,
+    on_status: StatusCallback = lambda status: None,
 ) -> Report:
-    """Sources to token shards in `out`; shards there already, made of the same files in the same way, are left.
+    """Tokenise sources to token shards in `out`; existing shards of the same files and options are kept.
 
-    The report is of all shards, however many runs made them, and is written to `report.json`. Raises `BadInput` where a
-    source matches nothing or is given twice, and where nothing at all could be read.
+    The report is of all shards, however many runs wrote them, and is written to `report.json`. allow_paths: whether
+    records may name images outside their folder. Raises `BadInput` where a source matches nothing or is given twice, and
+    where nothing at all could be read.
     """
     options = options or TokenizeOptions()
     options.check()
-    tasks = plan(patterns, out, options)
-    fingerprint, began = tokenizer.fingerprint, time.monotonic()
-    with ThreadPoolExecutor() as pool:  # checksums are taken without the interpreter's lock
-        there = list(pool.map(report_of, tasks, repeat(fingerprint)))
-    reports = {number: found for number, found in enumerate(there) if found is not None}
-    open_tasks = [number for number in range(len(tasks)) if number not in reports]
-    sizes = [size_of(tasks[number].raw) for number in open_tasks]
-    made, done = Report(), 0.0
+    tasks = plan_tasks(patterns, out, options, allow_paths=allow_paths)
+    fingerprint, start_time = tokenizer.fingerprint, time.monotonic()
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        existing = list(pool.map(existing_report, tasks, repeat(fingerprint)))
+    reports = {index: report for index, report in enumerate(existing) if report is not None}
+    remaining = [index for index in range(len(tasks)) if index not in reports]
+    sizes = [max(1, tasks[index].raw.num_bytes) for index in remaining]
+    completed, completed_size = Report(), 0
 
-    def tell(under_way: Report | None = None) -> None:
-        now = Report()
-        for part in (made, under_way):
+    def send_status(in_progress: Report | None = None) -> None:
+        current = Report()
+        for part in (completed, in_progress):
             if part is not None:
-                now.add(part)
-        seconds = time.monotonic() - began
-        left = seconds * (sum(sizes) - done) / done if done else None
-        skipped = sum(now.skipped.values())
-        status = (len(reports), len(tasks), now.documents_out, now.pictures, sum(now.tokens.values()), skipped, seconds)
-        watch(Status(*status, left))
+                current.add(part)
+        seconds = time.monotonic() - start_time
+        on_status(
+            Status(
+                shards=len(reports),
+                total_shards=len(tasks),
+                documents=current.documents_out,
+                pictures=current.pictures,
+                tokens=sum(current.tokens.values()),
+                skipped=sum(current.skipped.values()),
+                seconds=seconds,
+                seconds_left=seconds * (sum(sizes) - completed_size) / completed_size if completed_size else None,
+            )
+        )
 
-    run = engine(
-        [tasks[number] for number in open_tasks], tokenizer, options, workers=workers, strict=strict, on_chunk=tell
-    )
-    for place, report in run:
-        reports[open_tasks[place]] = report
-        made.add(report)
-        done += sizes[place]
-        tell()
-    whole = Report(shards_made=len(open_tasks))
-    for number in range(len(tasks)):
-        whole.add(reports[number])
-        remove_left_over(tasks[number].folder)
-    if not whole.documents_in:
-        raise BadInput("nothing in it", where=", ".join(patterns), remedy="the files hold no sample")
-    whole.duplicate_share = duplicate_share(task.folder / PICTURES for task in tasks)
+    remaining_tasks = [tasks[index] for index in remaining]
+    run = engine(remaining_tasks, tokenizer, options, num_workers=num_workers, strict=strict, on_chunk=send_status)
+    for index_in_run, report in run:
+        reports[remaining[index_in_run]] = report
+        completed.add(report)
+        completed_size += sizes[index_in_run]
+        send_status()
+    total = Report(shards_made=len(remaining))
+    for index, task in enumerate(tasks):
+        total.add(reports[index])
+        remove_stale_partials(task.folder)
+    if not total.documents_in:
+        raise BadInput("no samples", where=", ".join(patterns), remedy="the files are empty")
+    total.duplicate_share = duplicate_share(task.folder / PICTURES for task in tasks)
     names = {task.folder.name for task in tasks}
-    whole.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
-    with written_into(out) as place_of_report:
-        write_json(place_of_report / "report.json", whole.to_json())
-    return whole
+    total.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
+    with atomic_update(out) as partial:
+        write_json(partial / "report.json", total.to_json())
+    return total
 
 
-def plan(patterns: Sequence[str], out: Path, options: TokenizeOptions) -> list[Task]:
-    """The tasks of all sources, in order. Raises `BadInput` where one is given twice."""
-    raws: dict[str, RawShard] = {}
-    out = out.absolute()  # other processes, on other machines perhaps, work in other folders
+def plan_tasks(patterns: Sequence[str], out: Path, options: TokenizeOptions, *, allow_paths: bool = False) -> list[Task]:
+    """Return the tasks of all sources, in order. Raise `BadInput` where a file is given twice."""
+    raw_shards: dict[str, RawShard] = {}
+    out = out.absolute()  # other processes, maybe on other machines, have other working directories
     for pattern in patterns:
-        for raw in map(sources.absolute, sources.expand(pattern)):
-            if raw.name in raws:
+        for raw in sources.expand(pattern, allow_paths=allow_paths):
+            raw = raw.absolute()
+            name = sources.shard_name(raw)
+            if name in raw_shards:
                 raise BadInput("given twice", where=raw.path, remedy="name each file in one source only")
-            raws[raw.name] = raw
-    duplicates = find_duplicates(raws.values(), options.filters) if options.filters.unique_pictures else [{} for _ in raws]
+            raw_shards[name] = raw
+    duplicates: list[dict[int, list[bytes]]] = [{} for _ in raw_shards]
+    if options.filters.unique_pictures:
+        duplicates = find_duplicates(raw_shards.values(), options.filters)
     tasks = []
-    for (name, raw), found in zip(raws.items(), duplicates, strict=True):
-        left_out = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
-        source = {**raw.identity, "made": asdict(options), **({"duplicates": left_out} if found else {})}
-        tasks.append(Task(raw, out / name, json.loads(json.dumps(source)), found))
+    for (name, raw), left_out in zip(raw_shards.items(), duplicates, strict=True):
+        digest = hashlib.sha256(repr(sorted(left_out)).encode()).hexdigest()
+        source = {**raw.identity, "made": asdict(options), **({"duplicates": digest} if left_out else {})}
+        tasks.append(Task(raw, out / name, json.loads(json.dumps(source)), left_out))
     return tasks
 
 
-def find_duplicates(raws: Iterable[RawShard], filters: Filters) -> list[dict[int, list[bytes]]]:
-    """For each raw shard the samples all of whose pictures came before, in it or in an earlier one.
+def find_duplicates(raw_shards: Iterable[RawShard], filters: Filters) -> list[dict[int, list[bytes]]]:
+    """Return for each raw shard the samples all of whose pictures are duplicates of earlier ones, with their hashes.
 
-    What the other filters leave out does not count as having been there, nor what cannot be used as far as heads of
-    pictures tell.
+    Samples that the other filters leave out do not count as earlier ones, nor those whose images have no valid header.
     """
     seen: set[bytes] = set()
     result: list[dict[int, list[bytes]]] = []
-    for raw in raws:
-        found: dict[int, list[bytes]] = {}
-        samples = (item for item in items_of(raw) if isinstance(item, Sample))
-        for place, sample in enumerate(samples):
+    for raw in raw_shards:
+        duplicates: dict[int, list[bytes]] = {}
+        samples = (item for item in read_items(raw) if isinstance(item, Sample))
+        for sample_index, sample in enumerate(samples):
             try:
-                turns_of(sample.content)
-                if refusal(sample, filters) is not None:
+                split_turns(sample.content)
+                if reason_to_filter(sample, filters) is not None:
                     continue
-                data = [picture_bytes(image) for image in sample.images]
-                for one in data:
-                    picture_size(one)
-                hashes = list(map(picture_hash, data))
-            except BadInput:  # it will be named when it is prepared
+                for image in sample.image_files:
+                    image.opened  # noqa: B018 (raises for an invalid header)
+                hashes = [image.hash for image in sample.image_files]
+            except BadInput:  # it is reported when it is prepared
                 continue
             if hashes and seen.issuperset(hashes):
-                found[place] = hashes
+                duplicates[sample_index] = hashes
             seen.update(hashes)
-        result.append(found)
+        result.append(duplicates)
     return result
 
 
 def duplicate_share(files: Iterable[Path]) -> float:
-    """What share of the hashes in all files are there more than once, the first of each not counted."""
-    data = np.concatenate([np.fromfile(path, dtype=f"V{HASH_BYTES}") for path in files] or [np.empty(0, f"V{HASH_BYTES}")])
-    pairs = data.view("<u8").reshape(-1, 2)
-    order = np.lexsort(pairs.T)
-    again = (pairs[order[1:]] == pairs[order[:-1]]).all(axis=1).sum()
-    return float(again) / max(1, len(pairs))
+    """Return the share of the hashes in all files that are repetitions of another one."""
+    hash_type = f"V{HASH_BYTES}"
+    hashes = np.concatenate([np.fromfile(path, dtype=hash_type) for path in files] or [np.empty(0, hash_type)])
+    halves = hashes.view("<u8").reshape(-1, 2)
+    order = np.lexsort(halves.T)
+    num_repeated = (halves[order[1:]] == halves[order[:-1]]).all(axis=1).sum()
+    return float(num_repeated) / max(1, len(halves))
 
 
-def size_of(raw: RawShard) -> float:
-    """A measure of the work in a raw shard: bytes."""
-    path = Path(raw.path)
-    return max(1.0, float(path.stat().st_size)) if raw.kind != "emoji" and path.is_file() else 1.0
-
-
-def report_of(task: Task, fingerprint: str) -> Report | None:
-    """The report of a token shard that is there and whole, and was made of this task with these tokenizers; else None."""
+def existing_report(task: Task, fingerprint: str) -> Report | None:
+    """Return the report of a token shard that is complete and belongs to this task and these tokenizers; else None."""
     if not (task.folder / DESCRIPTION).is_file():
         return None
     try:
-        made = TokenShard(task.folder)
-        if (made.description.get("fingerprint"), made.description.get("source")) != (fingerprint, task.source):
+        shard = TokenShard(task.folder)
+        if (shard.description.get("fingerprint"), shard.description.get("source")) != (fingerprint, task.source):
             return None
-        report = Report.from_json(made.description["report"])
-        made.verify()
+        report = Report.from_json(shard.description["report"])
+        shard.verify()
     except (BadInput, OSError, KeyError, TypeError):
         return None
     return report

@@ -1,76 +1,204 @@
-"""Reading WebDataset shards: tar archives in which files that share a stem are one sample.
+"""Reads WebDataset shards: tar archives in which files that share a stem are one sample.
 
-A member that cannot be read, or an archive that ends in the middle, is reported to `on_skip` and passed over; what
-came before is kept, but for the sample the damage lies in.
+Python's tarfile stops at the first damaged header. This reader continues at the next valid one, since members start at
+multiples of 512 bytes, and reports how many bytes were unreadable. (Grouping files into samples is webdataset's.)
 """
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Protocol
 
 from webdataset.tariterators import group_by_keys
 
 from chameleon.errors import BadInput
 
-Skip = Callable[[str, str], None]
+
+class SkipHandler(Protocol):
+    """Called for each sample, or part of a file, that cannot be read."""
+
+    def __call__(self, where: str, reason: str, num_bytes: int = 0) -> None:
+        """num_bytes: bytes of a damaged file that could not be read."""
 
 
-def stop(where: str, why: str) -> None:
-    """The strict way to skip: raises `BadInput`."""
-    raise BadInput(why, where=where, remedy="repair or remove it")
+BLOCK = 512
+MAX_MEMBER_BYTES = 256 << 20
+"""Larger members are skipped: no image or text is that large, but a damaged header may claim any size."""
+DAMAGE = "damage"
+"""Extension of the entry that stands for a damaged place."""
+LONG_NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
 
 
-class Member(tarfile.TarInfo):
-    """A header whose damage is an error; tarfile itself takes it for the end of the archive."""
+def raise_on_skip(where: str, reason: str, num_bytes: int = 0) -> None:
+    """Raise `BadInput` instead of skipping: the strict `SkipHandler`."""
+    raise BadInput(reason, where=where, remedy="repair or remove it")
 
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+
+@dataclass(frozen=True)
+class Member:
+    """A file of an archive."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A place in an archive that could not be read."""
+
+    reason: str
+    num_bytes: int
+    """Bytes skipped until the next valid header, or the end."""
+
+
+class TarReader:
+    """Reads the members of a tar archive one after the other, from a stream that cannot seek."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.offset = 0
+
+    def read(self, count: int) -> bytes:
+        """Read up to `count` bytes; fewer only at the end of the stream."""
+        chunks = []
+        while count and (chunk := self.stream.read(min(count, 1 << 20))):
+            chunks.append(chunk)
+            count -= len(chunk)
+        data = b"".join(chunks)
+        self.offset += len(data)
+        return data
+
+    def entries(self) -> Iterator[Member | Damage]:
+        """Yield the archive's files, and each place that could not be read."""
+        extended_name: str | None = None
+        has_end_mark = False
         try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the blocks that end every whole archive
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
+            while block := self.read(BLOCK):
+                if block == bytes(BLOCK):
+                    has_end_mark = True
+                    continue
+                header = parse_header(block)
+                if header is None:
+                    start = self.offset - len(block)
+                    header, num_skipped = self.find_next_header(len(block))
+                    if header is not None or not has_end_mark:  # whatever follows the end mark does not count
+                        yield Damage(f"damaged header at byte {start}", num_skipped)
+                    extended_name = None
+                    if header is None:
+                        return
+                if not 0 <= header.size <= MAX_MEMBER_BYTES:
+                    limit = MAX_MEMBER_BYTES >> 20
+                    reason = f"member {header.name} claims {header.size} bytes, over the limit of {limit} MiB"
+                    yield Damage(reason, self.skip(header.size))
+                    continue
+                data = self.read(header.size)
+                name = extended_name or header.name
+                if len(data) < header.size:
+                    yield Member(name, b"")  # so that the sample before it is known to be complete
+                    yield Damage(f"truncated archive, in member {name}", len(data))
+                    return
+                self.read(-header.size % BLOCK)
+                if header.type in LONG_NAME_TYPES:
+                    extended_name = parse_extended_name(header.type, data)
+                elif header.isreg():
+                    yield Member(name, data)
+                    extended_name = None
+        except (EOFError, OSError, zlib.error) as error:  # of the decompressor
+            yield Damage(f"truncated archive, after byte {self.offset} ({error})", 0)
+            return
+        if not has_end_mark:
+            yield Damage("truncated archive, without the mark of its end", 0)
+
+    def find_next_header(self, num_skipped: int) -> tuple[tarfile.TarInfo | None, int]:
+        """Return the next valid header, or None, and the bytes skipped so far, `num_skipped` included."""
+        while len(block := self.read(BLOCK)) == BLOCK:
+            if block != bytes(BLOCK) and (header := parse_header(block)) is not None:
+                return header, num_skipped
+            num_skipped += BLOCK
+        return None, num_skipped + len(block)
+
+    def skip(self, size: int) -> int:
+        """Skip a member's data and return how many bytes there were. Damaged sizes may be negative."""
+        start, end = self.offset, self.offset + max(0, size + -size % BLOCK)
+        while self.offset < end and self.read(min(end - self.offset, 1 << 20)):
+            pass
+        return self.offset - start
 
 
-def members(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """The files of an archive; `on_damage` is told why it ends early."""
-    last, opened = "its beginning", None
+def parse_header(block: bytes) -> tarfile.TarInfo | None:
+    """Return the header in a block of 512 bytes, or None where it is not a valid one."""
     try:
-        with tarfile.open(path, "r|*", tarinfo=Member) as archive:
-            for info in archive:
-                if info.isfile():
-                    opened = info.name
-                    file = archive.extractfile(info)
-                    assert file is not None
-                    yield {"fname": info.name, "data": file.read(), "__url__": str(path)}
-                    last, opened = info.name, None
+        return tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+
+
+def parse_extended_name(kind: bytes, data: bytes) -> str | None:
+    """Return the name in a GNU long-name entry or a pax header, or None where it has none."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    for record in data.split(b"\n"):  # "LENGTH path=NAME"
+        key, _, value = record.partition(b" ")[2].partition(b"=")
+        if key == b"path":
+            return value.decode("utf-8", "surrogateescape")
+    return None
+
+
+def open_archive(path: Path) -> IO[bytes]:
+    """Open a tar archive, decompressed if it is gzipped. Raise `BadInput` where it is missing."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         raise BadInput("no such shard", where=path) from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        if opened is not None:  # its header is known, so the sample before it is whole
-            yield {"fname": opened, "data": b"", "__url__": str(path)}
-        on_damage(f"corrupt or truncated archive after {last} ({error})")
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_gzip else file  # type: ignore[return-value]
 
 
-def read_samples(path: Path, on_skip: Skip = stop) -> Iterator[dict[str, Any]]:
-    """Samples of one shard as dictionaries from extension to bytes, with `__key__` and `__url__`."""
-    damage: list[str] = []
+def read_samples(path: Path, on_skip: SkipHandler = raise_on_skip) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard as dictionaries from extension to bytes, with `__key__` and `__url__`.
 
-    def doubled(error: Exception) -> bool:
+    Each damaged place is reported to `on_skip`, and so are the samples on both sides of it, which may lack members.
+    """
+    damages: deque[Damage] = deque()
+
+    def members() -> Iterator[dict[str, Any]]:
+        for index, entry in enumerate(TarReader(stream).entries()):
+            if isinstance(entry, Member):
+                yield {"fname": entry.name, "data": entry.data, "__url__": str(path)}
+            else:  # as a sample of its own, so that those before and after it are not joined
+                damages.append(entry)
+                yield {"fname": f"{index}.{DAMAGE}", "data": b"", "__url__": str(path)}
+
+    def on_duplicate(error: Exception) -> bool:
         on_skip(str(path), str(error.args[0]))
         return True
 
-    held = None  # one sample waits, as damage behind it may have taken files of it
-    for sample in group_by_keys(members(path, damage.append), handler=doubled):
-        if held is not None:
-            yield held
-        held = sample
-    if damage:
-        on_skip(str(path), damage[0] + (f"; sample {held['__key__']} may lack files and is left out" if held else ""))
-    elif held is not None:
-        yield held
+    def skip_incomplete(sample: dict[str, Any]) -> None:
+        on_skip(f"{path}, sample {sample['__key__']}", "may lack members, next to a damaged place in the archive")
+
+    with open_archive(path) as stream:
+        previous: dict[str, Any] | None = None  # held back, since damage after it may have taken some of its members
+        is_after_damage = False
+        for sample in group_by_keys(members(), handler=on_duplicate):
+            if DAMAGE in sample:
+                damage = damages.popleft()
+                on_skip(str(path), damage.reason, damage.num_bytes)
+                if previous is not None:
+                    skip_incomplete(previous)
+                previous, is_after_damage = None, True
+            elif is_after_damage:
+                skip_incomplete(sample)
+                is_after_damage = False
+            else:
+                if previous is not None:
+                    yield previous
+                previous = sample
+        if previous is not None:
+            yield previous

@@ -1,4 +1,4 @@
-"""Likelihood of text under a model, in bits for a byte of UTF-8."""
+"""Likelihood of text under a model, in bits per byte of UTF-8."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from chameleon.data.packing import cut
+from chameleon.data.packing import split_long_documents
 from chameleon.document import Document
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.loss import chunked_cross_entropy
 
 
 @torch.inference_mode()
-def bits_per_byte(model: Chameleon, documents: Iterable[Document], limit_bytes: int = 200_000) -> float:
-    """Bits a byte over documents of text, the end of each counted; a document longer than the context goes in parts.
+def bits_per_byte(model: Chameleon, documents: Iterable[Document], max_bytes: int = 200_000) -> float:
+    """Return bits per byte over text documents, the end of each included; documents are read until `max_bytes`.
 
-    Parts are read without what came before them, so the figure is an upper bound for long documents.
+    A document longer than the context length is split into segments, which are read without the text before them, so the
+    value is an upper bound for long documents.
     """
-    context = model.model.config.context
-    bits, read = 0.0, 0
+    context_length = model.model.config.context_length
+    nats, bytes_read = 0.0, 0
     for document in documents:
-        if read >= limit_bytes:
+        if bytes_read >= max_bytes:
             break
-        ids = model.encode(document)
-        bounds = (np.array([0]), np.array([len(ids)]))
-        for _, start, size in zip(*cut(*bounds, np.empty(0, dtype=int), 1, context), strict=True):
-            # A later part is read behind bos.
-            part = torch.cat((ids[:1], ids[start + 1 : start + 1 + size]))
-            hidden = model.model(part[None, :-1].to(model.engine.device))[0]
-            weights = torch.ones(len(part) - 1, device=hidden.device)
-            targets = part[1:].to(hidden.device)
-            bits += float(chunked_cross_entropy(hidden, model.model.head.weight, targets, weights, z_loss=0.0).loss)
-        read += len(document.text.encode())
-    return bits / math.log(2) / max(1, read)
+        token_ids = model.encode(document)
+        bounds = (np.array([0]), np.array([len(token_ids)]))
+        segments = split_long_documents(*bounds, np.empty(0, dtype=int), 1, context_length)
+        for _, start, size in zip(*segments, strict=True):
+            segment = torch.cat((token_ids[:1], token_ids[start + 1 : start + 1 + size]))  # each segment follows bos
+            hidden = model.model(segment[None, :-1].to(model.engine.device))[0]
+            weights = torch.ones(len(segment) - 1, device=hidden.device)
+            targets = segment[1:].to(hidden.device)
+            nats += float(chunked_cross_entropy(hidden, model.model.head.weight, targets, weights, z_loss=0.0).loss)
+        bytes_read += len(document.text.encode())
+    return nats / math.log(2) / max(1, bytes_read)

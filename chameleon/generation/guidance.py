@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): sharpening what the prompt asks for by what would come without it."""
+"""Classifier-free guidance (arXiv 2207.12598): amplify what the prompt adds over an unconditional prompt."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """Prompts beside the full one, and how the logits of all are combined.
+    """Additional prompts ("branches") whose logits are combined with those of the full prompt.
 
-    Combined = Σ weight · logits, over the full prompt and the branches. `two_way` and `three_way` give the usual forms.
+    Combined = Σ weight · logits over the full prompt and the branches. `two_way` and `three_way` give the usual forms.
     """
 
     branches: tuple[tuple[int, ...], ...]
-    """Prompts of the branches, as ids."""
+    """Token ids of the prompt of each branch."""
     weights: tuple[float, ...]
     """Weight of the full prompt, then of each branch; they sum to 1."""
 
+    def with_suffix(self, token_ids: Sequence[int]) -> Guidance:
+        """Return the same guidance with token ids appended to the prompt of each branch."""
+        return Guidance(tuple((*branch, *token_ids) for branch in self.branches), self.weights)
 
-def two_way(unconditional: Sequence[int], scale: float) -> Guidance:
-    """uncond + scale · (full − uncond)."""
-    return Guidance((tuple(unconditional),), (scale, 1 - scale))
+
+def two_way(unconditional: Sequence[int], guidance_scale: float) -> Guidance:
+    """uncond + guidance_scale · (full − uncond)."""
+    return Guidance((tuple(unconditional),), (guidance_scale, 1 - guidance_scale))
 
 
-def three_way(images_only: Sequence[int], nothing: Sequence[int], image_scale: float, full_scale: float) -> Guidance:
-    """uncond + image_scale · (image − uncond) + full_scale · (full − image), the released form (RECIPE 2.4)."""
+def three_way(images_only: Sequence[int], unconditional: Sequence[int], image_scale: float, full_scale: float) -> Guidance:
+    """uncond + image_scale · (image − uncond) + full_scale · (full − image), as in Meta's released inference code."""
     weights = (full_scale, image_scale - full_scale, 1 - image_scale)
-    return Guidance((tuple(images_only), tuple(nothing)), weights)
+    return Guidance((tuple(images_only), tuple(unconditional)), weights)
 
 
-def combine(logits: Tensor, weights: Tensor) -> Tensor:
-    """logits [P, R, V] of P places, those of the full prompt first among R, and weights [P, R] to guided logits [P, V]."""
+def combine_logits(logits: Tensor, weights: Tensor) -> Tensor:
+    """Combine logits [P, R, V] of R branches, the full prompt first, with weights [P, R] to guided logits [P, V]."""
     return (logits * weights.to(logits.dtype).unsqueeze(-1)).sum(dim=1)

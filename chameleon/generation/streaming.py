@@ -1,4 +1,4 @@
-"""Ids as they come, to parts that can be shown: whole characters of text, pictures, and pictures that are forming."""
+"""Incremental decoding of tokens to parts that can be shown: complete characters, images, and partial images."""
 
 from __future__ import annotations
 
@@ -13,70 +13,71 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 
 
 @dataclass(frozen=True)
-class Forming:
-    """The upper part of a picture of which more is to come."""
+class PartialImage:
+    """The upper part of an image that is still being generated."""
 
     image: PILImage.Image
-    """As wide as the picture will be, as high as its rows of codes are decoded."""
+    """As wide as the complete image, and as high as the rows of codes decoded so far."""
     rows: int
-    """Rows of codes it is made of."""
+    """Rows of codes decoded."""
 
 
-class Assembler:
-    """Puts the ids of one row together."""
+class StreamDecoder:
+    """Decodes the tokens of one request as they arrive."""
 
-    def __init__(self, tokenizer: MixedTokenizer, previews: int = 0) -> None:
-        """previews: show a picture after each so many rows of codes; 0 shows it when it is whole."""
-        self.tokenizer, self.previews = tokenizer, previews
-        self.waiting = b""
-        self.block: list[int] = []
+    def __init__(self, tokenizer: MixedTokenizer, preview_every_n_rows: int = 0) -> None:
+        """preview_every_n_rows: yield a `PartialImage` after each so many rows of codes; 0 yields complete images only."""
+        self.tokenizer, self.preview_every_n_rows = tokenizer, preview_every_n_rows
+        self.text_bytes = b""
+        self.image_block: list[int] = []
 
-    def push(self, token: int) -> Iterator[Part | Forming]:
-        """What the id completes."""
+    def push(self, token_id: int) -> Iterator[Part | PartialImage]:
+        """Add a token and yield the parts that it completes."""
         v = self.tokenizer.vocabulary
-        if self.block or token == v.boi:
-            yield from self.rest_of_text()  # no character goes on behind a picture
-            self.block.append(token)
-            codes = len(self.block) - 1
-            if token == v.eoi:
-                yield from self.tokenizer.decode(self.block).parts
-                self.block = []
-            elif self.previews and codes and codes < v.image_length and codes % (v.grid[1] * self.previews) == 0:
-                yield Forming(self.upper_part(), codes // v.grid[1])
+        if self.image_block or token_id == v.boi:
+            yield from self.flush_text()  # a character cannot continue after an image
+            self.image_block.append(token_id)
+            num_codes, row_length = len(self.image_block) - 1, v.grid[1]
+            preview_length = self.preview_every_n_rows * row_length
+            if token_id == v.eoi:
+                yield from self.tokenizer.decode(self.image_block).parts
+                self.image_block = []
+            elif preview_length and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0:
+                yield PartialImage(self.decode_upper_part(), num_codes // row_length)
             return
-        self.waiting += self.tokenizer.text_bytes([token])
-        whole = whole_characters(self.waiting)
-        if whole:
-            yield Text(self.waiting[:whole].decode("utf-8", errors="replace"))
-            self.waiting = self.waiting[whole:]
+        self.text_bytes += self.tokenizer.text_bytes([token_id])
+        length = complete_utf8_length(self.text_bytes)
+        if length:
+            yield Text(self.text_bytes[:length].decode("utf-8", errors="replace"))
+            self.text_bytes = self.text_bytes[length:]
 
-    def end(self) -> Iterator[Part]:
-        """What is left where the ids end: a character or a picture that was cut short."""
-        yield from self.rest_of_text()
-        if self.block:
-            yield from self.tokenizer.decode(self.block).parts
+    def finish(self) -> Iterator[Part]:
+        """Yield what is left at the end: a truncated character or image."""
+        yield from self.flush_text()
+        if self.image_block:
+            yield from self.tokenizer.decode(self.image_block).parts
 
-    def rest_of_text(self) -> Iterator[Part]:
-        if self.waiting:
-            yield Text(self.waiting.decode("utf-8", errors="replace"))
-            self.waiting = b""
+    def flush_text(self) -> Iterator[Part]:
+        if self.text_bytes:
+            yield Text(self.text_bytes.decode("utf-8", errors="replace"))
+            self.text_bytes = b""
 
-    def upper_part(self) -> PILImage.Image:
-        """The rows that are there, decoded as if the last went on to the bottom."""
+    def decode_upper_part(self) -> PILImage.Image:
+        """Decode the rows of codes so far, with the last one repeated down to the bottom, and crop the repeated part."""
         v = self.tokenizer.vocabulary
-        rows = v.ids_to_codes(torch.tensor(self.block[1:])).view(-1, v.grid[1])
-        whole = torch.cat((rows, rows[-1:].expand(v.grid[0] - len(rows), -1)))
-        picture = self.tokenizer.image.decode(whole.unsqueeze(0))[0]
-        return picture.crop((0, 0, picture.width, picture.height * len(rows) // v.grid[0]))
+        rows = v.ids_to_codes(torch.tensor(self.image_block[1:])).view(-1, v.grid[1])
+        codes = torch.cat((rows, rows[-1:].expand(v.grid[0] - len(rows), -1)))
+        image = self.tokenizer.image.decode(codes.unsqueeze(0))[0]
+        return image.crop((0, 0, image.width, image.height * len(rows) // v.grid[0]))
 
 
-def whole_characters(data: bytes) -> int:
-    """How many leading bytes make whole UTF-8 characters, or can never become any."""
-    for back in range(1, min(4, len(data) + 1)):
-        byte = data[-back]
-        if 0xC0 <= byte <= 0xF4:  # a leading byte: how many should follow it
-            wanted = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if back < wanted else len(data)
+def complete_utf8_length(data: bytes) -> int:
+    """Return how many leading bytes are complete UTF-8 characters, or can never become any."""
+    for distance in range(1, min(4, len(data) + 1)):
+        byte = data[-distance]
+        if 0xC0 <= byte <= 0xF4:  # a lead byte, which tells the length of its character
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) - distance if distance < length else len(data)
         if not 0x80 <= byte < 0xC0:
             break
     return len(data)

@@ -1,14 +1,14 @@
-"""The early-fusion Transformer: one decoder over one vocabulary of text and image ids.
+"""The early-fusion Transformer: one decoder over one vocabulary of text and image tokens.
 
-Notable choices (arXiv 2405.09818, 2.3):
+Design choices (arXiv 2405.09818, section 2.3):
 * LLaMA-2's decoder: RMSNorm, SwiGLU, rotary positions, no biases, untied head;
-* QK-norm: LayerNorm with weight and bias over each head's queries and keys, before the rotation;
-* pre-norm or Swin order; dropout after attention and after the feed-forward layer;
-* rotary pairs are (i, i + half) of a head, so the rotation is two halves and no shuffling; checkpoints whose pairs
+* QK-norm: LayerNorm with weight and bias over each head's queries and keys, before the rotary embedding;
+* pre-norm or Swin order of norms; dropout after attention and after the feed-forward layer;
+* rotary pairs are (i, i + half) within a head, so that rotating is two halves and no shuffling; checkpoints whose pairs
   are (2i, 2i + 1) are permuted when they are converted;
 * q, k, v are one matrix, gate and up another: fewer and larger products.
 
-Shapes: B rows, T ids a row, S slots of cache, D width, H heads, K kv heads, C head width.
+Shapes: B batch size, T tokens, S keys, D width, H heads, K kv heads, C head width.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from chameleon.model.cache import Window
 from chameleon.model.config import ModelConfig
+from chameleon.model.kv_cache import BatchLayout
 
-Rotation = tuple[Tensor, Tensor]
-Mask = Tensor | BlockMask
+Rope = tuple[Tensor, Tensor]
+AttentionMask = Tensor | BlockMask
 
 
-def rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
-    """cos and sin [B, T, 1, C] float32 of the rotary angles at integer positions [B, T] (arXiv 2104.09864).
+def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
+    """Return cos and sin [B, T, 1, C] float32 of the rotary angles at positions int64 [B, T] (arXiv 2104.09864).
 
-    The sin of the first half is negated, as `rotate` wants it.
+    The sin of the first half is negated, as `apply_rope` expects.
     """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
     angles = positions[:, :, None, None].float() * theta**-exponents
@@ -42,49 +42,55 @@ def rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, C] turned by the angles, in x's dtype."""
-    wide = x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, T, H, C] by the rotary angles, in x's dtype."""
+    x_float = x.float()
+    return torch.addcmul(x_float * cos, x_float.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-def packed_mask(document_ids: Tensor) -> Tensor:
-    """Who may look at whom: bool [B, 1, T, T], the same document and not later. `document_ids` [B, T]."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+def block_diagonal_causal_mask(document_ids: Tensor) -> Tensor:
+    """Return the attention mask of packed documents: bool [B, 1, T, T], causal within each document.
+
+    document_ids: int64 [B, T], which document of its row each token belongs to.
+    """
+    same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     length = document_ids.shape[1]
-    return same & torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return same_document & torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
 
 
-def packed_blocks(document_ids: Tensor) -> BlockMask:
-    """The same as `packed_mask`, for FlexAttention (arXiv 2412.05496): blocks that nobody may look at cost nothing."""
+def block_diagonal_causal_block_mask(document_ids: Tensor) -> BlockMask:
+    """Return the same mask for FlexAttention (arXiv 2412.05496), which skips blocks that are masked completely."""
 
-    def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
-    rows, length = document_ids.shape
-    return create_block_mask(mask, rows, None, length, length, device=str(document_ids.device))
+    batch_size, length = document_ids.shape
+    return create_block_mask(mask, batch_size, None, length, length, device=str(document_ids.device))
 
 
 @functools.cache
-def flex(device: str) -> Callable[..., Any]:
-    """FlexAttention; on GPUs only the compiled one is fast, and compiled it does not learn on CPUs."""
-    chosen: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
-    return chosen
+def flex_attention_for(device: str) -> Callable[..., Any]:
+    """Return FlexAttention for a device type: compiled on GPUs, where only that is fast.
+
+    On CPUs the compiled version has no backward pass.
+    """
+    function: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return function
 
 
-class Attend(nn.Module):
-    """Softmax attention. A module of its own so that hooks can see queries and keys."""
+class ScaledDotProductAttention(nn.Module):
+    """Softmax attention; a module of its own so that forward hooks can observe queries and keys."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
-        """q [B, H, T, C], k and v [B, K, S, C] to [B, H, T, C]; with no mask causal."""
-        grouped = q.shape[1] != k.shape[1]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+        """q [B, H, T, C], k and v [B, K, S, C] to [B, H, T, C]; without a mask, attention is causal."""
+        enable_gqa = q.shape[1] != k.shape[1]
         if isinstance(mask, BlockMask):
-            return flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+            return flex_attention_for(q.device.type)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+        is_causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
-class HeadNorm(nn.Module):
+class QKNorm(nn.Module):
     """LayerNorm over each head's C features; row s of the weights serves the s-th share of the heads."""
 
     def __init__(self, shards: int, head_width: int, eps: float) -> None:
@@ -112,22 +118,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         if config.qk_norm:
-            self.q_norm = HeadNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
-            self.k_norm = HeadNorm(config.k_norm_shards, config.head_width, config.norm_eps)
-        self.attend = Attend()
+            self.q_norm = QKNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
+            self.k_norm = QKNorm(config.k_norm_shards, config.head_width, config.norm_eps)
+        self.sdpa = ScaledDotProductAttention()
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Mask | None, window: Window | None) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
+    def forward(self, x: Tensor, rope: Rope, mask: AttentionMask | None, layout: BatchLayout | None) -> Tensor:
+        batch_size, length, _ = x.shape
+        qkv = self.qkv(x).view(batch_size, length, self.heads + 2 * self.kv_heads, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        if window is None:
-            attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if layout is None:
+            output = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         else:
-            attended = window.attend(self.layer, q, k, v, self.attend)
-        return self.out(attended.flatten(2))
+            output = layout.attend(self.layer, q, k, v, self.sdpa)
+        return self.out(output.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -144,7 +150,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each normed, dropped out and added."""
+    """Attention and feed-forward layer, each with norm, dropout and residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -158,19 +164,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Rotation,
-        mask: Mask | None = None,
-        window: Window | None = None,
+        rope: Rope,
+        mask: AttentionMask | None = None,
+        layout: BatchLayout | None = None,
     ) -> Tensor:
         if self.swin:
-            x = x + self.dropout(self.attention_norm(self.attention(x, turn, mask, window)))
+            x = x + self.dropout(self.attention_norm(self.attention(x, rope, mask, layout)))
             return x + self.dropout(self.ffn_norm(self.ffn(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, window))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, layout))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
-    """ids [B, T] → hidden states [B, T, D] → logits [B, T, vocab_size]."""
+    """token ids [B, T] → hidden states [B, T, D] → logits [B, T, vocab_size]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -184,46 +190,47 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Puts every parameter to its `initial` value."""
+        """Set every parameter to its `initial_value`."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial(name, parameter.shape, self.config, seed))
+            parameter.copy_(initial_value(name, parameter.shape, self.config, seed))
 
     def forward(
         self,
-        ids: Tensor,
+        token_ids: Tensor,
         positions: Tensor | None = None,
-        mask: Mask | None = None,
-        window: Window | None = None,
+        mask: AttentionMask | None = None,
+        layout: BatchLayout | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] behind the last norm.
+        """Return hidden states [B, T, D] after the final norm.
 
-        ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query may
-        look, or blocks for FlexAttention; by default causal. window: the ids, in one row, go on with rows of a cache at
-        the window's slots, which are their positions.
+        token_ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query
+        attends to a key, or a block mask for FlexAttention; by default causal. layout: with a KV cache, where the tokens
+        (one row, B = 1) are stored in it; it gives their positions too.
         """
-        if window is not None:
-            positions = window.slots.unsqueeze(0)
+        if layout is not None:
+            positions = layout.positions.unsqueeze(0)
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        turn = rotation(positions, self.config.head_width, self.config.rope_theta)
-        x = self.embed(ids)
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
+        rope = rope_cos_sin(positions, self.config.head_width, self.config.rope_theta)
+        x = self.embed(token_ids)
         for block in self.blocks:
-            x = block(x, turn, mask, window)
+            x = block(x, rope, mask, layout)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] to logits [..., vocab_size]. Engines cut the head to the ids that may come instead."""
+        """Project hidden states [..., D] to logits [..., vocab_size]. Generation uses slices of the head instead."""
         return F.linear(hidden, self.head.weight)
 
 
-def initial(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
-    """What the parameter of that name starts from, float32, whoever holds which part of it.
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """Return the initial value of the parameter `name`, float32: a function of name and seed alone.
 
-    Normal numbers of deviation 0.02, those that end a branch shrunk by √(2 · layers) (GPT-2's rule); norms are 1, biases 0.
+    Normal with standard deviation 0.02, scaled down by √(2 · layers) for the matrices that end a residual branch (GPT-2's
+    rule); norms are 1, biases 0.
     """
     if "norm" in name:
         return torch.zeros(*shape) if name.endswith("bias") else torch.ones(*shape)
     ends_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
-    deviation = 0.02 / math.sqrt(2 * config.layers) if ends_branch else 0.02
+    std = 0.02 / math.sqrt(2 * config.layers) if ends_branch else 0.02
     generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-    return torch.empty(*shape).normal_(std=deviation, generator=generator)
+    return torch.empty(*shape).normal_(std=std, generator=generator)

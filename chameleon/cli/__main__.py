@@ -1,0 +1,5 @@
+"""`python -m chameleon.cli`, for torchrun."""
+
+from chameleon.cli.main import main
+
+main()

@@ -1,0 +1,57 @@
+"""The entry point of the command: parses arguments, runs a verb, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from chameleon.cli import convert, data, evaluate, generate, inspect, train
+from chameleon.cli.options import Parser, Verbs
+from chameleon.cli.output import print_error
+from chameleon.errors import BadInput
+
+DESCRIPTION = "Unified multimodal token models: train them, and generate text and images with them."
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def build_parser() -> Parser:
+    """Return the parser of all verbs."""
+    parser = Parser(prog="chameleon", description=DESCRIPTION)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = Verbs(parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser))
+    for module in (train, data, generate, evaluate, inspect, convert):
+        module.add_verbs(verbs)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments. Overrides `key=value` of a recipe may also follow options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    are_overrides = hasattr(arguments, "override") and all("=" in text and text[0] != "-" for text in rest)
+    if rest and not are_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.override += rest
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Exits with 2 for invalid input and 130 for an interrupt, on whichever rank it happens."""
+    arguments = parse_arguments(argv)
+    try:
+        arguments.run(arguments)
+    except BadInput as error:
+        if arguments.debug:
+            raise
+        print_error(arguments.verb, str(error))
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except OSError as error:
+        if arguments.debug or not error.strerror:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print_error(arguments.verb, f"{where}{error.strerror}")
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print_error(arguments.verb, "interrupted")
+        raise SystemExit(EXIT_INTERRUPTED) from None

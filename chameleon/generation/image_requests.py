@@ -1,0 +1,71 @@
+"""Requests that generate one image: from a prompt, as the completion of an image, or as a variation of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chameleon.document import Document, Text
+from chameleon.errors import BadInput, check_seed
+from chameleon.generation.constraints import OutputConstraints
+from chameleon.generation.prompting import GuidanceScale, PromptBuilder
+from chameleon.generation.request import Request
+from chameleon.generation.sampling import Sampling
+from chameleon.vocabulary import Vocabulary
+
+
+def check_fraction(value: float, name: str, *, exclusive: bool = False) -> None:
+    """Raise `BadInput` unless the value lies in [0, 1], or in (0, 1) if `exclusive`."""
+    if not (0 < value < 1 if exclusive else 0 <= value <= 1):
+        raise BadInput(f"{value} does not lie between 0 and 1", where=name)
+
+
+def upper_codes(codes: Sequence[int], grid: tuple[int, int], keep: float) -> tuple[int, ...]:
+    """Return the codes of the upper part of an image, to be completed: at least one row, at most all but one."""
+    check_fraction(keep, "keep", exclusive=True)
+    height, width = grid
+    num_rows = max(1, min(height - 1, round(keep * height)))
+    return tuple(codes[: num_rows * width])
+
+
+def randomly_kept_codes(codes: Sequence[int], keep: float, seed: int) -> tuple[int, ...]:
+    """Return the codes of an image with each one replaced by −1, to be chosen anew, with probability 1 − `keep`."""
+    check_fraction(keep, "keep")
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    is_kept = torch.rand(len(codes), generator=generator) < keep
+    return tuple(torch.where(is_kept, torch.tensor(codes), -1).tolist())
+
+
+def image_request(
+    prompts: PromptBuilder,
+    prompt: str,
+    *,
+    seed: int,
+    guidance_scale: GuidanceScale,
+    sampling: Sampling,
+    fixed_codes: tuple[int, ...] = (),
+) -> Request:
+    """Return a request for one image of what the prompt says.
+
+    fixed_codes: token ids of image codes that are given, −1 where the model is to choose. Leading ones become part of the
+    prompt, so they are prefilled instead of decoded one by one.
+    """
+    v = prompts.tokenizer.vocabulary
+    document = Document((Text(prompt),) if prompt else ())
+    token_ids, guidance = prompts.token_ids(document), prompts.guidance(document, guidance_scale)
+    leading = fixed_codes[: fixed_codes.index(-1)] if -1 in fixed_codes else fixed_codes
+    if leading:
+        started_image = (v.boi, *leading)
+        token_ids = (*token_ids, *started_image)
+        guidance = guidance.with_suffix(started_image) if guidance is not None else None
+    constraints = OutputConstraints(v.image_block_length, format=() if leading else ("image",))
+    return Request(token_ids, constraints, image_sampling=sampling, guidance=guidance, seed=seed, fixed_codes=fixed_codes)
+
+
+def generated_image_codes(request: Request, generated: Sequence[int], vocabulary: Vocabulary) -> Tensor:
+    """Return the codes int64 [h, w] of the image that an `image_request` generated."""
+    token_ids = [*request.prompt, *generated]
+    block = torch.tensor(token_ids[-1 - vocabulary.codes_per_image : -1])
+    return vocabulary.ids_to_codes(block).view(vocabulary.grid)

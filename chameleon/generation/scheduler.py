@@ -1,0 +1,130 @@
+"""The scheduler: admits requests in order of arrival, applies their output, and keeps each one's failure to itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+
+from chameleon.errors import BadInput
+from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputState
+from chameleon.generation.kv_cache_manager import KVCacheManager
+from chameleon.generation.request import ActiveRequest, Request
+from chameleon.vocabulary import Vocabulary
+
+
+class Scheduler:
+    """Queue of waiting requests, list of running ones, and the output of all until it is taken.
+
+    First come, first served: a request at the head of the queue that does not fit beside those that run waits for them to
+    finish, and no later one overtakes it. One that cannot fit even alone fails, and the next one has its turn.
+    """
+
+    def __init__(self, manager: KVCacheManager, vocabulary: Vocabulary, context_length: int, max_sequences: int) -> None:
+        self.manager, self.vocabulary = manager, vocabulary
+        self.context_length, self.max_sequences = context_length, max_sequences
+        self.request_ids = count()
+        self.waiting: deque[ActiveRequest] = deque()
+        self.running: list[ActiveRequest] = []
+        self.requests: dict[int, ActiveRequest] = {}
+        """Every request whose output was not taken completely, by its id."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is waiting or running."""
+        return not self.running and not self.waiting
+
+    def submit(self, request: Request) -> ActiveRequest:
+        """Put a request at the end of the queue. Raise `BadInput` where it can never be served."""
+        constraints = request.validate(self.vocabulary, self.context_length, self.max_sequences)
+        entry = ActiveRequest(next(self.request_ids), request, OutputState(constraints, self.vocabulary, request.prompt))
+        self.requests[entry.request_id] = entry
+        self.waiting.append(entry)
+        return entry
+
+    def admit(self) -> list[ActiveRequest]:
+        """Give waiting requests their sequences while there is room; return those that were admitted."""
+        admitted = []
+        while self.waiting:
+            entry = self.waiting[0]
+            prompts = entry.request.prompts
+            num_sequences = len(self.manager.sequences) + len(prompts)
+            length = min(max(map(len, prompts)) + entry.output.constraints.max_new_tokens, self.context_length)
+            if num_sequences > self.max_sequences:
+                break
+            try:
+                if not self.manager.reserve(num_sequences, length):
+                    break
+            except BadInput as error:
+                self.waiting.popleft()
+                self.fail(entry, error)
+                continue
+            self.waiting.popleft()
+            entry.sequences = [self.manager.allocate(prompt) for prompt in prompts]
+            self.running.append(entry)
+            admitted.append(entry)
+            self.append_forced_tokens(entry)
+        self.manager.compact()  # a request may have had nothing to generate but forced tokens
+        return admitted
+
+    # --- output ---
+
+    def commit_tokens(self, entry: ActiveRequest, token_ids: Sequence[int]) -> None:
+        """Add sampled tokens to a request. All but the last have keys and values in the cache already."""
+        for sequence in entry.sequences:
+            sequence.token_ids += token_ids
+            sequence.num_cached += len(token_ids) - 1
+        for token_id in token_ids:
+            if token_id == self.vocabulary.eos:
+                self.finish(entry)
+                return
+            self.append_token(entry, token_id)
+        self.append_forced_tokens(entry)
+
+    def append_token(self, entry: ActiveRequest, token_id: int) -> None:
+        entry.generated.append(token_id)
+        entry.unread.append(token_id)
+        entry.output.append(token_id)
+
+    def append_forced_tokens(self, entry: ActiveRequest) -> None:
+        """Append tokens that are the only ones allowed, which need no forward pass; finish the request at its end."""
+        while not entry.output.is_exhausted and (allowed := entry.output.allowed_next()) in FORCED_TOKENS:
+            entry.draft_tokens = []
+            if allowed == AllowedNext.END:
+                self.finish(entry)
+                return
+            token_id = getattr(self.vocabulary, FORCED_TOKENS[allowed])
+            self.append_token(entry, token_id)
+            for sequence in entry.sequences:
+                sequence.token_ids.append(token_id)
+        if entry.output.is_exhausted:
+            self.finish(entry)
+
+    # --- the end of a request ---
+
+    def finish(self, entry: ActiveRequest) -> None:
+        """Take a request out of the running or waiting ones; its output stays until it is taken."""
+        entry.is_finished = True
+        if entry in self.running:
+            self.running.remove(entry)
+        elif entry in self.waiting:
+            self.waiting.remove(entry)
+        self.manager.release(entry.sequences)
+
+    def fail(self, entry: ActiveRequest, error: Exception) -> None:
+        """End a request with an error, which its caller gets; other requests go on."""
+        entry.error = error
+        self.finish(entry)
+
+    def remove(self, request_id: int) -> None:
+        """Forget a request, wherever it is, and its output."""
+        entry = self.requests.pop(request_id, None)
+        if entry is not None and not entry.is_finished:
+            self.finish(entry)
+            self.manager.compact()
+
+    def fail_all(self, error: Exception) -> None:
+        """End all running requests with an error and free the cache. Waiting requests and finished output stay."""
+        for entry in list(self.running):
+            self.fail(entry, error)
+        self.manager.clear()

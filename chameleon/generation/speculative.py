@@ -1,0 +1,37 @@
+"""Speculative decoding of image codes: several drafted codes are verified in one forward pass.
+
+This is Jacobi decoding (arXiv 2410.01699) with Gumbel coupling (arXiv 2510.24211): the noise of a token depends on its seed
+and index alone, so a drafted token is accepted if and only if it is the token that decoding one at a time would have
+sampled. The output is the same for every draft length, and the distribution is preserved (arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chameleon.generation.request import ActiveRequest
+from chameleon.vocabulary import Vocabulary
+
+
+def accept_draft(request: ActiveRequest, sampled: Sequence[int]) -> list[int]:
+    """Return the sampled tokens that are final; the others become the next draft.
+
+    sampled[n] was sampled after n drafted tokens, so it is what decoding alone would have sampled if these are all right.
+    """
+    num_accepted = 1
+    while num_accepted < len(sampled) and sampled[num_accepted - 1] == request.draft_tokens[num_accepted - 1]:
+        num_accepted += 1
+    request.draft_tokens = list(sampled[num_accepted:])
+    return list(sampled[:num_accepted])
+
+
+def propose_draft(request: ActiveRequest, draft_length: int, vocabulary: Vocabulary) -> None:
+    """Extend the draft to `draft_length` − 1 tokens: each code is guessed to equal the one above it."""
+    num_drafted = max(0, min(draft_length, request.codes_ahead) - 1)
+    row_length = vocabulary.grid[1]
+    while len(request.draft_tokens) < num_drafted:
+        known = [*request.generated, *request.draft_tokens]
+        codes_before = vocabulary.codes_per_image - (request.output.codes_left or 0) + len(request.draft_tokens)
+        has_code_above = row_length <= codes_before <= len(known)
+        request.draft_tokens.append(known[-row_length] if has_code_above else known[-1])
+    del request.draft_tokens[num_drafted:]

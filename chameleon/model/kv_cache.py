@@ -1,0 +1,151 @@
+"""The KV cache: keys and values of all sequences in one static buffer, and the layout of a ragged batch over it.
+
+The model reads and writes the cache through a `BatchLayout`: the new tokens of all sequences are concatenated into one row
+without padding, so that one forward pass can prefill a long prompt of one sequence and decode one token of another.
+
+Shapes: N new tokens in the batch, H heads, K kv heads, C head width, S cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chameleon.model.config import ModelConfig
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+MAX_LENGTH_RATIO = 2
+"""Sequences share one attention call while the longest is at most this many times as long as the shortest."""
+
+
+class KVCache:
+    """For each layer a buffer [sequences, kv_heads, length, head_width] of keys and one of values.
+
+    Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, length: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """num_slots: sequences that fit; length: tokens that fit in each slot."""
+        shape = (num_slots, config.kv_heads, length, config.head_width)
+        self.device = torch.device(device)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Return the bytes that one token of one sequence takes."""
+        return 2 * config.layers * config.kv_heads * config.head_width * dtype.itemsize
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens that fit in each slot."""
+        return self.keys[0].shape[2]
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def copy_from(self, other: KVCache) -> None:
+        """Copy all slots of a smaller cache."""
+        for target, source in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            target[: source.shape[0], :, : source.shape[2]] = source
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Consecutive slots with equally many new tokens each, which share one attention call."""
+
+    tokens: slice
+    """Range of their new tokens in the batch."""
+    slots: slice
+    """Range of their slots in the cache."""
+    kv_length: int
+    """Keys that are attended to, new ones included."""
+    mask: Tensor | None
+    """bool [slots, 1, new tokens, kv_length], or None for causal attention (all keys, where there is one new token)."""
+
+
+class BatchLayout:
+    """Where the tokens of one ragged forward pass are stored in the cache and what they attend to."""
+
+    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, groups: Sequence[AttentionGroup]) -> None:
+        """slots, positions: int64 [N], the cache slot and the position in it of each token of the batch."""
+        self.cache, self.slots, self.positions, self.groups = cache, slots, positions, groups
+
+    @classmethod
+    def ragged(
+        cls,
+        cache: KVCache,
+        cached_lengths: Sequence[int],
+        new_lengths: Sequence[int],
+        positions: Tensor | None = None,
+    ) -> BatchLayout:
+        """Create the layout of a pass over the first slots of the cache, in order.
+
+        Slot s has `cached_lengths[s]` tokens in the cache and `new_lengths[s]` tokens (possibly 0) in the batch.
+        positions: int64 [1, N], the tokens' positions, where they are on the device already.
+        """
+        device = cache.device
+        if positions is None:
+            flat = [p for cached, new in zip(cached_lengths, new_lengths, strict=True) for p in range(cached, cached + new)]
+            positions = torch.tensor([flat], device=device)
+        if all(new == 1 for new in new_lengths):
+            slots = torch.arange(len(new_lengths), device=device)  # created on the device: no transfer from the host
+        else:
+            slots = torch.tensor([slot for slot, new in enumerate(new_lengths) for _ in range(new)], device=device)
+        groups = []
+        first_slot, first_token = 0, 0
+        while first_slot < len(cached_lengths):
+            end_slot, shortest, longest = first_slot + 1, cached_lengths[first_slot], cached_lengths[first_slot]
+            while end_slot < len(cached_lengths) and new_lengths[end_slot] == new_lengths[first_slot]:
+                shortest, longest = min(shortest, cached_lengths[end_slot]), max(longest, cached_lengths[end_slot])
+                if longest > MAX_LENGTH_RATIO * max(shortest, 1):
+                    break
+                end_slot += 1
+            new, count = new_lengths[first_slot], end_slot - first_slot
+            if new:
+                tokens = slice(first_token, first_token + new * count)
+                lengths = cached_lengths[first_slot:end_slot]
+                kv_length = max(lengths) + new
+                mask = None
+                if any(cached != kv_length - new for cached in lengths) or (new > 1 and kv_length > new):
+                    query_positions = positions[0, tokens].view(count, new)
+                    mask = (torch.arange(kv_length, device=device) <= query_positions.unsqueeze(-1)).unsqueeze(1)
+                groups.append(AttentionGroup(tokens, slice(first_slot, end_slot), kv_length, mask))
+                first_token = tokens.stop
+            first_slot = end_slot
+        return cls(cache, slots, positions[0], groups)
+
+    @classmethod
+    def one_token_each(cls, cache: KVCache, positions: Tensor, kv_length: int) -> BatchLayout:
+        """Create the layout of a decode step: one new token for each of the first slots, at positions [N].
+
+        All slots attend to `kv_length` keys through a mask, so that the shapes are those of a compiled step.
+        """
+        count = positions.shape[0]
+        mask = (torch.arange(kv_length, device=positions.device) <= positions.unsqueeze(1))[:, None, None]
+        slots = torch.arange(count, device=positions.device)
+        return cls(cache, slots, positions, [AttentionGroup(slice(0, count), slice(0, count), kv_length, mask)])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
+        """Write keys and values to the cache and attend: q [1, N, H, C], k and v [1, N, K, C] to [1, N, H, C]."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.slots, :, self.positions], values[self.slots, :, self.positions] = k[0], v[0]
+        outputs = []
+        for group in self.groups:
+            count = group.slots.stop - group.slots.start
+            queries = q[0, group.tokens].unflatten(0, (count, -1)).transpose(1, 2)  # [slots, H, new tokens, C]
+            kv_range = slice(None, group.kv_length)
+            output = attention(queries, keys[group.slots, :, kv_range], values[group.slots, :, kv_range], group.mask)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)

@@ -1,0 +1,66 @@
+"""Data loading for the Transformer: batches by their index, and the time spent waiting for them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from chameleon.data.mixture import Mixture, PackedBatch
+
+
+class PackedBatchDataset(Dataset[PackedBatch]):
+    """Item n is one device's part of batch `first_batch` + n.
+
+    It has more batches than the run has steps, since a rollback continues with later batches.
+    """
+
+    def __init__(self, mixture: Mixture, num_batches: int, first_batch: int = 0, *, rank: int = 0, world: int = 1) -> None:
+        """rank, world: which of how many data-parallel parts."""
+        self.mixture, self.num_batches, self.first_batch = mixture, num_batches, first_batch
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        return self.mixture.batch(self.first_batch + index, self.rank, self.world)
+
+
+class TimedLoader:
+    """A data loader that measures how long it is waited for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.seconds_waited = 0.0
+        """In all."""
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.seconds_waited += time.perf_counter() - start
+            yield batch
+
+
+def data_fingerprint(mixture: Mixture) -> dict[str, str]:
+    """Return for each source a SHA-256 over the checksums of its shards' token ids, all variants."""
+    fingerprints = {}
+    for source in mixture.sources:
+        digest = hashlib.sha256()
+        for shard in source.shards:
+            for file_name, checksum in sorted(shard.description["sha256"].items()):
+                if file_name.startswith("ids"):
+                    digest.update(checksum.encode())
+        fingerprints[source.config.display_name] = digest.hexdigest()
+    return fingerprints

@@ -1,0 +1,149 @@
+"""What training modules share: the step counters, random numbers of a step, events, and the log."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from chameleon.data.mixture import splitmix64
+from chameleon.files import EVENTS_FILE, read_events
+from chameleon.train.recipe import RunConfig
+from chameleon.train.stability import StabilityConfig, StepGuard
+
+SPARE_BATCHES_FACTOR = 2
+"""Loaders hold this many times the batches that a run needs, so that it can roll back."""
+
+
+class EventLog:
+    """Events of a run: alarms, skipped steps and rollbacks, one line each on stderr and in RUN/events.jsonl."""
+
+    def __init__(self, out: Path, *, enabled: bool = True) -> None:
+        """enabled: whether this process writes; one of several does."""
+        self.path, self.enabled = out / EVENTS_FILE, enabled
+        self.latest: str | None = None
+        """The last event, for the progress line."""
+
+    def remove_from(self, step: int) -> None:
+        """Remove the events from a step on, since the run continues from there."""
+        if self.path.is_file():
+            kept = [event for event in read_events(self.path) if event["step"] < step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            partial.replace(self.path)
+
+    def add(self, step: int, kind: str, text: str) -> None:
+        """Report an event."""
+        self.latest = f"{kind} at step {step}"
+        if not self.enabled:
+            return
+        print(f"step {step}: {kind}: {text}", file=sys.stderr, flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), "kind": kind, "text": text}) + "\n")
+
+
+class StepModule(L.LightningModule):
+    """A Lightning module with manual optimisation that can continue from any step.
+
+    Its position is two counters: completed steps, and batches seen, which are more after a rollback. Together with the
+    seed they determine the next batch and its random numbers.
+    """
+
+    def __init__(self, run: RunConfig, stability: StabilityConfig) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.run_config = run
+        self.guard = StepGuard(stability)
+        self.events = EventLog(Path(run.out))
+        self.completed_steps = 0
+        self.batches_seen = 0
+        """Also the index of the next batch."""
+        self.metrics: dict[str, float] = {}
+        """The latest value of each metric."""
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Index of the part of each batch that this process sees."""
+        return self.trainer.global_rank // self.run_config.tensor_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of parts that each batch is split into."""
+        return self.trainer.world_size // self.run_config.tensor_parallel_size
+
+    @property
+    def is_logged_step(self) -> bool:
+        """Whether the metrics of the current step are logged: every n steps, and the last."""
+        step = self.completed_steps + 1
+        return step % self.run_config.log_every_n_steps == 0 or step == self.run_config.max_steps
+
+    def on_fit_start(self) -> None:
+        self.events.enabled = self.trainer.is_global_zero
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(splitmix64(self.run_config.seed, self.batches_seen, self.data_parallel_rank) >> 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.completed_steps += 1
+        self.batches_seen += 1
+        if self.completed_steps >= self.run_config.max_steps:
+            self.trainer.should_stop = True
+
+    def optimizer_list(self) -> list[Any]:
+        """Return Lightning's wrappers of the optimisers as a list."""
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum `values` over the parts of the batch. A collective operation."""
+        if self.trainer.world_size == 1:
+            return values
+        return torch.as_tensor(self.all_gather(values)).sum(dim=0) / self.run_config.tensor_parallel_size
+
+    def write_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Write a row of metrics at the current step to all loggers. NaN stands for what a batch has none of."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self.metrics |= values
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.completed_steps)
+
+    def finite_metrics(self) -> dict[str, float]:
+        """Return the latest value of each metric that is a finite number."""
+        return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return small tensors beside weights and optimisers that a checkpoint stores."""
+        return {f"guard.{name}": value for name, value in self.guard.state().items()}
+
+    def load_extra_state(self, extra: dict[str, Tensor]) -> None:
+        self.guard.load_state({name: extra[f"guard.{name}"] for name in ("grad_norms", "counts")})
+
+    def checkpointed_tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint stores of the module: trainable parameters, and buffers, by name."""
+        named = self.state_dict(keep_vars=True).items()
+        return {name: value for name, value in named if not isinstance(value, nn.Parameter) or value.requires_grad}
+
+    def reorder_fused_rows(self, before: int, now: int, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Reorder what was restored from a run with tensor_parallel_size `before` for one with `now`."""
+
+    def describe_batch(self, batch_index: int) -> str:
+        """Return where the samples of a batch are, for a message about it; empty where that is not known."""
+        return ""
+
+    def should_skip_step(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Return whether the optimiser step is to be skipped, the same on all processes, and report it if so."""
+        values = torch.stack((loss.detach().double(), grad_norm.detach().double())).tolist()
+        reason = self.guard.reason_to_skip(*values)
+        if reason is not None:
+            text = f"{reason} {self.describe_batch(self.batches_seen)}".rstrip()
+            self.events.add(self.completed_steps, "skipped step", text)
+        return reason is not None

@@ -1,0 +1,90 @@
+"""What training starts from: a new model with given tokenizers, or a bundle; and the adapters that are trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chameleon.bundle import read_header, stored_names
+from chameleon.errors import BadInput
+from chameleon.model.config import ModelConfig, named_size
+from chameleon.model.transformer import Transformer, initial_value
+from chameleon.tensor_files import SafetensorsFiles
+from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train.adapters import add_codebook_rows, add_lora, train_image_head_only
+from chameleon.train.recipe import TrainRecipe
+
+
+@dataclass
+class TrainingStart:
+    """A model's configuration, tokenizers and initial weights, of which none has been read yet."""
+
+    config: ModelConfig
+    tokenizer: MixedTokenizer
+    initial_value: Callable[[str], Tensor]
+    """Name of a parameter of the plain model → its full value, float32."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainRecipe) -> TrainingStart:
+        """Return the start that the recipe asks for. Raise `BadInput` where its keys contradict each other."""
+        if (recipe.bundle is None) == (recipe.tokenizers is None):
+            raise BadInput("give either bundle or tokenizers", where="recipe")
+        if recipe.bundle is not None:
+            return start_from_bundle(Path(recipe.bundle), recipe)
+        assert recipe.tokenizers is not None
+        if "vocab_size" in recipe.model:
+            raise BadInput("the tokenizers determine vocab_size; leave it out", where="recipe.model")
+        config = named_size(recipe.size or "mini", **recipe.model)
+        tokenizer = MixedTokenizer.load(Path(recipe.tokenizers))
+        config = replace(config, vocab_size=tokenizer.vocabulary.size)
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in Transformer(config).named_parameters()}
+        return cls(config, tokenizer, lambda name: initial_value(name, shapes[name], config, recipe.run.seed))
+
+
+def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
+    """Return a start from a bundle. Raise `BadInput` where the recipe asks for another shape than the bundle's."""
+    if not folder.is_dir():
+        raise BadInput("no bundle here", where=folder, remedy="give the folder that a training or `convert` wrote")
+    header = read_header(folder)
+    if set(recipe.model) - {"dropout"}:
+        raise BadInput("the shape of a bundle's model is fixed; only dropout can be set", where="recipe.model")
+    if recipe.size is not None:
+        expected = named_size(recipe.size)
+        for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "norm_order"):
+            if getattr(expected, name) != (actual := getattr(header.model, name)):
+                raise BadInput(
+                    f"the recipe is for {recipe.size}, whose {name} is {getattr(expected, name)}; the bundle's is {actual}",
+                    where=folder,
+                    remedy="use the recipe of its size, or set size to null",
+                )
+    config = replace(header.model, dropout=recipe.model.get("dropout", header.model.dropout))
+    files: Mapping[str, Tensor] = SafetensorsFiles.from_folder(folder)
+    missing = set(stored_names(config)) - set(files)
+    if missing:
+        raise BadInput(f"no tensor {min(missing)}", where=folder)
+    tokenizer = MixedTokenizer.load(folder, header.vocabulary)
+    return TrainingStart(config, tokenizer, lambda name: files[name].float(), header.provenance)
+
+
+def add_adapters(model: Transformer, start: TrainingStart, recipe: TrainRecipe) -> None:
+    """Add the adapters and parametrisations that the recipe trains. Raise `BadInput` for combinations that do not work."""
+    vocabulary = start.tokenizer.vocabulary
+    if recipe.codebook_rows and recipe.trainable != "all":
+        raise BadInput(f"codebook_rows does not go with trainable={recipe.trainable}", where="recipe.codebook_rows")
+    if recipe.codebook_rows:
+        add_codebook_rows(model, start.tokenizer.image.network.quantize.codebook(), vocabulary)
+    if recipe.trainable == "lora" and recipe.run.tensor_parallel_size > 1:
+        raise BadInput(
+            "LoRA does not go with tensor parallelism", where="recipe.trainable", remedy="use data_parallel=fsdp alone"
+        )
+    if recipe.trainable == "lora":
+        add_lora(model, recipe.lora)
+    elif recipe.trainable == "image_head":
+        train_image_head_only(model, start.initial_value("head.weight"), vocabulary)
