@@ -119,7 +119,13 @@ def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) ->
         "context_length": 48,
         "global_batch_size": 4,
         "mixture": [{"shards": str(tmp_path / "shards")}],
-        "run": {"out": str(tmp_path / "run"), "max_steps": 30, "log_every_n_steps": 5, "progress": False, "precision": "32-true"},
+        "run": {
+            "out": str(tmp_path / "run"),
+            "max_steps": 30,
+            "log_every_n_steps": 5,
+            "progress": False,
+            "precision": "32-true",
+        },
         "optimizer": {"lr": 0.01, "warmup_steps": 2, "eps": 1e-8},
         **changes,
     }

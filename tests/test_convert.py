@@ -515,7 +515,15 @@ def test_the_image_head_of_a_converted_model_learns_to_draw(exported: Path, tmp_
     start = exported / "bundle"
     main(["tokenize", str(tmp_path / "c.jsonl"), "--model", str(start), "--out", str(tmp_path / "shards")])
     mixture = f"mixture=[{{shards: {tmp_path / 'shards'}, loss: answers}}]"
-    settings = ["size=null", "context_length=128", "global_batch_size=4", "micro_batch_size=0", "num_workers=0", "run.max_steps=80", "run.precision=32-true"]
+    settings = [
+        "size=null",
+        "context_length=128",
+        "global_batch_size=4",
+        "micro_batch_size=0",
+        "num_workers=0",
+        "run.max_steps=80",
+        "run.precision=32-true",
+    ]
     settings += ["optimizer.lr=0.1", "optimizer.warmup_steps=1", "run.progress=false", f"run.out={tmp_path / 'run'}"]
     main(["finetune", "--config", "7b-draw", f"bundle={start}", mixture, *settings])
     before, after = (Bundle.load(folder, dtype=torch.float32) for folder in (start, tmp_path / "run" / "bundle"))

@@ -1,4 +1,4 @@
-"""Sampling, modality rules, guidance and the engine, each against something independent."""
+"""Sampling, modality constraints, guidance and the engine, each against something independent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputConstraints, OutputState
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +17,19 @@ from scipy.stats import chi2, kstest
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from chameleon.errors import BadInput
-from chameleon.generation.engine import Engine, Request
+from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputConstraints, OutputState
+from chameleon.generation.engine import Engine
 from chameleon.generation.guidance import Guidance, combine_logits, three_way, two_way
-from chameleon.generation.sampling import GREEDY, Sampling, BatchSampling, top_k_top_p_filter, penalize_repetition, sample, exponential_noise
+from chameleon.generation.request import Request
+from chameleon.generation.sampling import (
+    GREEDY,
+    BatchSampling,
+    Sampling,
+    exponential_noise,
+    penalize_repetition,
+    sample,
+    top_k_top_p_filter,
+)
 from chameleon.model.kv_cache import KVCache
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Vocabulary
@@ -48,16 +57,16 @@ def test_top_k_equals_hugging_faces(top_k: int) -> None:
 
 def test_both_equal_hugging_faces_one_after_the_other() -> None:
     logits = torch.randn(40, 60, generator=torch.Generator().manual_seed(2)) * 2
-    wanted = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(9)(None, logits))
-    assert torch.equal(cut_by(logits, top_k=9, top_p=0.8), wanted)
+    expected = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(9)(None, logits))
+    assert torch.equal(cut_by(logits, top_k=9, top_p=0.8), expected)
 
 
 def test_repetition_penalty_equals_hugging_faces() -> None:
     torch.manual_seed(0)
     logits, ids = torch.randn(10, 30), torch.randint(0, 30, (10, 7))
-    wanted = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
     seen = torch.zeros(10, 30, dtype=torch.bool).scatter_(1, ids, True)
-    torch.testing.assert_close(penalize_repetition(logits, seen, torch.full((10, 1), 1.3)), wanted)
+    torch.testing.assert_close(penalize_repetition(logits, seen, torch.full((10, 1), 1.3)), expected)
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, seeds: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -163,7 +172,9 @@ def test_guidance_is_the_formula() -> None:
     torch.manual_seed(0)
     full, images, nothing = torch.randn(3, 2, 9)
     weights = torch.tensor([two_way([1], 3.0).weights] * 2)
-    torch.testing.assert_close(combine_logits(torch.stack((full, nothing), dim=1), weights), nothing + 3.0 * (full - nothing))
+    torch.testing.assert_close(
+        combine_logits(torch.stack((full, nothing), dim=1), weights), nothing + 3.0 * (full - nothing)
+    )
     weights = torch.tensor([three_way([1], [1], 1.2, 3.0).weights] * 2)
     got = combine_logits(torch.stack((full, images, nothing), dim=1), weights)
     torch.testing.assert_close(got, nothing + 1.2 * (images - nothing) + 3.0 * (full - images))
@@ -183,18 +194,18 @@ def letters(ids: list[int], v: Vocabulary) -> str:
     return "".join("b" if t == v.boi else "e" if t == v.eoi else "c" if t in v.image_ids else "t" for t in ids)
 
 
-def made_by(rules: OutputConstraints, v: Vocabulary, choices: list[int]) -> str:
+def generated_by(constraints: OutputConstraints, v: Vocabulary, choices: list[int]) -> str:
     """What some choice of allowed ids makes."""
-    state, made = OutputState(rules, v, [v.bos]), []
+    state, made = OutputState(constraints, v, [v.bos]), []
     for choice in choices:
-        if state.done:
+        if state.is_exhausted:
             break
-        options = allowed(state.next(), v).nonzero().flatten().tolist()
+        options = allowed(state.allowed_next(), v).nonzero().flatten().tolist()
         token = options[choice % len(options)]
         if token == v.eos:
             break
         made.append(token)
-        state.push(token)
+        state.append(token)
     return letters(made, v)
 
 
@@ -213,7 +224,7 @@ PICTURE = "bcccccce"
 def test_any_choice_of_allowed_ids_gives_whole_pictures(
     max_new_tokens: int, max_images: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
-    made = made_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
+    made = generated_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
     assert len(made) <= max_new_tokens
     assert set(made.replace(PICTURE, "")) <= {"t"}
     assert made.count("b") <= max_images
@@ -239,11 +250,11 @@ FORMATS = {
 def test_a_format_is_kept_whatever_is_chosen(
     parts: tuple[str, ...], spare: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
-    rules = OutputConstraints(1, max_text_tokens=max_text_tokens, format=parts)  # type: ignore[arg-type]
-    rules = replace(rules, max_new_tokens=max(1, rules.min_tokens(SMALL) + spare))
-    made = made_by(rules, SMALL, choices)
+    constraints = OutputConstraints(1, max_text_tokens=max_text_tokens, format=parts)  # type: ignore[arg-type]
+    constraints = replace(constraints, max_new_tokens=max(1, constraints.min_tokens(SMALL) + spare))
+    made = generated_by(constraints, SMALL, choices)
     assert re.fullmatch(FORMATS[parts], made), made
-    assert len(made) <= rules.max_new_tokens
+    assert len(made) <= constraints.max_new_tokens
     assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in made
 
 
@@ -252,15 +263,15 @@ def test_a_prompt_may_end_inside_a_picture() -> None:
     state = OutputState(OutputConstraints(10, format=()), v, [v.bos, v.boi, 6, 7])
     kinds = []
     for _ in range(6):
-        kinds.append(state.next())
-        state.push(v.eoi if kinds[-1] == AllowedNext.IMAGE_END else v.image_start)
+        kinds.append(state.allowed_next())
+        state.append(v.eoi if kinds[-1] == AllowedNext.IMAGE_END else v.image_start)
     assert kinds == [AllowedNext.CODE] * 4 + [AllowedNext.IMAGE_END, AllowedNext.END]
 
 
 # --- the engine ---
 
 
-def engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None, **changes: object) -> Engine:
+def make_engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None, **changes: object) -> Engine:
     model = random_model(tokenizer.vocabulary.size, **changes).double()
     return Engine(model, tokenizer.vocabulary, **(options or {}))
 
@@ -268,9 +279,9 @@ def engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None, **c
 def reference(engine: Engine, request: Request) -> list[int]:
     """The same request without cache, batch or head slices: every step reads the whole sequence anew."""
     v = engine.vocabulary
-    state, made = OutputState(engine.check(request), v, list(request.prompt)), []
-    while not state.done:
-        kind = state.next()
+    state, made = OutputState(request.validate(v, engine.model.config.context_length, 32), v, list(request.prompt)), []
+    while not state.is_exhausted:
+        kind = state.allowed_next()
         rows = [torch.tensor([[*prompt, *made]]) for prompt in request.prompts]
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
@@ -279,7 +290,7 @@ def reference(engine: Engine, request: Request) -> list[int]:
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *made):
             seen[0, token] = token in v.text_ids
-        setting = request.image if kind == AllowedNext.CODE else request.text
+        setting = request.image_sampling if kind == AllowedNext.CODE else request.text_sampling
         token = int(
             sample(
                 row.masked_fill(~allowed(kind, v), -torch.inf).unsqueeze(0),
@@ -291,12 +302,17 @@ def reference(engine: Engine, request: Request) -> list[int]:
             )
         )
         code = v.codes_per_image - (state.codes_left or 0)
-        if kind == AllowedNext.CODE and state.images == 1 and code < len(request.given) and request.given[code] >= 0:
-            token = request.given[code]
+        if (
+            kind == AllowedNext.CODE
+            and state.num_images == 1
+            and code < len(request.fixed_codes)
+            and request.fixed_codes[code] >= 0
+        ):
+            token = request.fixed_codes[code]
         if token == v.eos:
             break
         made.append(token)
-        state.push(token)
+        state.append(token)
     return made
 
 
@@ -323,16 +339,16 @@ def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
         ),
         # completes a picture, and one of which some codes are given
         Request((v.bos, v.boi, *codes[:5]), OutputConstraints(20, format=()), sampling, sampling, seed=9),
-        Request((v.bos, t + 4, v.sep), one, sampling, GREEDY, seed=10, given=(-1, codes[3], codes[4], -1, codes[1])),
+        Request((v.bos, t + 4, v.sep), one, sampling, GREEDY, seed=10, fixed_codes=(-1, codes[3], codes[4], -1, codes[1])),
     ]
 
 
 DRAWN = Sampling(0.9, 0.9, repetition_penalty=1.2)
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "few rows": {"global_batch_size": 3},
-    "window 3": {"window_steps": 3},
-    "window 16": {"window_steps": 16, "global_batch_size": 7},
+    "small batches": {"max_batch_size": 3},
+    "draft of 3": {"draft_length": 3},
+    "draft of 16": {"draft_length": 16, "max_batch_size": 7},
 }
 
 
@@ -342,60 +358,60 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_engine_equals_the_reference_alone_and_in_any_batch(
     tokenizer: MixedTokenizer, sampling: Sampling, norm_order: str, way: str
 ) -> None:
-    machine = engine(tokenizer, WAYS[way], norm_order=norm_order)
+    engine = make_engine(tokenizer, WAYS[way], norm_order=norm_order)
     asked = requests(tokenizer.vocabulary, sampling)
-    wanted = [reference(machine, request) for request in asked]
-    assert all(wanted) and len({tuple(ids) for ids in wanted}) > 7
+    expected = [reference(engine, request) for request in asked]
+    assert all(expected) and len({tuple(ids) for ids in expected}) > 7
     for _ in range(2):  # the second time prefixes are there
-        assert machine.generate(asked) == wanted
-    assert machine.generate(asked[::-1]) == wanted[::-1]
-    machine.forget()
-    for request, ids in zip(asked, wanted, strict=True):
-        assert machine.generate([request]) == [ids]
-    assert machine.is_idle and not machine.active and not machine.made
+        assert engine.generate(asked) == expected
+    assert engine.generate(asked[::-1]) == expected[::-1]
+    engine.clear()
+    for request, ids in zip(asked, expected, strict=True):
+        assert engine.generate([request]) == [ids]
+    assert engine.is_idle and not engine.manager.sequences and not engine.scheduler.requests
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer, seed: int) -> None:
     """Requests join while others run, some are cancelled, the host looks now and then only."""
     stream = random.Random(seed)
-    machine = engine(tokenizer, {"rows": stream.randint(3, 8), "window_steps": stream.choice([1, 1, 4])})
+    engine = make_engine(tokenizer, {"max_batch_size": stream.randint(3, 8), "draft_length": stream.choice([1, 1, 4])})
     asked = requests(tokenizer.vocabulary, DRAWN)
-    wanted = [machine.generate([request])[0] for request in asked]
+    expected = [engine.generate([request])[0] for request in asked]
     order = stream.sample(range(len(asked)), len(asked))
-    tickets: dict[int, int] = {}
-    while order or not machine.is_idle:
+    pending: dict[int, int] = {}
+    while order or not engine.is_idle:
         for _ in range(stream.randint(0, 3)):
             if order:
                 number = order.pop()
-                tickets[machine.submit(asked[number])] = number
-        if tickets and stream.random() < 0.1:
-            ticket = stream.choice(sorted(tickets))
-            machine.cancel(ticket)
-            del tickets[ticket]
-        machine.step(stream.choice([None, 1, 5]))
-        assert [row.slot for row in machine.active] == list(range(len(machine.active)))
-    for ticket, number in tickets.items():
-        assert list(machine.made[ticket]) == wanted[number]
-    assert not machine.active
+                pending[engine.submit(asked[number])] = number
+        if pending and stream.random() < 0.1:
+            request_id = stream.choice(sorted(pending))
+            engine.cancel(request_id)
+            del pending[request_id]
+        engine.step(stream.choice([None, 1, 5]))
+        assert [sequence.slot for sequence in engine.manager.sequences] == list(range(len(engine.manager.sequences)))
+    for request_id, number in pending.items():
+        assert list(engine.scheduler.requests[request_id].unread) == expected[number]
+    assert not engine.manager.sequences
 
 
 def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
     """Counted in ids that the model reads: samples of one prompt, guidance branches, a prompt seen in an earlier call."""
     v = tokenizer.vocabulary
-    machine = engine(tokenizer)
+    engine = make_engine(tokenizer)
     prompt = (v.bos, *range(v.text_start, v.text_start + 40), v.sep)
     read: list[int] = []
-    hook = machine.model.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
-    machine.generate([Request(prompt, OutputConstraints(1), GREEDY, seed=seed) for seed in range(6)])
+    hook = engine.model.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    engine.generate([Request(prompt, OutputConstraints(1), GREEDY, seed=seed) for seed in range(6)])
     assert sum(read) == len(prompt) + 5
     read.clear()
-    machine.generate([Request((*prompt[:30], v.sep), OutputConstraints(1), GREEDY)])
+    engine.generate([Request((*prompt[:30], v.sep), OutputConstraints(1), GREEDY)])
     assert sum(read) == 1
     read.clear()
     branches = two_way(prompt[:35], 2.0)
-    machine.forget()
-    machine.generate([Request(prompt, OutputConstraints(v.image_block_length, format=("image",)), guidance=branches)])
+    engine.clear()
+    engine.generate([Request(prompt, OutputConstraints(v.image_block_length, format=("image",)), guidance=branches)])
     # both prompts, the shared part once and boi behind them; then two rows for each code but the last
     assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (v.codes_per_image - 1)
     hook.remove()
@@ -403,16 +419,18 @@ def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
 
 def test_the_host_does_not_look_inside_pictures(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     v = tokenizer.vocabulary
-    machine = engine(tokenizer)
+    engine = make_engine(tokenizer)
     looks = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(self.numel()), tolist(self))[1])
     for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a look"))
-    rules = OutputConstraints(v.image_block_length, format=("image",))
-    asked = [Request((v.bos, v.text_start + n, v.sep), rules, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)]
+    constraints = OutputConstraints(v.image_block_length, format=("image",))
+    asked = [
+        Request((v.bos, v.text_start + n, v.sep), constraints, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)
+    ]
     looks.clear()
-    machine.generate(asked)
+    engine.generate(asked)
     assert looks == [3 * v.codes_per_image]
 
 
@@ -420,153 +438,162 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
     """A model that always says the same code is right about all drafts from the second row on."""
     v = tokenizer.vocabulary
     request = Request(
-        (v.bos, v.text_start, v.sep), OutputConstraints(v.image_block_length, format=("image",)), image=GREEDY
+        (v.bos, v.text_start, v.sep), OutputConstraints(v.image_block_length, format=("image",)), image_sampling=GREEDY
     )
     passes = {}
     for window in (1, 4):
-        machine = engine(tokenizer, {"window_steps": window})
+        engine = make_engine(tokenizer, {"draft_length": window})
         with torch.no_grad():
-            for block in machine.model.blocks:
+            for block in engine.model.blocks:
                 block.attention.out.weight.zero_()  # type: ignore[union-attr]
                 block.ffn.down.weight.zero_()  # type: ignore[union-attr]
-            machine.model.embed.weight[v.image_ids.ids] = machine.model.embed.weight[v.boi].clone()
-        machine.generate([request])
-        passes[window] = machine.passes
+            engine.model.embed.weight[v.image_ids.ids] = engine.model.embed.weight[v.boi].clone()
+        engine.generate([request])
+        passes[window] = engine.decoder.num_forward_passes
     assert passes == {1: v.codes_per_image, 4: 1 + -(-(v.codes_per_image - 1) // 4)}
 
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
     asked = requests(tokenizer.vocabulary, DRAWN)[:4]
-    plain, machine = engine(tokenizer, layers=1), engine(tokenizer, {"compiled": True}, layers=1)
-    assert machine.generate(asked) == plain.generate(asked)
-    machine.forget()  # another cache
-    assert machine.generate(asked[::-1]) == plain.generate(asked[::-1])
+    plain, engine = make_engine(tokenizer, layers=1), make_engine(tokenizer, {"compile": True}, layers=1)
+    assert engine.generate(asked) == plain.generate(asked)
+    engine.clear()  # another cache
+    assert engine.generate(asked[::-1]) == plain.generate(asked[::-1])
 
 
 def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer)
+    engine = make_engine(tokenizer)
     asked = requests(tokenizer.vocabulary, GREEDY)
-    wanted = machine.generate(asked)
-    stream = machine.stream(asked, horizon=2)
+    expected = engine.generate(asked)
+    stream = engine.stream(asked, max_buffered_codes=2)
     for _ in range(7):
         next(stream)
     stream.close()
-    assert machine.is_idle and not machine.active and not machine.made
-    assert machine.generate(asked) == wanted
+    assert engine.is_idle and not engine.manager.sequences and not engine.scheduler.requests
+    assert engine.generate(asked) == expected
 
 
 def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer)
+    engine = make_engine(tokenizer)
     asked = requests(tokenizer.vocabulary, GREEDY)
-    wanted = machine.generate(asked)
+    expected = engine.generate(asked)
     calls = iter(range(100))
 
     def fail(*_: object) -> None:
         if next(calls) == 5:
             raise KeyboardInterrupt
 
-    hook = machine.model.norm.register_forward_pre_hook(fail)
+    hook = engine.model.norm.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        machine.generate(asked)
+        engine.generate(asked)
     hook.remove()
-    assert machine.is_idle and not machine.active
-    assert machine.generate(asked) == wanted
+    assert engine.is_idle and not engine.manager.sequences
+    assert engine.generate(asked) == expected
 
 
 def test_requests_with_nothing_to_choose_take_no_place(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
-    machine = engine(tokenizer, {"global_batch_size": 3})
+    engine = make_engine(tokenizer, {"max_batch_size": 3})
     whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.codes_per_image))
     asked = [Request(whole, OutputConstraints(5, format=()))] * 7 + requests(v, DRAWN)[:2]
-    assert machine.generate(asked) == [[v.eoi]] * 7 + engine(tokenizer).generate(asked[7:])
+    assert engine.generate(asked) == [[v.eoi]] * 7 + make_engine(tokenizer).generate(asked[7:])
 
 
 def test_a_stream_whose_request_was_dropped_says_so(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer)
-    stream = machine.stream(requests(tokenizer.vocabulary, DRAWN)[:1])
+    engine = make_engine(tokenizer)
+    stream = engine.stream(requests(tokenizer.vocabulary, DRAWN)[:1])
     next(stream)
-    machine.reset()
-    with pytest.raises(BadInput, match="the request was dropped"):
+    engine.clear()
+    with pytest.raises(BadInput, match="the request was cancelled"):
         list(stream)
-    assert machine.generate(requests(tokenizer.vocabulary, DRAWN)[:1])[0]
+    assert engine.generate(requests(tokenizer.vocabulary, DRAWN)[:1])[0]
 
 
 def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer)
+    engine = make_engine(tokenizer)
     asked = requests(tokenizer.vocabulary, DRAWN)[:2]
-    wanted = [machine.generate([request])[0] for request in asked]
-    streams = [machine.stream([request]) for request in asked]
+    expected = [engine.generate([request])[0] for request in asked]
+    streams = [engine.stream([request]) for request in asked]
     found: list[list[int]] = [[], []]
     for pair in zip_longest(*streams):
         for place, event in enumerate(pair):
             if event is not None:
                 found[place].append(event[1])
-    assert found == wanted
+    assert found == expected
 
 
 def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = engine(tokenizer, context_length=16)
+    engine = make_engine(tokenizer, context_length=16)
     v = tokenizer.vocabulary
-    with pytest.raises(BadInput, match=r"the prompt has 20 ids, the context 16; shorten it to 15"):
-        machine.generate([Request((v.text_start,) * 20, OutputConstraints(4))])
-    with pytest.raises(BadInput, match="at least one id"):
-        machine.generate([Request((), OutputConstraints(4))])
+    with pytest.raises(BadInput, match=r"the prompt has 20 tokens, the context length is 16; shorten it to 15"):
+        engine.generate([Request((v.text_start,) * 20, OutputConstraints(4))])
+    with pytest.raises(BadInput, match="at least one token"):
+        engine.generate([Request((), OutputConstraints(4))])
     with pytest.raises(BadInput, match=f"not below {v.size}"):
-        machine.generate([Request((v.size,), OutputConstraints(4))])
-    with pytest.raises(BadInput, match="text and image take 19 ids at least, but there is room for 7"):
-        machine.generate([Request((v.bos,) * 10, OutputConstraints(100, format=("text", "image")))])
-    with pytest.raises(BadInput, match="none is to be made"):
-        machine.generate([Request((v.bos,), OutputConstraints(4), guidance=two_way((v.bos,), 2.0))])
+        engine.generate([Request((v.size,), OutputConstraints(4))])
+    with pytest.raises(BadInput, match="text and image take at least 19 tokens, but there is room for 7"):
+        engine.generate([Request((v.bos,) * 10, OutputConstraints(100, format=("text", "image")))])
+    with pytest.raises(BadInput, match="none is to be generated"):
+        engine.generate([Request((v.bos,), OutputConstraints(4), guidance=two_way((v.bos,), 2.0))])
     guided = Request((v.bos,), OutputConstraints(v.image_block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
-    with pytest.raises(BadInput, match="takes 2 rows, the engine has 1"):
-        engine(tokenizer, {"global_batch_size": 1}).generate([guided])
+    with pytest.raises(BadInput, match="takes 2 sequences, max_batch_size is 1"):
+        make_engine(tokenizer, {"max_batch_size": 1}).generate([guided])
     rest = Request((v.bos, v.boi, v.image_start, v.image_start), OutputConstraints(20, format=("image",)))
-    with pytest.raises(BadInput, match="the rest of a picture and image take 33 ids at least, but there is room for 13"):
-        machine.generate([rest])
-    with pytest.raises(BadInput, match="more codes than a picture has"):
-        engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), OutputConstraints(4))])
-    with pytest.raises(BadInput, match=f"{v.eos} is the id of no image code"):
-        machine.generate([Request((v.bos,), OutputConstraints(4), given=(v.eos,))])
+    with pytest.raises(BadInput, match="the rest of an image and image take at least 33 tokens, but there is room for 13"):
+        engine.generate([rest])
+    with pytest.raises(BadInput, match="more codes than an image has"):
+        make_engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), OutputConstraints(4))])
+    with pytest.raises(BadInput, match=f"{v.eos} is not the token id of an image code"):
+        engine.generate([Request((v.bos,), OutputConstraints(4), fixed_codes=(v.eos,))])
     with pytest.raises(BadInput, match="3 weights for 2 prompts"):
-        machine.generate([Request((v.bos,), OutputConstraints(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
+        engine.generate([Request((v.bos,), OutputConstraints(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
     # what fits is cut to the room that is left, and no picture starts that would not fit
-    made = machine.generate([Request((v.bos,) * 10, OutputConstraints(100, max_images=1), GREEDY, GREEDY)])[0]
+    made = engine.generate([Request((v.bos,) * 10, OutputConstraints(100, max_images=1), GREEDY, GREEDY)])[0]
     assert len(made) <= 7 and v.boi not in made
     # no memory: for one row it is said, for several they wait for each other
     asked = [Request((v.bos, v.text_start + n), OutputConstraints(5), GREEDY) for n in range(5)]
-    wanted = engine(tokenizer).generate(asked)
-    a_row = 64 * KVCache.bytes_per_token(machine.model.config, torch.float64)
-    monkeypatch.setattr("chameleon.generation.engine.free_memory", lambda device: a_row - 1)
-    with pytest.raises(BadInput, match=r"1 row of 64 ids take .* GB .* 63 ids fit"):
-        engine(tokenizer).generate(asked)
-    monkeypatch.setattr("chameleon.generation.engine.free_memory", lambda device: 2 * a_row)
-    machine = engine(tokenizer)
-    assert machine.generate(asked) == wanted
-    assert machine.cache is not None and machine.cache.rows == 2
+    expected = make_engine(tokenizer).generate(asked)
+    slot_bytes = 64 * KVCache.bytes_per_token(engine.model.config, torch.float64)
+    monkeypatch.setattr("chameleon.generation.kv_cache_manager.free_memory", lambda device: slot_bytes - 1)
+    with pytest.raises(BadInput, match=r"the KV cache of 1 sequence of 64 tokens takes .* GB .* 63 tokens fit"):
+        make_engine(tokenizer).generate(asked)
+    monkeypatch.setattr("chameleon.generation.kv_cache_manager.free_memory", lambda device: 2 * slot_bytes)
+    engine = make_engine(tokenizer)
+    assert engine.generate(asked) == expected
+    assert engine.manager.cache is not None and engine.manager.cache.num_slots == 2
 
 
 @pytest.mark.slow
 def test_a_thousand_requests_with_cancellations_leave_nothing_behind(tokenizer: MixedTokenizer) -> None:
-    machine = engine(tokenizer, {"global_batch_size": 12, "window_steps": 2})
+    engine = make_engine(tokenizer, {"max_batch_size": 12, "draft_length": 2})
     asked = requests(tokenizer.vocabulary, DRAWN)
-    wanted = [machine.generate([request])[0] for request in asked]
+    expected = [engine.generate([request])[0] for request in asked]
     stream = random.Random(0)
-    tickets: dict[int, int] = {}
+    pending: dict[int, int] = {}
     submitted, cancelled = 0, 0
-    while submitted < 1000 or not machine.is_idle:
+    while submitted < 1000 or not engine.is_idle:
         for _ in range(stream.randrange(8)):
             if submitted < 1000:
                 number = stream.randrange(len(asked))
-                tickets[machine.submit(asked[number])] = number
+                pending[engine.submit(asked[number])] = number
                 submitted += 1
-        if tickets and stream.random() < 0.3:
-            ticket = stream.choice(sorted(tickets))
-            machine.cancel(ticket)
-            del tickets[ticket]
+        if pending and stream.random() < 0.3:
+            request_id = stream.choice(sorted(pending))
+            engine.cancel(request_id)
+            del pending[request_id]
             cancelled += 1
-        machine.step(stream.choice([None, 1, 4]))
-        for ticket in [ticket for ticket in tickets if machine.ended(ticket)]:
-            assert list(machine.made.pop(ticket)) == wanted[tickets.pop(ticket)]
-    assert cancelled > 50 and not tickets
-    assert not machine.active and not machine.waiting and not machine.running and not machine.made
-    assert machine.cache is not None and machine.cache.rows <= 12 and len(machine.held) == machine.cache.rows
+        engine.step(stream.choice([None, 1, 4]))
+        for request_id in [request_id for request_id in pending if engine.is_finished(request_id)]:
+            assert engine.take_output(request_id) == expected[pending.pop(request_id)]
+    assert cancelled > 50 and not pending
+    assert (
+        not engine.manager.sequences
+        and not engine.scheduler.waiting
+        and not engine.scheduler.running
+        and not engine.scheduler.requests
+    )
+    assert (
+        engine.manager.cache is not None
+        and engine.manager.cache.num_slots <= 12
+        and len(engine.manager.index.token_ids) <= engine.manager.cache.num_slots
+    )

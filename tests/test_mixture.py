@@ -286,7 +286,15 @@ def test_mixtures_that_make_no_sense_are_refused(
     sources: list[SourceConfig], stages: list[StageConfig], message: str, tokenizer: MixedTokenizer
 ) -> None:
     with pytest.raises(BadInput, match=re.escape(message)):
-        Mixture(sources, context_length=8, global_batch_size=1, seed=0, vocabulary=tokenizer.vocabulary, stages=stages, max_steps=10)
+        Mixture(
+            sources,
+            context_length=8,
+            global_batch_size=1,
+            seed=0,
+            vocabulary=tokenizer.vocabulary,
+            stages=stages,
+            max_steps=10,
+        )
 
 
 def test_stages_change_weights_and_lose_no_row(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
@@ -338,7 +346,13 @@ def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> Non
     sources = [
         SourceConfig(str(tmp_path / name), weight, "answers") for name, weight in (("say", 3), ("draw", 1), ("code", 1))
     ]
-    fixed: dict[str, Any] = {"context_length": 60, "global_batch_size": 2, "seed": 0, "vocabulary": v, "balance_modalities": True}
+    fixed: dict[str, Any] = {
+        "context_length": 60,
+        "global_batch_size": 2,
+        "seed": 0,
+        "vocabulary": v,
+        "balance_modalities": True,
+    }
     found = Mixture(sources, **fixed)
     assert tokens_drawn(found, 0, PATTERN) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
     with pytest.raises(BadInput, match="no source whose answers are mostly pictures"):

@@ -34,7 +34,13 @@ def step(module, batch, number):
 StepModule.on_train_batch_start = step
 main(sys.argv[3:])
 """
-CHANGES = ["run.max_steps=14", "run.save_every_n_steps=3", "run.log_every_n_steps=1", "model.dropout=0.1", "micro_batch_size=2"]
+CHANGES = [
+    "run.max_steps=14",
+    "run.save_every_n_steps=3",
+    "run.log_every_n_steps=1",
+    "model.dropout=0.1",
+    "micro_batch_size=2",
+]
 
 
 def run(recipe: Path, out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
@@ -94,7 +100,15 @@ def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokeni
     """Of two processes the second is told to end: both write the checkpoint, and go on from it to the same bits."""
     recipe, script = recipe_file(tmp_path, tokenizer), tmp_path / "run.py"
     script.write_text(CODE)
-    arguments = ["pretrain", "--config", str(recipe), *CHANGES, "run.devices=2", "run.accelerator=cpu", "micro_batch_size=0"]
+    arguments = [
+        "pretrain",
+        "--config",
+        str(recipe),
+        *CHANGES,
+        "run.devices=2",
+        "run.accelerator=cpu",
+        "micro_batch_size=0",
+    ]
     full_tensor, ended = tmp_path / "whole", tmp_path / "ended"
     assert command([*arguments, f"run.out={full_tensor}"]) == 0
     start = [sys.executable, str(script), "4", str(int(signal.SIGTERM)), *arguments, "run.save_every_n_steps=0"]
@@ -162,7 +176,13 @@ def log_of(out: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 IMAGE = ["model.resolution=16", "model.channels=8", "model.multipliers=[1,2]", "model.res_blocks=1", "model.norm_groups=4"]
-IMAGE += ["model.latent_channels=8", "model.codebook_size=16", "model.codebook_width=4", "global_batch_size=4", "run.progress=false"]
+IMAGE += [
+    "model.latent_channels=8",
+    "model.codebook_size=16",
+    "model.codebook_width=4",
+    "global_batch_size=4",
+    "run.progress=false",
+]
 IMAGE += ["loss.adversarial=0.5", "loss.adversarial_start=5", "loss.discriminator_channels=8", "ema=0.9"]
 IMAGE += ["loss.discriminator_layers=1", "run.precision=32-true", "run.accelerator=cpu", "run.log_every_n_steps=1"]
 
@@ -179,7 +199,14 @@ def test_an_image_tokenizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert image_run(killed, step=5, sign=signal.SIGKILL) == -signal.SIGKILL
     assert image_run(killed, "--resume", step=8, sign=signal.SIGKILL) == -signal.SIGKILL
     assert image_run(killed, "--resume") == 0
-    names = ("step", "train/loss", "train/discriminator", "train/adaptive_weight", "train/codebook_perplexity", "train/revived_codes")
+    names = (
+        "step",
+        "train/loss",
+        "train/discriminator",
+        "train/adaptive_weight",
+        "train/codebook_perplexity",
+        "train/revived_codes",
+    )
     assert log_of(killed, names) == log_of(full_tensor, names) and len(log_of(full_tensor, names)) == 10
     assert any(row[2] for row in log_of(full_tensor, names))
     mine, wanted = (SafetensorsFiles.from_folder(out, "image_tokenizer") for out in (killed, full_tensor))

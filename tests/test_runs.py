@@ -35,7 +35,13 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
     path = recipe_file(tmp_path, tokenizer)
     shutil.copytree(tmp_path / "shards", tmp_path / "others")
     mixture = f"mixture=[{{shards: {tmp_path}/shards}}, {{shards: {tmp_path}/others}}]"
-    settings = ["run.max_steps=12", "run.log_every_n_steps=2", "run.validate_every_n_steps=4", "run.save_every_n_steps=5", "run.progress=true"]
+    settings = [
+        "run.max_steps=12",
+        "run.log_every_n_steps=2",
+        "run.validate_every_n_steps=4",
+        "run.save_every_n_steps=5",
+        "run.progress=true",
+    ]
     main(["pretrain", "--config", str(path), *settings, mixture, f"validation=[{{shards: {tmp_path}/shards}}]"])
     run = tmp_path / "run"
     lines = shown.getvalue().splitlines()
@@ -102,7 +108,9 @@ def test_what_does_not_fit_says_by_how_much(
 ) -> None:
     monkeypatch.setattr(memory, "memory_of", lambda *_: 1e6)
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=1"])
-    with pytest.raises(BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_batch_size=2, activation_checkpointing=full, run"):
+    with pytest.raises(
+        BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_batch_size=2, activation_checkpointing=full, run"
+    ):
         train(recipe)
     recipe.run.force = True
     train(recipe)

@@ -23,8 +23,18 @@ RUN = [f"run.max_steps={STEPS}", "run.save_every_n_steps=10", "run.log_every_n_s
 RUN += ["optimizer.max_grad_norm=0.3", "optimizer.lr=0.003"]
 WAYS = {
     "two, ddp, accumulating": ["run.devices=2", "micro_batch_size=1"],
-    "two, fsdp, accumulating": ["run.devices=2", "run.data_parallel=fsdp", "micro_batch_size=1", "activation_checkpointing=full"],
-    "two, tensor parallel": ["run.devices=2", "run.data_parallel=fsdp", "run.tensor_parallel_size=2", "activation_checkpointing=selective"],
+    "two, fsdp, accumulating": [
+        "run.devices=2",
+        "run.data_parallel=fsdp",
+        "micro_batch_size=1",
+        "activation_checkpointing=full",
+    ],
+    "two, tensor parallel": [
+        "run.devices=2",
+        "run.data_parallel=fsdp",
+        "run.tensor_parallel_size=2",
+        "activation_checkpointing=selective",
+    ],
     "four, ddp": ["run.devices=4"],
     "four, fsdp": ["run.devices=4", "run.data_parallel=fsdp", "activation_checkpointing=selective"],
     "four, fsdp and tensor parallel": ["run.devices=4", "run.data_parallel=fsdp", "run.tensor_parallel_size=2"],

@@ -106,7 +106,12 @@ def test_a_run_goes_back_and_passes_over_the_batches(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches 5, 6 and 7 are bad: from the checkpoint of step 4 on with batch 8. Killed later, it ends the same."""
-    settings = ["run.max_steps=9", "run.log_every_n_steps=1", "run.save_every_n_steps=4", "stability.max_consecutive_skips=3"]
+    settings = [
+        "run.max_steps=9",
+        "run.log_every_n_steps=1",
+        "run.save_every_n_steps=4",
+        "stability.max_consecutive_skips=3",
+    ]
     path = recipe_file(tmp_path, tokenizer)
     full_tensor = read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/whole"])
     with monkeypatch.context_length() as patch:

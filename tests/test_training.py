@@ -187,7 +187,12 @@ def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
         sources=[f"{folder}/pictures/*.png"],
         validation=[f"{folder}/pictures/*.png"],
         run=RunConfig(
-            out=str(folder / "run"), max_steps=30, log_every_n_steps=1, validate_every_n_steps=600, progress=False, precision="32-true"
+            out=str(folder / "run"),
+            max_steps=30,
+            log_every_n_steps=1,
+            validate_every_n_steps=600,
+            progress=False,
+            precision="32-true",
         ),
         model=replace(SMALL_VQGAN, codebook_size=16),
         loss=VQLossConfig(discriminator_channels=8, discriminator_layers=1, **loss),  # type: ignore[arg-type]
@@ -235,7 +240,13 @@ def test_image_tokenizer_trains_on_two_processes_with_a_discriminator(tmp_path: 
     settings = ["model.channels=8", "model.multipliers=[1,2,2]", "model.res_blocks=1", "model.latent_channels=8"]
     settings += ["model.resolution=16", "model.codebook_size=16", "model.codebook_width=4", "model.norm_groups=4"]
     settings += [f"sources=[{tmp_path}/pictures/*.png]", f"validation=[{tmp_path}/pictures/*.png]", "global_batch_size=8"]
-    settings += ["run.max_steps=12", "run.log_every_n_steps=1", "run.precision=32-true", "run.accelerator=cpu", "run.progress=false"]
+    settings += [
+        "run.max_steps=12",
+        "run.log_every_n_steps=1",
+        "run.precision=32-true",
+        "run.accelerator=cpu",
+        "run.progress=false",
+    ]
     settings += ["optimizer.warmup_steps=0", "optimizer.lr=0.003", "optimizer.schedule=constant"]
     results = []
     for devices, adversarial in ((1, 0), (2, 0), (2, 0.5)):

@@ -176,9 +176,22 @@ def test_a_step_of_each_recipe_at_reduced_width_and_depth(name: str, recipe: Pat
         source["shards"] = str(tmp_path / source["name"])
         shutil.copytree(tmp_path / "shards", source["shards"])
     small = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 4, "ffn_width": 64, "context_length": 96}
-    full_tensor |= {"mixture": sources, "context_length": 48, "global_batch_size": 4, "compile": False, "num_workers": 0, "verify_shards": True}
+    full_tensor |= {
+        "mixture": sources,
+        "context_length": 48,
+        "global_batch_size": 4,
+        "compile": False,
+        "num_workers": 0,
+        "verify_shards": True,
+    }
     full_tensor["micro_rows"] = min(1, full_tensor.get("micro_rows", 0))
-    full_tensor["run"] |= {"out": str(tmp_path / "run"), "max_steps": 2, "devices": 1, "tensor_parallel_size": 1, "progress": False}
+    full_tensor["run"] |= {
+        "out": str(tmp_path / "run"),
+        "max_steps": 2,
+        "devices": 1,
+        "tensor_parallel_size": 1,
+        "progress": False,
+    }
     if "tokenizers" in full_tensor:
         full_tensor |= {"tokenizers": str(tmp_path / "tokenizers"), "model": small}
     else:

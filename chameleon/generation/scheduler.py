@@ -120,7 +120,7 @@ class Scheduler:
         """Forget a request, wherever it is, and its output."""
         entry = self.requests.pop(request_id, None)
         if entry is not None and not entry.is_finished:
-            self.finish(entry)
+            self.fail(entry, BadInput("the request was cancelled", where="engine"))
             self.manager.compact()
 
     def fail_all(self, error: Exception) -> None:

@@ -50,11 +50,13 @@ class KVCache:
         """Tokens that fit in each slot."""
         return self.keys[0].shape[2]
 
+    @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :length] = buffer[source, :, :length]
 
+    @torch.inference_mode()
     def copy_from(self, other: KVCache) -> None:
         """Copy all slots of a smaller cache."""
         for target, source in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
