@@ -30,7 +30,7 @@ from chameleon.evaluation.captions import cider_d, exact_match
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.streaming import complete_utf8_length
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.optimizer import OptimizerConfig, rate_at
+from chameleon.train.optimizer import OptimizerConfig, lr_at
 from chameleon.train.recipe import (
     FinetuneRecipe,
     PretrainRecipe,
@@ -38,7 +38,7 @@ from chameleon.train.recipe import (
     read_recipe,
 )
 from chameleon.train.run import train
-from chameleon.train.trainer import usable_precision
+from chameleon.train.trainer import build_trainer, effective_precision
 
 
 def test_a_bundle_comes_back(bundle: Bundle, bundle_folder: Path) -> None:
@@ -120,51 +120,56 @@ def test_bfloat16_is_used_where_it_is_fast(bundle_folder: Path, monkeypatch: pyt
         monkeypatch.setattr(f"{place}.fast_bfloat16", lambda *_: fast)
     assert Chameleon.load(bundle_folder).model.head.weight.dtype == (torch.bfloat16 if fast else torch.float32)
     assert Chameleon.load(bundle_folder, dtype="bfloat16").model.head.weight.dtype == torch.bfloat16
-    run = RunConfig(out="unused", accelerator="cpu")
+    run = RunConfig(out=str(bundle_folder.parent / "run"), accelerator="cpu")
     if fast:
-        assert usable_precision(run) == "bf16-mixed"
+        assert effective_precision(run) == build_trainer(run).precision == "bf16-mixed"
     else:
-        with pytest.warns(UserWarning, match="slow in bfloat16: 32-true instead of bf16-mixed"):
-            assert usable_precision(run) == "32-true"
-    assert usable_precision(replace(run, precision="16-mixed")) == "16-mixed"
+        with pytest.warns(UserWarning, match="slow on this processor: 32-true instead of bf16-mixed"):
+            assert effective_precision(run) == build_trainer(run).precision == "32-true"
+    with pytest.raises(BadInput, match="float16 is for inference"):
+        build_trainer(replace(run, precision="16-mixed"))
 
 
 def test_unknown_and_wrong_keys_are_named(tmp_path: Path) -> None:
-    for key, near in (("rwos", "rows"), ("run.stepz", "run.max_steps"), ("optimizer.rat", "optimizer.lr")):
+    for key, near in (
+        ("global_batch_sise", "global_batch_size"),
+        ("run.max_stepz", "run.max_steps"),
+        ("optimizer.lrr", "optimizer.lr"),
+    ):
         with pytest.raises(BadInput, match=f"unknown key {key}; did you mean {near}"):
             read_recipe(PretrainRecipe, "demo-pretrain", [f"{key}=1"])
     path = tmp_path / "r.yaml"
     path.write_text("mixture:\n  - {shard: x}\n")
     with pytest.raises(BadInput, match=r"r\.yaml: unknown key mixture\.shard; did you mean mixture\.shards"):
         read_recipe(PretrainRecipe, path)
-    with pytest.raises(BadInput, match="rows"):
+    with pytest.raises(BadInput, match="global_batch_size"):
         read_recipe(PretrainRecipe, "demo-pretrain", ["global_batch_size=many"])
     with pytest.raises(BadInput, match="no such recipe"):
         read_recipe(PretrainRecipe, "nothing")
 
 
-def test_rates_follow_the_paper() -> None:
+def test_learning_rates_follow_the_paper() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="exponential", min_lr_ratio=0.01)
-    assert rate_at(0, 110, config) == pytest.approx(0.1)
-    assert rate_at(10, 110, config) == pytest.approx(1.0)
-    assert rate_at(60, 110, config) == pytest.approx(0.1)
-    assert rate_at(110, 110, config) == pytest.approx(0.01)
+    assert lr_at(0, 110, config) == pytest.approx(0.1)
+    assert lr_at(10, 110, config) == pytest.approx(1.0)
+    assert lr_at(60, 110, config) == pytest.approx(0.1)
+    assert lr_at(110, 110, config) == pytest.approx(0.01)
     cosine = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="cosine", min_lr_ratio=0.0)
-    assert rate_at(50, 100, cosine) == pytest.approx(0.5)
+    assert lr_at(50, 100, cosine) == pytest.approx(0.5)
 
 
 def test_training_learns_and_micro_batches_change_nothing(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)
     whole, figures = train(read_recipe(PretrainRecipe, path, ["run.max_steps=60"]))
-    changes = ["run.max_steps=60", "micro_batch_size=1", f"run.out={tmp_path / 'parted'}"]
-    parted, _ = train(read_recipe(PretrainRecipe, path, changes))
+    changes = ["run.max_steps=60", "micro_batch_size=1", f"run.out={tmp_path / 'micro'}"]
+    micro, _ = train(read_recipe(PretrainRecipe, path, changes))
     chance = math.log(tokenizer.vocabulary.size)
     assert figures["train/image_loss"] < chance / 2
     assert figures["train/text_loss"] < chance / 2
-    for first, second in zip(whole.model.parameters(), parted.model.parameters(), strict=True):
+    for first, second in zip(whole.model.parameters(), micro.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=2e-4, rtol=2e-3)
     assert (tmp_path / "run" / "log" / "metrics.csv").is_file()
-    assert Bundle.load(tmp_path / "run" / "bundle").provenance["training"][0]["recipe"]["rows"] == 4
+    assert Bundle.load(tmp_path / "run" / "bundle").provenance["training"][0]["recipe"]["global_batch_size"] == 4
     tuned, _ = train(
         read_recipe(
             FinetuneRecipe,
@@ -180,7 +185,7 @@ def test_shards_of_other_tokenizers_stop_training(tmp_path: Path, tokenizer: Mix
     description = tmp_path / "shards" / "s" / "shard.json"
     value = json.loads(description.read_text())
     description.write_text(json.dumps({**value, "fingerprint": "other"}))
-    with pytest.raises(BadInput, match="made with tokenizers other"):
+    with pytest.raises(BadInput, match="written with tokenizers other"):
         train(read_recipe(PretrainRecipe, path))
 
 
@@ -223,7 +228,7 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     document = tmp_path / "d.json"
     document.write_text('{"parts": [{"type": "text", "text": "orange"}]}')
-    main(["generate", str(document), "--max-new", "30", *options])
+    main(["generate", str(document), "--max-new-tokens", "30", *options])
     assert "parts" in json.loads(capsys.readouterr().out)
     main(["info", str(bundle_folder), "--json"])
     assert json.loads(capsys.readouterr().out)["image codes"] == 32
@@ -232,23 +237,23 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["caption", "none.png"], "no such picture"),
+        (["caption", "none.png"], "none.png: no such image"),
         (["caption"], "required"),
-        (["draw", "x", "--out", "x.xyz"], "not a picture's ending"),
+        (["draw", "x", "--out", "x.xyz"], "not the extension of an image"),
         (["info", "nowhere"], "no such folder"),
-        (["pretrain", "--config", "demo-pretrain", "rwos=1"], "did you mean rows"),
+        (["pretrain", "--config", "demo-pretrain", "global_batch_sise=1"], "did you mean global_batch_size"),
         (["tokenize", "nothing*.tar", "--out", "x"], "no file matches"),
         (["generate", "none.json"], "no such file"),
         (["evaluate", "--parts", "nothing"], "use reconstruction"),
-        (["evaluate", "--concepts", "1"], "take more"),
+        (["evaluate", "--concepts", "1"], "use more"),
         (["pretrain", "--config", "demo-pretrain", "run.out=[a"], "not YAML"),
         (["pretrain", "--config", "demo-pretrain", "tokenizers=x", "model={widht: 3}"], "did you mean model.width"),
         (["info", "--json", "."], "no token shard"),
         (["generate", "."], "Is a directory"),
-        (["draw", "x", "--out", "x.psd"], "not a picture's ending"),
+        (["draw", "x", "--out", "x.psd"], "not the extension of an image"),
         (["draw", "x", "--out", "x.png", "--device", "gpu"], "cannot be used"),
         (["draw", "x", "--out", "x.png", "--temperature", "-1"], "must be 0 (greedy) or more"),
-        (["tokenize", "emoji:pairs?concepts=abc", "--out", "x"], "option is no number"),
+        (["tokenize", "emoji:pairs?concepts=abc", "--out", "x"], "option is not a number"),
         (["tokenize", "emoji:words", "--out", "/proc/x"], "could not be written"),
     ],
 )
@@ -268,8 +273,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 def test_exact_match_and_cider() -> None:
     assert exact_match(["Red heart.", "cat"], ["red heart", "dog"]) == 0.5
     references = [["a red heart on a white ground"], ["two small dogs in the rain"], ["one green apple by the sea"]]
-    perfect = [texts[0] for texts in references]
-    assert cider_d(perfect, references) == pytest.approx(10.0)
+    exact = [texts[0] for texts in references]
+    assert cider_d(exact, references) == pytest.approx(10.0)
     assert cider_d(["nothing alike", "none", "no"], references) == 0
     assert 0 < cider_d(["a red heart", "two dogs", "green apple"], references) < 10
 
@@ -290,7 +295,7 @@ def test_the_readmes_commands_for_own_data_run_as_written(tmp_path: Path) -> Non
     example = next(part for part in readme.split("```") if part.startswith("json\n{"))
     own_data(tmp_path, json.loads(example.removeprefix("json")))
     small = {
-        "fit-text": ["--pieces", "340"],
+        "fit-text": ["--num-pieces", "340"],
         "fit-image": ["run.max_steps=3", "model.codebook_size=64"],
         "pretrain": ["run.max_steps=3"],
         "finetune": ["run.max_steps=3"],

@@ -102,7 +102,7 @@ def test_what_cannot_be_is_named() -> None:
         ({"rms_norm_eps": "0"}, r"config\.json: norm_eps is '0', expected a number of 0 or more"),
         ({"swin_norm": "no"}, "swin_norm"),
         ({"hidden_size": None}, "hidden|width|not a model"),
-        ({"num_key_value_heads": 2}, "does not divide"),
+        ({"num_key_value_heads": 2}, "is not divisible by"),
     ):
         with pytest.raises(BadInput, match=words):
             from_hf_config({**config, **changes})

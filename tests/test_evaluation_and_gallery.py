@@ -1,4 +1,4 @@
-"""The suite over the embedded set, likelihood, the gallery page and the whole road, on models too small to be good."""
+"""The suite over the embedded set, likelihood, the gallery page and the whole pipeline, on models too small to be good."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from chameleon.bundle import Bundle
 from chameleon.data import emoji
 from chameleon.demo import run_pipeline
 from chameleon.document import Document, Text
-from chameleon.evaluation.emoji import suite_questions, evaluate, question_accuracy
+from chameleon.evaluation.emoji import evaluate, question_accuracy, suite_questions
 from chameleon.evaluation.likelihood import bits_per_byte
 from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
-from chameleon.gallery import curve, model_section, page
+from chameleon.gallery import codebook_plot, curves_section, model_section, page
 from chameleon.generation.chameleon import Chameleon
+from chameleon.run_view import plot_curves
 from chameleon.tokenizers.image import ImageTokenizer, to_tensor
 from chameleon.train.recipe import SHIPPED as RECIPES
 
@@ -45,8 +46,8 @@ def test_bits_a_byte_counts_every_id_once(chameleon: Chameleon) -> None:
         window = torch.cat((torch.tensor([v.bos]), ids[start : start + context_length]))
         logits = chameleon.logits(window[None, :-1])[0]
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
-    wanted = total / math.log(2) / len(text)
-    assert bits_per_byte(chameleon, [Document((Text(text),))]) == pytest.approx(wanted, rel=1e-5)
+    expected = total / math.log(2) / len(text)
+    assert bits_per_byte(chameleon, [Document((Text(text),))]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_reconstruction_figures_by_hand(image_tokenizer: ImageTokenizer) -> None:
@@ -135,23 +136,24 @@ def test_the_gallery_is_one_self_contained_page(model: Chameleon) -> None:
     assert "A &lt;model&gt;" in text and "note &amp; more" in text and "0.25" in text
     shown = len(emoji.representatives(emoji.subset("validation", 16))[:24])
     assert tags.counts["img"] >= 2 * min(12, shown) + 2 * shown
-    assert tags.counts["svg"] == 1
+    assert text.count('class="plot"') == 1
 
 
-def test_curves_show_their_ends() -> None:
-    drawn = curve("loss", [(0, 4.0), (10, 2.0), (20, float("nan")), (30, 1.0)])
-    points = re.search(r'points="([^"]+)"', drawn)
-    assert points and len(points[1].split()) == 3
-    places = [tuple(map(float, point.split(","))) for point in points[1].split()]
-    assert places == sorted(places) and places[0][1] < places[1][1] < places[2][1]  # falls: y grows downwards
-    assert ">4<" in drawn and ">1<" in drawn and "step 0" in drawn and ">30<" in drawn
-    assert curve("nothing", [(0, 1.0)]) == ""
-    drawn = curve("speed", [(0, 12345.0), (3, 999.5)], across_name="rank")
-    assert ">12,345<" in drawn and ">1e+03<" not in drawn and "rank 0" in drawn
+def test_curves_show_what_was_logged(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    rows = ["step,train/loss,lr", "1,4.0,0.1", "2,nan,0.1", "3,1.0,0.1"]
+    (tmp_path / "log" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (panel,) = [axes for axes in plot_curves(tmp_path).axes if "train/loss" in axes.get_legend_handles_labels()[1]]
+    (line,) = [line for line in panel.lines if line.get_label() == "train/loss"]
+    points = [(x, y) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)]
+    assert points == [(1, 4.0), (3, 1.0)]
+    check_page(curves_section("A <run>", tmp_path))
+    assert curves_section("nothing", tmp_path / "elsewhere") == ""
+    check_page(codebook_plot(torch.tensor([0, 1, 1]), 4))
 
 
 @pytest.mark.slow
-def test_the_whole_road(tmp_path: Path) -> None:
+def test_the_whole_pipeline(tmp_path: Path) -> None:
     """`chameleon demo` with a recipe of a few steps: every stage runs, and the page holds both models."""
     for name, changes in (
         ("demo-image", {"run": {"max_steps": 4, "log_every_n_steps": 1, "progress": False}}),
@@ -164,20 +166,20 @@ def test_the_whole_road(tmp_path: Path) -> None:
             recipe["model"] |= {"codebook_size": 64}
             recipe |= {"sources": ["emoji:pairs?split=train&concepts=10"], "validation": []}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    road = yaml.safe_load((RECIPES / "demo.yaml").read_text())
-    road["shards"] = {
+    pipeline = yaml.safe_load((RECIPES / "demo.yaml").read_text())
+    pipeline["shards"] = {
         name: re.sub(r"concepts=\d+&per_concept=\d+", "concepts=10&per_concept=4", source)
-        for name, source in road["shards"].items()
+        for name, source in pipeline["shards"].items()
     }
-    road |= {"image": str(tmp_path / "demo-image.yaml"), "concepts": 10, "drawings": 2}
-    road |= {stage: str(tmp_path / f"demo-{stage}.yaml") for stage in ("pretrain", "finetune")}
-    (tmp_path / "road.yaml").write_text(yaml.safe_dump(road))
+    pipeline |= {"image": str(tmp_path / "demo-image.yaml"), "concepts": 10, "drawings": 2}
+    pipeline |= {stage: str(tmp_path / f"demo-{stage}.yaml") for stage in ("pretrain", "finetune")}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     said: list[str] = []
-    made = run_pipeline(str(tmp_path / "road.yaml"), tmp_path / "run", said.append)
+    made = run_pipeline(str(tmp_path / "pipeline.yaml"), tmp_path / "run", said.append)
     text = made.read_text(encoding="utf-8")
-    tags = check_page(text)
+    check_page(text)
     assert text.count('<section class="model">') == 2
-    assert tags.counts["svg"] > 8  # curves of three trainings and two codebooks
+    assert text.count('class="plot"') == 5  # curves of three runs and two codebooks
     assert json.loads((tmp_path / "run" / "figures.json").read_text())["drawings"]["drawings"] == 2
     assert Bundle.load(tmp_path / "run" / "finetune" / "bundle").prompting == "conversation"
     assert "done" in said[-1]

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chameleon.train.language_data import PackedBatchDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from chameleon.data.index import RowIndex
 from chameleon.data.mixture import (
-    PATTERN,
+    PATTERN_LENGTH,
     Mixture,
     PackedSource,
     SourceConfig,
@@ -27,9 +26,10 @@ from chameleon.data.mixture import (
     stage_weights,
 )
 from chameleon.data.packing import pack, split_long_documents
-from chameleon.data.token_shards import open_shards, complete_image_starts, write_shard
+from chameleon.data.token_shards import complete_image_starts, open_shards, write_shard
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
+from chameleon.train.language_data import PackedBatchDataset
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.vocabulary import Vocabulary
 
@@ -63,8 +63,8 @@ def test_packing_is_best_fit_by_falling_length(case: tuple[int, list[int]]) -> N
                 used.setdefault(length, []).extend(range(first + row * each, first + (row + 1) * each))
     assert all(sorted(found) == list(range(counts[length])) for length, found in used.items())  # each item once
     assert sum(map(len, used.values())) == len(lengths)
-    wanted = packed_one_by_one(lengths, context_length)
-    assert sorted(map(sum, rows)) == sorted(map(sum, wanted))
+    expected = packed_one_by_one(lengths, context_length)
+    assert sorted(map(sum, rows)) == sorted(map(sum, expected))
 
 
 def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
 
 
 def test_a_picture_longer_than_the_context_is_named() -> None:
-    with pytest.raises(BadInput, match="a picture takes 18 ids, the context is 10"):
+    with pytest.raises(BadInput, match="an image takes 18 tokens, the context length is 10"):
         split_long_documents(np.array([0]), np.array([40]), np.array([3]), 18, 10)
 
 
@@ -136,7 +136,7 @@ def mixture(tmp_path: Path, tokenizer: MixedTokenizer) -> Mixture:
     return Mixture(
         [SourceConfig(str(tmp_path / "pairs"), 3.0), SourceConfig(str(tmp_path / "talk"), 1.0, loss="answers")],
         context_length=50,
-        rows=6,
+        global_batch_size=6,
         seed=3,
         vocabulary=v,
         fingerprint=tokenizer.fingerprint,
@@ -149,19 +149,19 @@ def test_any_number_of_devices_sees_the_same_batch(mixture: Mixture) -> None:
         for world in (2, 3):
             parts = [mixture.batch(step, rank, world) for rank in range(world)]
             for rank, part in enumerate(parts):
-                assert torch.equal(part.ids, whole.ids[rank::world])
+                assert torch.equal(part.input_ids, whole.input_ids[rank::world])
 
 
 def test_workers_and_resuming_change_nothing(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
     """Steps 40 … 47 in order, in two worker processes, and from a mixture made anew that has seen nothing before."""
-    wanted = [mixture.batch(step) for step in range(48)][40:]
+    expected = [mixture.batch(step) for step in range(48)][40:]
     configs = [source.config for source in mixture.sources]
     fixed: dict[str, Any] = {"context_length": 50, "global_batch_size": 6, "vocabulary": tokenizer.vocabulary}
     fresh = Mixture(configs, seed=3, **fixed)
     loader = DataLoader(PackedBatchDataset(fresh, 48), batch_size=None, num_workers=2, sampler=range(40, 48))
-    for batch, found in zip(wanted, loader, strict=True):
+    for batch, found in zip(expected, loader, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, found, strict=True))
-    assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).ids, wanted[0].ids)
+    assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).input_ids, expected[0].input_ids)
 
 
 def test_a_row_reads_its_own_documents_alone(mixture: Mixture) -> None:
@@ -199,7 +199,7 @@ def tokens_drawn(mixture: Mixture, first: int, last: int) -> np.ndarray:
 
 
 def test_weights_are_shares_of_tokens(mixture: Mixture) -> None:
-    assert tokens_drawn(mixture, 0, PATTERN) == pytest.approx([0.75, 0.25], abs=1e-3)
+    assert tokens_drawn(mixture, 0, PATTERN_LENGTH) == pytest.approx([0.75, 0.25], abs=1e-3)
     assert len({round(source.tokens_per_row) for source in mixture.sources}) == 2  # so rows would not do
 
 
@@ -242,8 +242,8 @@ def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path
         for piece in row:
             for target in range(piece.start + 1, piece.start + piece.size + 1):
                 assert target not in found
-                found[target] = (int(made.targets[place]), float(made.weights[place]))
-                assert int(made.ids[place]) == ids[target - 1]
+                found[target] = (int(made.targets[place]), float(made.loss_weights[place]))
+                assert int(made.input_ids[place]) == ids[target - 1]
                 place += 1
     assert sorted(found) == list(range(1, len(ids)))
     assert [found[n][0] for n in sorted(found)] == ids[1:]
@@ -251,7 +251,7 @@ def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path
 
 
 def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
-    with pytest.raises(BadInput, match="rows 6 do not divide by 4 devices"):
+    with pytest.raises(BadInput, match="global_batch_size 6 is not divisible by 4 devices; 4 is"):
         mixture.batch(0, 0, 4)
 
 
@@ -261,7 +261,7 @@ def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
     first = 0
     for epoch in range(20):
         for number in range(30):
-            ids = source.swapped(source.shards[0][number], (3, epoch, number))
+            ids = source.maybe_swap(source.shards[0][number], (3, epoch, number))
             first += bool(v.is_text(torch.tensor(ids[1])))
             assert sorted(ids) == sorted(source.shards[0][number])
     assert 0.42 < first / 600 < 0.58
@@ -274,10 +274,10 @@ def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
         ([SourceConfig("a", 0.0)], [], "positive weights"),
         ([SourceConfig("a"), SourceConfig("b", -1.0)], [], "weight of b is -1.0"),
         ([SourceConfig("a", float("nan"))], [], "weight of a is nan"),
-        ([SourceConfig("a"), SourceConfig("b", 0.0)], [], "weight of b is 0 from first to last"),
-        ([SourceConfig("x/a"), SourceConfig("y/a")], [], "two sources are called a"),
+        ([SourceConfig("a"), SourceConfig("b", 0.0)], [], "weight of b is 0 in all stages"),
+        ([SourceConfig("x/a"), SourceConfig("y/a")], [], "two sources are named a"),
         ([SourceConfig("a")], [StageConfig(1.5)], "stage starts at 1.5"),
-        ([SourceConfig("a")], [StageConfig(0.5), StageConfig(0.5)], "rising shares"),
+        ([SourceConfig("a")], [StageConfig(0.5), StageConfig(0.5)], "rising fractions"),
         ([SourceConfig("pairs")], [StageConfig(0.5, {"pair": 1})], "no source pair; did you mean pairs?"),
         ([SourceConfig("a")], [StageConfig(0.5, {"a": -2})], "weight of a is -2"),
     ],
@@ -326,9 +326,9 @@ def test_the_shipped_recipe_has_the_papers_stages() -> None:
     recipe = read_recipe(PretrainRecipe, "7b-pretrain")
     first, second = stage_weights(recipe.mixture, recipe.stages)
     names = [source.display_name for source in recipe.mixture]
-    assert recipe.stages[0].start == 0.8 and recipe.rows * (recipe.context_length or 0) == 2**23
+    assert recipe.stages[0].start == 0.8 and recipe.global_batch_size * (recipe.context_length or 0) == 2**23
     assert first[:3] == pytest.approx([2.9, 1.5, 0.4]) and not first[3:].any()
-    assert second[:3] == pytest.approx(first[:3] / 2)  # RECIPE 2.2
+    assert second[:3] == pytest.approx(first[:3] / 2)
     pictures = [n for n, name in enumerate(names) if "pairs" in name or "interleaved" in name]
     shares = [row[pictures].sum() / row.sum() for row in (first, second)]
     assert shares[0] == pytest.approx(shares[1], abs=0.01)
@@ -354,8 +354,8 @@ def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> Non
         "balance_modalities": True,
     }
     found = Mixture(sources, **fixed)
-    assert tokens_drawn(found, 0, PATTERN) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
-    with pytest.raises(BadInput, match="no source whose answers are mostly pictures"):
+    assert tokens_drawn(found, 0, PATTERN_LENGTH) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
+    with pytest.raises(BadInput, match="no source whose answers are mostly images"):
         Mixture([sources[0], sources[2]], **fixed)
 
 
@@ -388,7 +388,7 @@ def test_epochs_see_the_variants_in_turn(tmp_path: Path, tokenizer: MixedTokeniz
             )
     source = PackedSource(SourceConfig(str(tmp_path)), 30, v, "print")
     for epoch in range(7):
-        ids = source.row(0, epoch, 0).ids
+        ids = source.row(0, epoch, 0).input_ids
         assert set(ids[v.is_image(ids)].tolist()) == {v.image_start + epoch % 3}
 
 

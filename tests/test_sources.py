@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from pyarrow import parquet
 
 from chameleon.data.forms import RecordContext, content_of
-from chameleon.data.sources import Sample, expand_braces, expand, read
+from chameleon.data.sources import Sample, expand, expand_braces, read
 from chameleon.document import Conversation, Document, Image, Text
 from chameleon.errors import BadInput
 

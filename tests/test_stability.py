@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from chameleon.train.language_module import LanguageModule
 from conftest import random_model, recipe_file
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from chameleon.errors import BadInput
 from chameleon.model.transformer import apply_rope, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
+from chameleon.train.language_module import LanguageModule
 from chameleon.train.monitors import AttentionLogitMonitor, UpdateRatioMonitor
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.train.run import train

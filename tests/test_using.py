@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from chameleon.generation.constraints import OutputConstraints
 from conftest import random_model
 from PIL import Image as PILImage
 from rich.console import Console
@@ -21,9 +20,10 @@ from rich.text import Text as RichText
 from chameleon.bundle import Bundle
 from chameleon.cli import main
 from chameleon.document import Conversation, Document, Image, Message, Text
-from chameleon.document_view import TerminalView, image_grid, as_html, as_markdown
+from chameleon.document_view import TerminalView, as_html, as_markdown, image_grid
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.engine import Engine, Request
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.generation.streaming import PartialImage, StreamDecoder
