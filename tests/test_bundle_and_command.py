@@ -84,7 +84,7 @@ def test_bundles_that_do_not_fit_together_are_refused(bundle_folder: Path) -> No
 
     load()
     rewrite("config.json", lambda value: value["vocabulary"].update(grid=[2, 8]))
-    with pytest.raises(BadInput, match=r"vocabulary says \(2, 8\) codes a picture, the tokenizers have \(4, 4\)"):
+    with pytest.raises(BadInput, match=r"vocabulary has \(2, 8\) codes per image, the tokenizers have \(4, 4\)"):
         load()
     rewrite("config.json", lambda value: value.pop("vocabulary"))
     with pytest.raises(BadInput, match="no key vocabulary"):

@@ -261,10 +261,10 @@ def test_meta_to_hugging_face_equals_an_independent_conversion(shape: tuple[int,
     convert(tmp_path / "bundle", tmp_path / "hf", "hf")
     convert(source, tmp_path / "straight", "hf")
     shards = [weights for name, weights in meta_weights(source).items() if name.startswith("consolidated")]
-    wanted = independent_hf(shards, config)
-    wanted |= {f"model.vqmodel.{name}": value for name, value in random_vqgan().items() if not name.startswith("decoder.")}
-    assert same(hf_weights(tmp_path / "hf"), wanted)
-    assert same(hf_weights(tmp_path / "straight"), wanted)
+    expected = independent_hf(shards, config)
+    expected |= {f"model.vqmodel.{name}": value for name, value in random_vqgan().items() if not name.startswith("decoder.")}
+    assert same(hf_weights(tmp_path / "hf"), expected)
+    assert same(hf_weights(tmp_path / "straight"), expected)
 
 
 def test_hugging_face_to_bundle_to_hugging_face_gives_the_same_bytes(exported: Path, tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_a_model_trained_in_hugging_faces_format_comes_back(kv_heads: int, shard
     theirs = ChameleonForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, SIZE, (2, 17))
     with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
+        expected = theirs(input_ids=ids).logits
     ours = Chameleon(bundle).logits(ids)
     seen = ~bundle.vocabulary.mask(image=True)
-    torch.testing.assert_close(ours[..., seen], wanted[..., seen], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours[..., seen], expected[..., seen], atol=1e-4, rtol=0)
 
 
 def test_names_of_earlier_releases(exported: Path, tmp_path: Path) -> None:
@@ -372,15 +372,15 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
     ours = Chameleon.load(tmp_path / "bundle", dtype="float32")
     v = ours.vocabulary
     picture = PILImage.effect_noise((8, 8), 90).convert("RGB")
-    prompt = ours.prompt(Document((Image(picture), Text("which style is it?"))))
+    prompt = ours.prompts.token_ids(Document((Image(picture), Text("which style is it?"))))
     seen = ~v.mask(image=True)
     with torch.no_grad():
-        wanted = theirs(input_ids=torch.tensor([prompt])).logits
+        expected = theirs(input_ids=torch.tensor([prompt])).logits
         codes = theirs.get_image_tokens(ours.tokenizer.image.preprocess([picture]))
     assert tuple(codes[0].tolist()) == prompt[2 : 2 + v.codes_per_image]
     found = ours.logits(torch.tensor([prompt]))
-    torch.testing.assert_close(found[..., seen], wanted[..., seen], atol=1e-4, rtol=0)
-    assert torch.equal(found[..., seen].argmax(-1), wanted[..., seen].argmax(-1))
+    torch.testing.assert_close(found[..., seen], expected[..., seen], atol=1e-4, rtol=0)
+    assert torch.equal(found[..., seen].argmax(-1), expected[..., seen].argmax(-1))
     assert theirs.config.bos_token_id == v.bos and theirs.generation_config.eos_token_id == v.eos
 
     processor = ChameleonProcessor.from_pretrained(tmp_path / "hf")
@@ -420,10 +420,10 @@ def test_our_own_models_go_to_transformers_and_come_back(text_tokenizer: Sentenc
     theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     ids = torch.randint(0, v.size, (2, 20))
     with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
+        expected = theirs(input_ids=ids).logits
     seen = ~v.mask(image=True)
     models = [Chameleon.load(tmp_path / name, dtype="float32") for name in ("bundle", "back", "back2")]
-    torch.testing.assert_close(models[0].logits(ids)[..., seen], wanted[..., seen], atol=1e-4, rtol=0)
+    torch.testing.assert_close(models[0].logits(ids)[..., seen], expected[..., seen], atol=1e-4, rtol=0)
     asked = Document((Text("orange ▁ heart <pad>"), Image(PILImage.new("RGB", (8, 8), "red"))))
     drawn = [model.draw("orange heart", seed=3).tobytes() for model in models]
     for model, picture in zip(models[1:], drawn[1:], strict=True):
@@ -444,7 +444,7 @@ def test_without_a_decoder_drawing_says_what_is_missing(exported: Path, publishe
         lambda: model.decode(model.encode(Document((Image(picture),)))),
     ):
         with pytest.raises(
-            BadInput, match=r"no decoder, so it reads pictures.*--tokenizer, the folder with Meta's vqgan.ckpt"
+            BadInput, match=r"no decoder, so it encodes images.*--tokenizer, the folder with Meta's vqgan.ckpt"
         ):
             work()
     with pytest.raises(BadInput, match="no decoder, which Meta's format needs"):
@@ -531,9 +531,9 @@ def test_the_image_head_of_a_converted_model_learns_to_draw(exported: Path, tmp_
     moved = {name for name, value in after.model.state_dict().items() if not torch.equal(value, rounded[name])}
     assert moved == {"head.weight"}
     model = Chameleon(after)
-    drawn = model.draw("draw", guidance=1, sampling=GREEDY)
-    wanted = after.tokenizer.image.decode(after.tokenizer.image.encode([tmp_path / "shade.png"]))[0]
-    assert drawn.tobytes() == wanted.tobytes()
+    drawn = model.draw("draw", guidance_scale=1, sampling=GREEDY)
+    expected = after.tokenizer.image.decode(after.tokenizer.image.encode([tmp_path / "shade.png"]))[0]
+    assert drawn.tobytes() == expected.tobytes()
 
 
 # --- the vocabulary --------------------------------------------------------------------------------------------------
@@ -612,12 +612,12 @@ def test_a_model_whose_image_ids_are_shuffled_says_and_draws_the_same(published:
     (source / "tokenizer" / "text_tokenizer.json").write_text(json.dumps(meta_tokenizer(order.tolist())))
     for name, folder in (("plain", published), ("shuffled", source)):
         convert(folder, tmp_path / name, "bundle")
-    plain, permuted_index = (Chameleon.load(tmp_path / name, dtype="float32") for name in ("plain", "shuffled"))
-    pictures = [model.draw("orange heart", sampling=GREEDY, guidance=2.0) for model in (plain, permuted_index)]
+    plain, permuted = (Chameleon.load(tmp_path / name, dtype="float32") for name in ("plain", "shuffled"))
+    pictures = [model.draw("orange heart", sampling=GREEDY, guidance_scale=2.0) for model in (plain, permuted)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert plain.caption(pictures[0], max_new_tokens=8) == permuted_index.caption(pictures[0], max_new_tokens=8)
+    assert plain.caption(pictures[0], max_new_tokens=8) == permuted.caption(pictures[0], max_new_tokens=8)
     asked = Document((Image(pictures[0]), Text("hello")))
-    assert not torch.equal(plain.encode(asked), permuted_index.encode(asked))
+    assert not torch.equal(plain.encode(asked), permuted.encode(asked))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -642,7 +642,7 @@ def test_pieces_decode_as_the_library_does() -> None:
     value["model"]["vocab"]["日本"] = len(value["model"]["vocab"])  # no byte-level name, yet some tokenizers have such
     tokenizer = JsonTextTokenizer(json.dumps(value).encode())
     library = tokenizers.Tokenizer.from_str(json.dumps(value))
-    for piece, number in enumerate(tokenizer.ids):
+    for piece, number in enumerate(tokenizer.text_ids):
         assert tokenizer.decode([piece]) == library.decode([number])
 
 
@@ -670,10 +670,10 @@ def test_wrong_tokenizers_are_named() -> None:
 
         return change
 
-    assert "40 image pieces, but none is IMGIMGHZ, code 7; they must number 0…n−1" in wrong_tokenizer(
+    assert "40 image pieces, but none is IMGIMGHZ, code 7; their codes must be 0…n−1" in wrong_tokenizer(
         rename("IMGIMGHZ", "IMGIMGHHHZ")
     )
-    assert "two image pieces have number 7" in wrong_tokenizer(rename("IMGIMGDZ", "IMGIMGAHZ"))
+    assert "two image pieces for code 7" in wrong_tokenizer(rename("IMGIMGDZ", "IMGIMGAHZ"))
     assert "no piece <racm3:break>" in wrong_tokenizer(rename("<racm3:break>", "<boi>"))
     assert "a WordPiece tokenizer, only BPE is known" in wrong_tokenizer(lambda v: v["model"].update(type="WordPiece"))
     assert "neither byte-level nor with byte pieces" in wrong_tokenizer(
@@ -714,13 +714,13 @@ def test_a_pickle_that_runs_code_is_refused(published: Path, tmp_path: Path) -> 
     path, sign = source / "models" / "small" / "consolidated.pth", tmp_path / "ran"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "extra": Bomb(sign)}, path)
-    assert f"{path}: the pickle wants to run code or holds more than tensors" in refused(source, tmp_path)
+    assert f"{path}: the pickle would run code or holds other objects than tensors" in refused(source, tmp_path)
     for data in (pickle.dumps({**state, "extra": Bomb(sign)}), random.Random(0).randbytes(5000), b""):
         path.write_bytes(data)
-        assert f"{path}: damaged, or no file of tensors" in refused(source, tmp_path)
+        assert f"{path}: damaged, or not a file of tensors" in refused(source, tmp_path)
     assert not sign.exists()
     torch.save({**state, "step": 3}, path)
-    assert "'step' is no dense tensor" in refused(source, tmp_path)
+    assert "'step' is not a dense tensor" in refused(source, tmp_path)
     path.write_bytes(path.read_bytes()[:-2000])
     assert f"{path}: damaged" in refused(source, tmp_path)
     torch.save(state, path, _use_new_zipfile_serialization=False)  # the form before torch 1.6 is read all the same
@@ -742,7 +742,7 @@ def test_tensors_that_do_not_fit_are_named(published: Path, tmp_path: Path) -> N
     assert "tensor more is not of this model" in message(more=torch.ones(1))
     assert f"tensor {name} is [63, 64], expected [64, 64]" in message(**{name: state[name][1:]})
     assert f"tensor {name} is of dtype torch.int8; expected float32" in message(**{name: state[name].to(torch.int8)})
-    assert "'rope.more' is no dense tensor" in message(**{"rope.more": "x"})
+    assert "'rope.more' is not a dense tensor" in message(**{"rope.more": "x"})
     torch.save(state, path)
     pictures = source / "tokenizer" / "vqgan.ckpt"
     weights = random_vqgan()
@@ -754,7 +754,7 @@ def test_tensors_that_do_not_fit_are_named(published: Path, tmp_path: Path) -> N
     torch.save({"state_dict": {k: v for k, v in weights.items() if k != "encoder.conv_in.bias"}}, pictures)
     assert f"{pictures}: tensor encoder.conv_in.bias is missing" in refused(source, tmp_path)
     torch.save(weights, pictures)
-    assert f"{pictures}: holds no state_dict" in refused(source, tmp_path)
+    assert f"{pictures}: has no key state_dict" in refused(source, tmp_path)
 
 
 @pytest.mark.parametrize("freqs", [None, torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(9000)])
@@ -911,11 +911,11 @@ def test_a_conversion_that_is_stopped_leaves_nothing(published: Path, tmp_path: 
 import os, signal, sys
 from chameleon import tensor_files
 from chameleon.cli import main
-put = tensor_files.raw
+write = tensor_files.raw_bytes
 def stop(value):
     os.kill(os.getpid(), int(sys.argv[1]))
-    return put(value)
-tensor_files.raw = stop
+    return write(value)
+tensor_files.raw_bytes = stop
 main(["convert", sys.argv[2], sys.argv[3], "--to", "bundle"])
 """
     for sign, left in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
@@ -931,7 +931,7 @@ def test_the_verb(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert found["from"] == "meta" and found["vocabulary"] == SIZE and found["decoder"]
     main(["convert", str(tmp_path / "bundle"), str(tmp_path / "hf"), "--to", "hf"])
-    assert "billion parameters, 512 ids" in capsys.readouterr().out
+    assert "billion parameters, 512 token ids" in capsys.readouterr().out
     main(["info", str(tmp_path / "bundle")])
     assert "image codes           40" in capsys.readouterr().out
     with pytest.raises(SystemExit) as error:
@@ -947,7 +947,7 @@ def test_bytes_of_progress_are_those_written(published: Path, tmp_path: Path) ->
         published,
         tmp_path / "bundle",
         "bundle",
-        begin=lambda count: total.__setitem__(0, count),
+        on_total=lambda count: total.__setitem__(0, count),
         progress=lambda count: written.__setitem__(0, written[0] + count),
     )
     assert 0.7 < written[0] / total[0] <= 1  # the rest is what a small file has around its tensors
@@ -955,8 +955,8 @@ def test_bytes_of_progress_are_those_written(published: Path, tmp_path: Path) ->
 
 def test_frequencies_are_metas() -> None:
     config = small()
-    wanted = 1.0 / (10000.0 ** (torch.arange(0, 8, 2)[:4].float() / 8))
-    assert torch.equal(rope_frequencies(config), wanted)
+    expected = 1.0 / (10000.0 ** (torch.arange(0, 8, 2)[:4].float() / 8))
+    assert torch.equal(rope_frequencies(config), expected)
 
 
 @pytest.mark.slow

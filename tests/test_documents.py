@@ -126,13 +126,13 @@ def test_batch_equals_one_by_one(tokenizer: MixedTokenizer) -> None:
 @given(st.lists(st.integers(0, 377), max_size=60))
 def test_decoding_never_raises(tokenizer: MixedTokenizer, ids: list[int]) -> None:
     document = tokenizer.decode([min(i, tokenizer.vocabulary.size - 1) for i in ids])
-    assert document.complete or "picture cut short" in document.text
+    assert document.complete or "truncated image" in document.text
 
 
 def test_truncated_pictures_become_a_marker(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     document = tokenizer.decode([v.bos, v.boi, *[v.image_start] * 5])
-    assert document.text == "[picture cut short: 5 of 16 codes]" and not document.complete
+    assert document.text == "[truncated image: 5 of 16 codes]" and not document.complete
     assert not tokenizer.decode([v.image_start] * 16).complete
 
 

@@ -37,7 +37,7 @@ from chameleon.vocabulary import Vocabulary
 
 
 def packed_one_by_one(lengths: list[int], context_length: int) -> list[list[int]]:
-    """Best fit by falling length as it is told: each item goes into the fullest row that has room for it."""
+    """Best fit by falling length as it is defined: each item goes into the fullest row that has room for it."""
     rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row in rows if sum(row) + length <= context_length]
@@ -53,13 +53,13 @@ def packed_one_by_one(lengths: list[int], context_length: int) -> list[list[int]
 def test_packing_is_best_fit_by_falling_length(case: tuple[int, list[int]]) -> None:
     context_length, lengths = case
     counts = np.bincount(lengths, minlength=context_length + 1) if lengths else np.zeros(context_length + 1, dtype=int)
-    alike = pack(counts, context_length)
+    groups = pack(counts, context_length)
     used: dict[int, list[int]] = {}
     rows = []
-    for entry in alike:
-        for row in range(entry.rows):
-            rows.append([stack.length for stack in entry.item_runs for _ in range(stack.each)])
-            for length, each, first in entry.item_runs:
+    for group in groups:
+        for row in range(group.num_rows):
+            rows.append([run.length for run in group.item_runs for _ in range(run.per_row)])
+            for length, each, first in group.item_runs:
                 used.setdefault(length, []).extend(range(first + row * each, first + (row + 1) * each))
     assert all(sorted(found) == list(range(counts[length])) for length, found in used.items())  # each item once
     assert sum(map(len, used.values())) == len(lengths)
@@ -78,9 +78,9 @@ def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
     for context_length in (4096, 512):
         assert lengths.max() > 4 * context_length
         index = RowIndex(open_shards(tmp_path), context_length, v.image_block_length)
-        assert index.targets == (lengths - 1).sum()
+        assert index.num_targets == (lengths - 1).sum()
         assert index.fill > 0.99
-        assert sum(piece.size for row in range(len(index)) for piece in index[row]) == index.targets
+        assert sum(piece.size for row in range(len(index)) for piece in index[row]) == index.num_targets
 
 
 @settings(max_examples=300)
@@ -115,7 +115,7 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
 
 
 def test_a_picture_longer_than_the_context_is_named() -> None:
-    with pytest.raises(BadInput, match="an image takes 18 tokens, the context length is 10"):
+    with pytest.raises(BadInput, match="an image takes 18 tokens, context_length is 10"):
         split_long_documents(np.array([0]), np.array([40]), np.array([3]), 18, 10)
 
 
