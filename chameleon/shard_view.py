@@ -1,4 +1,4 @@
-"""Views of token shards: decoded documents as lines for a terminal, or as a page with pictures and loss masks."""
+"""Views of token shards: decoded documents as lines for a terminal, or as a page with images and loss masks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """A span of tokens of one kind: a text, a complete picture with boi and eoi, a special token, or stray codes."""
+    """A span of tokens of one kind: a text, a complete image with boi and eoi, a special token, or stray codes."""
 
     kind: str
     token_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ def token_spans(token_ids: torch.Tensor, vocabulary: Vocabulary) -> Iterator[Tok
         block = values[start : start + v.image_block_length]
         if values[start] == v.boi and len(block) == v.image_block_length and block[-1] == v.eoi:
             position += v.image_block_length
-            yield TokenSpan("picture", tuple(block), has_loss[start + 1])
+            yield TokenSpan("image", tuple(block), has_loss[start + 1])
             continue
         position += 1
         if modality[start] != Modality.STRUCTURE:
@@ -84,7 +84,7 @@ def evenly_spaced_documents(shards: Sequence[TokenShard], count: int) -> list[tu
 
 
 def describe(shard: TokenShard, index: int, tokenizer: MixedTokenizer) -> dict[str, Any]:
-    """Return a document as JSON: where it is, counts of its tokens, and its spans, pictures by their marker."""
+    """Return a document as JSON: where it is, counts of its tokens, and its spans, images by their marker."""
     token_ids = torch.from_numpy(shard[index])
     parts = []
     for span in token_spans(token_ids, tokenizer.vocabulary):
@@ -97,7 +97,7 @@ def describe(shard: TokenShard, index: int, tokenizer: MixedTokenizer) -> dict[s
         "document": index,
         "tokens": len(token_ids),
         "text_tokens": sum(part["tokens"] for part in parts if part["kind"] == "text"),
-        "pictures": sum(part["kind"] == "picture" for part in parts),
+        "images": sum(part["kind"] == "image" for part in parts),
         "loss_tokens": sum(part["tokens"] for part in parts if part["loss"]),
         "parts": parts,
     }
@@ -106,7 +106,7 @@ def describe(shard: TokenShard, index: int, tokenizer: MixedTokenizer) -> dict[s
 def title(document: dict[str, Any]) -> str:
     return (
         f"{document['shard']}, document {document['document']}: {document['tokens']} tokens, {document['text_tokens']} of "
-        f"text, {document['pictures']} pictures, loss on {document['loss_tokens']}"
+        f"text, {document['images']} images, loss on {document['loss_tokens']}"
     )
 
 
@@ -114,14 +114,14 @@ def as_line(document: dict[str, Any]) -> str:
     """Return a described document for a terminal, with « and » around tokens on which the loss is taken."""
     shown = []
     for part in document["parts"]:
-        is_image = part["kind"] in ("picture", "codes")
+        is_image = part["kind"] in ("image", "codes")
         text = part.get("text", f"[{part['kind']}]" if is_image else f"<{part['kind']}>")
         shown.append(f"«{text}»" if part["loss"] else text)
     return f"{title(document)}\n{''.join(shown)}"
 
 
 def as_page(documents: Sequence[tuple[TokenShard, int]], tokenizer: MixedTokenizer, name: str) -> str:
-    """Return a self-contained page of documents with their pictures decoded; tokens with loss are green."""
+    """Return a self-contained page of documents with their images decoded; tokens with loss are green."""
     v = tokenizer.vocabulary
     code_ids = set(v.image_ids.order)
     shown = []
@@ -132,7 +132,7 @@ def as_page(documents: Sequence[tuple[TokenShard, int]], tokenizer: MixedTokeniz
             if span.kind == "text":
                 text = tokenizer.text_bytes(span.token_ids).decode("utf-8", errors="replace")
                 parts.append(f'<span class="text {css_class}">{html.escape(text)}</span>')
-            elif span.kind == "picture" and set(span.token_ids[1:-1]) <= code_ids:
+            elif span.kind == "image" and set(span.token_ids[1:-1]) <= code_ids:
                 codes = v.ids_to_codes(torch.tensor(span.token_ids[1:-1])).view(1, *v.grid)
                 parts.append(picture_tag(tokenizer.image.decode(codes)[0], css_class))
             else:

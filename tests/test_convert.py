@@ -262,7 +262,9 @@ def test_meta_to_hugging_face_equals_an_independent_conversion(shape: tuple[int,
     convert(source, tmp_path / "straight", "hf")
     shards = [weights for name, weights in meta_weights(source).items() if name.startswith("consolidated")]
     expected = independent_hf(shards, config)
-    expected |= {f"model.vqmodel.{name}": value for name, value in random_vqgan().items() if not name.startswith("decoder.")}
+    expected |= {
+        f"model.vqmodel.{name}": value for name, value in random_vqgan().items() if not name.startswith("decoder.")
+    }
     assert same(hf_weights(tmp_path / "hf"), expected)
     assert same(hf_weights(tmp_path / "straight"), expected)
 

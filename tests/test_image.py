@@ -35,7 +35,7 @@ def gradient(size: tuple[int, int] = (40, 24)) -> PILImage.Image:
 
 
 def test_missing_empty_truncated_and_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"none\.png: no such picture"):
+    with pytest.raises(BadInput, match=r"none\.png: no such image"):
         load_picture(tmp_path / "none.png")
     with pytest.raises(BadInput, match="is a folder"):
         load_picture(tmp_path)
@@ -45,7 +45,7 @@ def test_missing_empty_truncated_and_wrong_files_are_named(tmp_path: Path) -> No
         load_picture(empty)
     text = tmp_path / "text.png"
     text.write_text("no picture")
-    with pytest.raises(BadInput, match="no picture that can be read"):
+    with pytest.raises(BadInput, match="not a readable image"):
         load_picture(text)
     buffer = io.BytesIO()
     gradient((200, 200)).save(buffer, "PNG")
@@ -118,7 +118,7 @@ def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
     PILImage.new("RGB", (8, 8), "red").save(tmp_path / "p.eps")
     (tmp_path / "p.png").write_bytes((tmp_path / "p.eps").read_bytes())
     for name in ("p.eps", "p.png"):
-        with pytest.raises(BadInput, match="no picture that can be read"):
+        with pytest.raises(BadInput, match="not a readable image"):
             load_picture(tmp_path / name)
 
 
@@ -178,16 +178,16 @@ def test_encode_is_the_same_alone_in_a_batch_and_again(image_tokenizer: ImageTok
 
 
 def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTokenizer) -> None:
-    """A table of four, asked for more, in batches that mix known and new pictures."""
+    """A cache of four, in batches that mix cached and new images."""
     pictures = [PILImage.new("RGB", (16, 16), (20 * n, 255 - 20 * n, 40)) for n in range(12)]
-    wanted = torch.cat([ImageTokenizer(image_tokenizer.network).encode([picture]) for picture in pictures])
-    assert len(wanted.flatten(1).unique(dim=0)) > 6
-    forgetful = ImageTokenizer(image_tokenizer.network)
-    forgetful.known = CodeCache(image_tokenizer.config.grid, size=4)
+    expected = torch.cat([ImageTokenizer(image_tokenizer.network).encode([picture]) for picture in pictures])
+    assert len(expected.flatten(1).unique(dim=0)) > 6
+    small = ImageTokenizer(image_tokenizer.network)
+    small.cache = CodeCache(image_tokenizer.config.grid, size=4)
     for order in ([0, 1, 2], [2, 3, 4, 0], [0, 5, 6, 7, 8, 9, 1], list(range(12)), [11, 11, 3]):
-        assert torch.equal(forgetful.encode([pictures[n] for n in order]), wanted[order])
-        assert len(forgetful.known.slots) <= 4
-        assert len(set(forgetful.known.slots.values())) == len(forgetful.known.slots)
+        assert torch.equal(small.encode([pictures[n] for n in order]), expected[order])
+        assert len(small.cache.rows) <= 4
+        assert len(set(small.cache.rows.values())) == len(small.cache.rows)
 
 
 def test_moved_pictures_by_hand() -> None:

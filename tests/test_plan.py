@@ -75,20 +75,20 @@ def test_checkpointing_keeps_one_block_and_the_stream_between_blocks() -> None:
     kept = saved_bytes(lambda: model(ids, ids, block_diagonal_causal_mask(ids)), list(model.parameters()))
     setup = TrainingSetup(micro_batch_size=rows, context_length=context_length, precision="32-true")
     full = plan_training(config, setup).training.activations
-    planned = plan_training(config, replace(setup, checkpointing="full")).training.activations
+    planned = plan_training(config, replace(setup, activation_checkpointing="full")).training.activations
     one = (full - plan_training(replace(config, layers=1), setup).training.activations) / 5
     assert planned == pytest.approx(kept + one, rel=0.15) and planned < full / 2
 
 
 def test_known_sums() -> None:
-    """The figures everyone knows: 16 bytes a parameter, and the cache of LLaMA-2's shape, half a MiB an id."""
+    """The figures everyone knows: 16 bytes a parameter, and the cache of LLaMA-2's shape, half a MiB per token."""
     plan = plan_training(named_size("7b", dropout=0.0), TrainingSetup())
     states = plan.training.parameters + plan.training.gradients + plan.training.optimizer
     assert states / plan.config.parameters == pytest.approx(16, rel=1e-6)
     assert states * 7e9 / plan.config.parameters == pytest.approx(112e9, rel=1e-6)
-    assert plan.running.kv_cache == 4096 * 2**19
+    assert plan.inference.kv_cache == 4096 * 2**19
     assert plan.flops_per_token == pytest.approx(6 * plan.config.parameters, rel=0.1)
-    assert plan.spare("h100") < 0 and plan.spare("h100") == 80e9 - RESERVED_BYTES - plan.training.total
+    assert plan.spare_bytes("h100") < 0 and plan.spare_bytes("h100") == 80e9 - RESERVED_BYTES - plan.training.total
     rate = 0.4 * 989e12 / plan.flops_per_token
     assert plan.tokens_per_second("h100") == rate and plan.days("h100", rate * 86400 * 3) == pytest.approx(3)
 
@@ -102,7 +102,7 @@ def test_sharding_divides_and_fits() -> None:
         assert getattr(eight.training, name) == -(-getattr(alone.training, name) // 8)
         assert getattr(ddp.training, name) == getattr(alone.training, name)
     assert eight.training.activations == alone.training.activations
-    assert alone.spare("h100") < 0 < eight.spare("h100")
+    assert alone.spare_bytes("h100") < 0 < eight.spare_bytes("h100")
     assert eight.tokens_per_second("h100") == 8 * alone.tokens_per_second("h100")
 
 
@@ -111,8 +111,8 @@ def test_sharding_divides_and_fits() -> None:
     [
         ({"precision": "fp8"}, "bf16-mixed"),
         ({"devices": 2}, "ddp or fsdp"),
-        ({"global_batch_size": 0}, "positive"),
-        ({"utilisation": 1.5}, "utilisation"),
+        ({"micro_batch_size": 0}, "positive"),
+        ({"utilization": 1.5}, "utilization"),
     ],
 )
 def test_a_setup_that_cannot_be(changes: dict[str, object], words: str) -> None:
@@ -121,7 +121,21 @@ def test_a_setup_that_cannot_be(changes: dict[str, object], words: str) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "34b", "--sharding", "fsdp", "--devices", "64", "--checkpointing", "full", "--tokens", "1e12", "--json"])
+    main(
+        [
+            "plan",
+            "34b",
+            "--data-parallel",
+            "fsdp",
+            "--devices",
+            "64",
+            "--activation-checkpointing",
+            "full",
+            "--tokens",
+            "1e12",
+            "--json",
+        ]
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == named_size("34b").parameters and found["setup"]["devices"] == 64
     h100 = found["devices"]["h100"]
@@ -134,7 +148,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "emoji-pretrain", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["model"]["layers"] == 8 and found["setup"]["optimizer"] == "muon"
-    for wrong, word in ((["9b"], "no such recipe or size"), (["7b", "--context", "9999"], "exceeds")):
+    for wrong, word in ((["9b"], "no such recipe or size"), (["7b", "--context-length", "9999"], "exceeds")):
         with pytest.raises(SystemExit) as exit_:
             main(["plan", *wrong])
         assert exit_.value.code == 2 and word in capsys.readouterr().err

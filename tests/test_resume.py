@@ -28,7 +28,7 @@ from chameleon.cli import main
 from chameleon.train.step_module import StepModule
 begin = StepModule.on_train_batch_start
 def step(module, batch, number):
-    if module.done == int(sys.argv[1]) and os.environ.get("LOCAL_RANK", "0") == os.environ.get("SIGNALLED", "0"):
+    if module.completed_steps == int(sys.argv[1]) and os.environ.get("LOCAL_RANK", "0") == os.environ.get("SIGNALLED", "0"):
         os.kill(os.getpid(), int(sys.argv[2]))
     return begin(module, batch, number)
 StepModule.on_train_batch_start = step
@@ -60,7 +60,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(out: Path) -> list[tuple[str, ...]]:
-    names = ("step", "train/loss", "train/text_loss", "train/grad_norm", "train/output_norm", "rate")
+    names = ("step", "train/loss", "train/text_loss", "train/grad_norm", "train/output_norm", "lr")
     with open(out / "log" / "metrics.csv", encoding="utf-8") as file:
         return [tuple(row.get(name, "") for name in names) for row in csv.DictReader(file)]
 
@@ -68,8 +68,8 @@ def losses(out: Path) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = recipe_file(tmp_path, tokenizer, optimizer={"lr": 0.01, "warmup_steps": 2, "eps": 1e-8, "kind": kind})
-    full_tensor, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(recipe, full_tensor) == 0
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(recipe, whole) == 0
     assert run(recipe, killed, step=7, sign=signal.SIGKILL) == -signal.SIGKILL
     kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000006"]
@@ -79,25 +79,25 @@ def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenize
     data[len(data) // 2] ^= 1
     state.write_bytes(data)  # so the one before it serves
     assert run(recipe, killed, "--resume") == 0
-    mine, wanted = weights(killed), weights(full_tensor)
-    assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in wanted)
-    assert losses(killed) == losses(full_tensor) and len(losses(full_tensor)) == 14
+    mine, expected = weights(killed), weights(whole)
+    assert mine.keys() == expected.keys() and all(torch.equal(mine[name], expected[name]) for name in expected)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 14
 
 
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = recipe_file(tmp_path, tokenizer)
-    full_tensor, ended = tmp_path / "whole", tmp_path / "ended"
-    assert run(recipe, full_tensor, "run.save_every_n_steps=0") == 0
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert run(recipe, whole, "run.save_every_n_steps=0") == 0
     assert run(recipe, ended, "run.save_every_n_steps=0", step=4, sign=signal.SIGTERM) == 143
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (ended / "bundle").exists()
     assert run(recipe, ended, "run.save_every_n_steps=0", "--resume") == 0
-    assert all(torch.equal(value, weights(full_tensor)[name]) for name, value in weights(ended).items())
-    assert losses(ended) == losses(full_tensor)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
+    assert losses(ended) == losses(whole)
 
 
 def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
-    """Of two processes the second is told to end: both write the checkpoint, and go on from it to the same bits."""
+    """Of two processes the second is environment to end: both write the checkpoint, and go on from it to the same bits."""
     recipe, script = recipe_file(tmp_path, tokenizer), tmp_path / "run.py"
     script.write_text(CODE)
     arguments = [
@@ -109,15 +109,15 @@ def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokeni
         "run.accelerator=cpu",
         "micro_batch_size=0",
     ]
-    full_tensor, ended = tmp_path / "whole", tmp_path / "ended"
-    assert command([*arguments, f"run.out={full_tensor}"]) == 0
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert command([*arguments, f"run.out={whole}"]) == 0
     start = [sys.executable, str(script), "4", str(int(signal.SIGTERM)), *arguments, "run.save_every_n_steps=0"]
-    told = {**os.environ, "SIGNALLED": "1"}
-    done = subprocess.run([*start, f"run.out={ended}"], env=told, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "SIGNALLED": "1"}
+    done = subprocess.run([*start, f"run.out={ended}"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 143 and not (ended / "bundle").exists()
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert command([*arguments, f"run.out={ended}", "--resume"]) == 0
-    assert all(torch.equal(value, weights(full_tensor)[name]) for name, value in weights(ended).items())
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
 
 
 def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,10 +129,10 @@ def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pyte
         main([*command[:4], *CHANGES, "optimizer.lr=0.5", "run.log_every_n_steps=2", "--resume"])
     found = capsys.readouterr().err
     assert error.value.code == 2 and "optimizer.lr from 0.01 to 0.5" in found and "--force" in found
-    with pytest.warns(UserWarning, match=r"run\.log_every from 1 to 2"):
+    with pytest.warns(UserWarning, match=r"run\.log_every_n_steps from 1 to 2"):
         main([*command[:4], *CHANGES, "run.log_every_n_steps=2", "--resume"])
     description = json.loads((out / "bundle" / "provenance.json").read_text())
-    assert description["training"][-1]["recipe"]["run"]["steps"] == 14
+    assert description["training"][-1]["recipe"]["run"]["max_steps"] == 14
 
 
 def test_nothing_to_resume(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -141,8 +141,8 @@ def test_nothing_to_resume(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
         train(recipe)
     recipe.run.save_every_n_steps, recipe.run.max_steps, recipe.run.resume = 1, 3, False
     train(recipe)
-    recipe.run.resume, recipe.rows = True, 6
-    with pytest.raises(BadInput, match="rows from 4 to 6"):
+    recipe.run.resume, recipe.global_batch_size = True, 6
+    with pytest.raises(BadInput, match="global_batch_size from 4 to 6"):
         train(recipe)
 
 
@@ -150,15 +150,15 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, tokenizer: MixedTok
     """Two processes until step 6, then one: the losses are those of one process all the way."""
     recipe = recipe_file(tmp_path, tokenizer)
     plain = ["model.dropout=0", "micro_batch_size=0", "run.accelerator=cpu"]
-    full_tensor, changed = tmp_path / "whole", tmp_path / "changed"
-    assert run(recipe, full_tensor, *plain) == 0
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert run(recipe, whole, *plain) == 0
     assert run(recipe, changed, *plain, "run.devices=2", "run.save_total_limit=9") == 0
     for late in ("step-00000009", "step-00000012"):
         shutil.rmtree(changed / "checkpoints" / late)
     assert run(recipe, changed, *plain, "run.save_total_limit=9", "--resume") == 0
-    ours, wanted = ([[float(value or 0) for value in row] for row in losses(out)] for out in (changed, full_tensor))
-    assert len(ours) == len(wanted) == 14
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), atol=1e-5, rtol=1e-4)
+    ours, expected = ([[float(value or 0) for value in row] for row in losses(out)] for out in (changed, whole))
+    assert len(ours) == len(expected) == 14
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_a_finished_run_that_goes_on_ends_the_same(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
@@ -183,7 +183,7 @@ IMAGE += [
     "global_batch_size=4",
     "run.progress=false",
 ]
-IMAGE += ["loss.adversarial=0.5", "loss.adversarial_start=5", "loss.discriminator_channels=8", "ema=0.9"]
+IMAGE += ["loss.adversarial=0.5", "loss.adversarial_start=5", "loss.discriminator_channels=8", "ema_decay=0.9"]
 IMAGE += ["loss.discriminator_layers=1", "run.precision=32-true", "run.accelerator=cpu", "run.log_every_n_steps=1"]
 
 
@@ -194,8 +194,8 @@ def image_run(out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
 
 def test_an_image_tokenizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     """Both optimisers, the moving average and the codebook, killed before and after the discriminator has begun."""
-    full_tensor, killed = tmp_path / "whole", tmp_path / "killed"
-    assert image_run(full_tensor) == 0
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert image_run(whole) == 0
     assert image_run(killed, step=5, sign=signal.SIGKILL) == -signal.SIGKILL
     assert image_run(killed, "--resume", step=8, sign=signal.SIGKILL) == -signal.SIGKILL
     assert image_run(killed, "--resume") == 0
@@ -207,10 +207,10 @@ def test_an_image_tokenizer_goes_on_to_the_bit(tmp_path: Path) -> None:
         "train/codebook_perplexity",
         "train/revived_codes",
     )
-    assert log_of(killed, names) == log_of(full_tensor, names) and len(log_of(full_tensor, names)) == 10
-    assert any(row[2] for row in log_of(full_tensor, names))
-    mine, wanted = (SafetensorsFiles.from_folder(out, "image_tokenizer") for out in (killed, full_tensor))
-    assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+    assert log_of(killed, names) == log_of(whole, names) and len(log_of(whole, names)) == 10
+    assert any(row[2] for row in log_of(whole, names))
+    mine, expected = (SafetensorsFiles.from_folder(out, "image_tokenizer") for out in (killed, whole))
+    assert all(torch.equal(mine[name], expected[name]) for name in expected)
 
 
 def test_processes_that_share_pictures_log_what_one_does(tmp_path: Path) -> None:

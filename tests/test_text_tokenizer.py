@@ -57,7 +57,7 @@ def test_bad_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="missing"):
         SentencePieceTokenizer.load(tmp_path)
     (tmp_path / "text_tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(BadInput, match="no sentencepiece model"):
+    with pytest.raises(BadInput, match="not a sentencepiece model"):
         SentencePieceTokenizer.load(tmp_path)
 
 

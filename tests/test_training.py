@@ -80,9 +80,9 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
         step = (before[name] - value.detach()) / 0.01
         if id(value) in taken:
             left, _, right = torch.linalg.svd(value.grad, full_matrices=False)  # the nearest orthogonal is left · right
-            wanted = left @ right * 0.2 * max(step.shape) ** 0.5
-            torch.testing.assert_close(step.norm(), wanted.norm(), rtol=0.25, atol=0.0)
-            assert torch.cosine_similarity(step.flatten(), wanted.flatten(), dim=0) > 0.97, name
+            expected = left @ right * 0.2 * max(step.shape) ** 0.5
+            torch.testing.assert_close(step.norm(), expected.norm(), rtol=0.25, atol=0.0)
+            assert torch.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.97, name
         else:
             assert not step.any(), name
 
@@ -197,7 +197,7 @@ def image_recipe(folder: Path, **loss: object) -> FitImageRecipe:
         model=replace(SMALL_VQGAN, codebook_size=16),
         loss=VQLossConfig(discriminator_channels=8, discriminator_layers=1, **loss),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, warmup_steps=0, schedule="constant"),
-        batch=8,
+        global_batch_size=8,
     )
 
 
@@ -211,8 +211,8 @@ def test_image_tokenizer_learns_and_comes_back(tmp_path: Path) -> None:
     pictures = sorted((tmp_path / "pictures").iterdir())
     again = ImageTokenizer.load(tmp_path / "run")
     assert torch.equal(again.encode(pictures), trained.encode(pictures))
-    wanted, drawn = trained.preprocess(pictures), trained.network.decode(trained.encode(pictures))
-    measured = (10 * torch.log10(4 / (drawn - wanted).square().mean((1, 2, 3)))).mean()
+    expected, drawn = trained.preprocess(pictures), trained.network.decode(trained.encode(pictures))
+    measured = (10 * torch.log10(4 / (drawn - expected).square().mean((1, 2, 3)))).mean()
     assert float(measured) == pytest.approx(figures["validation/psnr"], abs=0.05)
 
 
@@ -223,13 +223,13 @@ def test_pictures_that_cannot_be_read_are_named_once_and_others_drawn(tmp_path: 
     with pytest.raises(BadInput, match=r"bad\.png"):
         fit_image(recipe)
     skipped: list[str] = []
-    fit_image(recipe, lambda where, why: skipped.append(where))
+    fit_image(recipe, lambda where, why, _=0: skipped.append(where))
     assert 1 <= len(skipped) <= 2 and set(skipped) == {str(bad)}  # in training and in validation
     training = ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)
     assert torch.equal(training[3], ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)[3])
-    recipe.batch = 9
+    recipe.global_batch_size = 9
     training.world = 2
-    with pytest.raises(BadInput, match="batch 9 does not divide by 2"):
+    with pytest.raises(BadInput, match="global_batch_size 9 is not divisible by 2"):
         training[0]
 
 
@@ -270,10 +270,10 @@ def teach(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(rank)
     quantizer = MovingAverageCodebook(6, 2, decay=0.5, revive_below=0.6)
-    quantizer.place(torch.arange(6), torch.arange(12.0).view(6, 2))
+    quantizer.set_codes(torch.arange(6), torch.arange(12.0).view(6, 2))
     for batch in torch.load(f"{folder}/batches.pt"):
         half = batch[rank::2]
-        quantizer.observe(half, nearest(half, quantizer.codebook()))
+        quantizer.update(half, nearest(half, quantizer.codebook()))
     torch.save(quantizer.state_dict(), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -283,8 +283,8 @@ def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     """Moving averages over both halves are those of one process on the whole batch, and revived codes are alike."""
     batches = [torch.randn(16, 2, generator=torch.Generator().manual_seed(n)) * 6 for n in range(3)]
     alone = MovingAverageCodebook(6, 2, decay=0.5, revive_below=0.0)
-    alone.place(torch.arange(6), torch.arange(12.0).view(6, 2))
-    alone.observe(batches[0], nearest(batches[0], alone.codebook()))
+    alone.set_codes(torch.arange(6), torch.arange(12.0).view(6, 2))
+    alone.update(batches[0], nearest(batches[0], alone.codebook()))
     for count in (1, 3):
         torch.save(batches[:count], tmp_path / "batches.pt")
         multiprocessing.spawn(teach, (str(tmp_path),), nprocs=2)
@@ -315,7 +315,7 @@ def test_discriminator_starts_at_its_step(tmp_path: Path) -> None:
 def test_too_few_pictures_for_the_codebook_are_named(tmp_path: Path) -> None:
     recipe = image_recipe(tmp_path)
     recipe.model = replace(recipe.model, codebook_size=20_000)
-    with pytest.raises(BadInput, match="raise batch or lower"):
+    with pytest.raises(BadInput, match="raise global_batch_size or lower"):
         fit_image(recipe)
 
 
@@ -331,13 +331,13 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
     for number, weight in ((0, 3), (1, 2.0)):
         told = json.dumps({"caption": "a square", "faces": weight})
         (tmp_path / "pictures" / f"{number}.json").write_text(told)
-    recipe.weight_field, recipe.scale, recipe.shift, recipe.batch = "faces", (1.0, 1.0), 0.0, 100
+    recipe.weight_field, recipe.scale, recipe.shift, recipe.global_batch_size = "faces", (1.0, 1.0), 0.0, 100
     training = ImageBatchDataset(read_pictures(recipe.sources), recipe)
     colours = {picture.numpy().tobytes(): name for name, picture in originals(recipe).items()}
     drawn = Counter(colours[picture.numpy().tobytes()] for step in range(30) for picture in training[step])
-    wanted = {f"{number}.png": {0: 3.0, 1: 2.0}.get(number, 1.0) for number in range(12)}
-    total = sum(wanted.values())
-    chi_square = sum((drawn[name] - 3000 * w / total) ** 2 / (3000 * w / total) for name, w in wanted.items())
+    expected = {f"{number}.png": {0: 3.0, 1: 2.0}.get(number, 1.0) for number in range(12)}
+    total = sum(expected.values())
+    chi_square = sum((drawn[name] - 3000 * w / total) ** 2 / (3000 * w / total) for name, w in expected.items())
     assert chi_square < 31.3  # 99.9% of 11 degrees of freedom
     (tmp_path / "pictures" / "2.json").write_text(json.dumps({"caption": "a square", "faces": -1}))
     with pytest.raises(BadInput, match=r"2\.png: faces is -1, expected a number above 0"):
@@ -352,7 +352,7 @@ def originals(recipe: FitImageRecipe) -> dict[str, torch.Tensor]:
 
 def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = image_recipe(tmp_path)
-    recipe.run.max_steps, recipe.ema, recipe.validation = 6, 0.8, []
+    recipe.run.max_steps, recipe.ema_decay, recipe.validation = 6, 0.8, []
     seen: list[torch.Tensor] = []
     step = ImageTokenizerModule.training_step
 
@@ -362,17 +362,17 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ImageTokenizerModule, "training_step", watched)
     tokenizer, _ = fit_image(recipe)
-    wanted = seen[0]
+    expected = seen[0]
     for weight in seen[1:]:
-        wanted = 0.8 * wanted + 0.2 * weight
-    torch.testing.assert_close(tokenizer.network.quant_conv.weight, wanted)
-    assert not torch.equal(wanted, seen[-1])
+        expected = 0.8 * expected + 0.2 * weight
+    torch.testing.assert_close(tokenizer.network.quant_conv.weight, expected)
+    assert not torch.equal(expected, seen[-1])
 
 
 def test_a_codebook_that_collapses_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chameleon.train.image_tokenizer.SETTLED", 5)
+    monkeypatch.setattr("chameleon.train.image_tokenizer.USAGE_SETTLES_AFTER_STEPS", 5)
     recipe = image_recipe(tmp_path)
-    recipe.run.max_steps, recipe.smallest_usage = 12, 1.1  # so that any usage is too little
+    recipe.run.max_steps, recipe.min_codebook_usage = 12, 1.1  # so that any usage is too little
     fit_image(recipe)
     (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert json.loads(told)["step"] == 5 and "of the codebook is in use" in told

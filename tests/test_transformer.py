@@ -44,9 +44,9 @@ def test_cache_changes_nothing(qk_norm: bool) -> None:
     ids = torch.randint(0, 50, (1, 20))
     whole = model(ids)
     cache = KVCache(model.config, 1, 32, dtype=torch.float64)
-    first = model(ids[:, :7], window=BatchLayout.of(cache, [0], [7]))
-    steps = [model(ids[:, t : t + 1], window=BatchLayout.of(cache, [t], [1])) for t in range(7, 15)]
-    rest = model(ids[:, 15:], window=BatchLayout.of(cache, [15], [5]))
+    first = model(ids[:, :7], layout=BatchLayout.ragged(cache, [0], [7]))
+    steps = [model(ids[:, t : t + 1], layout=BatchLayout.ragged(cache, [t], [1])) for t in range(7, 15)]
+    rest = model(ids[:, 15:], layout=BatchLayout.ragged(cache, [15], [5]))
     torch.testing.assert_close(torch.cat([first, *steps, rest], dim=1), whole, atol=1e-9, rtol=1e-9)
 
 
@@ -62,7 +62,7 @@ def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: 
         if not any(news):
             continue
         ids = torch.cat([rows[row][starts[row] : starts[row] + news[row]] for row in range(3)])
-        hidden = model(ids.unsqueeze(0), window=BatchLayout.of(cache, starts, news))[0]
+        hidden = model(ids.unsqueeze(0), layout=BatchLayout.ragged(cache, starts, news))[0]
         for row, part in enumerate(hidden.split(news)):
             found[row].append(part)
         starts = [start + new for start, new in zip(starts, news, strict=True)]
@@ -75,12 +75,12 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:
     model = random_model(50).double()
     cache = KVCache(model.config, 1, 16, dtype=torch.float64)
     ids = torch.randint(0, 50, (1, 9))
-    model(ids, window=BatchLayout.of(cache, [0], [9]))
+    model(ids, layout=BatchLayout.ragged(cache, [0], [9]))
     larger = KVCache(model.config, 3, 24, dtype=torch.float64)
     larger.copy_from(cache)
-    larger.copy(0, 2, 6)
+    larger.copy_slot(0, 2, 6)
     other = torch.cat((ids[:, :6], torch.randint(0, 50, (1, 4))), dim=1)
-    found = model(other[:, 6:], window=BatchLayout.of(larger, [9, 0, 6], [0, 0, 4]))
+    found = model(other[:, 6:], layout=BatchLayout.ragged(larger, [9, 0, 6], [0, 0, 4]))
     torch.testing.assert_close(found, model(other)[:, 6:], atol=1e-9, rtol=1e-9)
 
 
@@ -137,7 +137,7 @@ def test_tied_head_shares_its_weight() -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(BadInput, match="heads 4 does not divide by 3"):
+    with pytest.raises(BadInput, match="heads 4 is not divisible by 3"):
         ModelConfig(width=32, heads=4, kv_heads=3)
     with pytest.raises(BadInput, match="did you mean tiny"):
         named_size("tini")

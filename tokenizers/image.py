@@ -70,6 +70,8 @@ class ImageFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # MAX_PIXELS is the limit here
                 image = open_image(self.data) if self.data is not None else self.source
+        except BadInput:
+            raise
         except PILImage.DecompressionBombError:  # far more than MAX_PIXELS
             raise BadInput(TOO_LARGE, where=self.where) from None
         except UnidentifiedImageError as error:
