@@ -48,7 +48,7 @@ def describe(run: Path) -> dict[str, Any]:
     latest: dict[str, float] = {}
     for row in rows:
         latest |= {name: value for name, value in row.items() if math.isfinite(value)}
-    completed_steps = int(latest["step"]) + 1 if "step" in latest else 0
+    completed_steps = int(latest.get("step", 0))
     result = run / "bundle" if record["kind"] != "fit_image" else run / "image_tokenizer.json"
     is_finished = result.exists() and result.stat().st_mtime >= (run / RUN_FILE).stat().st_mtime
     description: dict[str, Any] = {

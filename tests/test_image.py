@@ -41,7 +41,7 @@ def test_missing_empty_truncated_and_wrong_files_are_named(tmp_path: Path) -> No
         load_picture(tmp_path)
     empty = tmp_path / "empty.png"
     empty.touch()
-    with pytest.raises(BadInput, match=r"empty\.png: empty picture"):
+    with pytest.raises(BadInput, match=r"empty\.png: empty image"):
         load_picture(empty)
     text = tmp_path / "text.png"
     text.write_text("no picture")
@@ -51,7 +51,7 @@ def test_missing_empty_truncated_and_wrong_files_are_named(tmp_path: Path) -> No
     gradient((200, 200)).save(buffer, "PNG")
     cut = tmp_path / "cut.png"
     cut.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    with pytest.raises(BadInput, match=r"cut\.png: damaged picture"):
+    with pytest.raises(BadInput, match=r"cut\.png: damaged image"):
         load_picture(cut)
 
 

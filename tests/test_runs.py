@@ -16,12 +16,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounter
 
+from chameleon import progress
 from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import apply_activation_checkpointing
 from chameleon.model.transformer import block_diagonal_causal_block_mask, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train import checkpoint, memory, progress, trainer
+from chameleon.train import checkpoint, memory, trainer
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.train.run import train
 
@@ -31,7 +32,7 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
 ) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, width=400))
-    monkeypatch.setattr(progress, "QUIET", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     path = recipe_file(tmp_path, tokenizer)
     shutil.copytree(tmp_path / "shards", tmp_path / "others")
     mixture = f"mixture=[{{shards: {tmp_path}/shards}}, {{shards: {tmp_path}/others}}]"
@@ -49,11 +50,11 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
     assert all(word in lines[4] for word in ("text ", "image ", "tokens/s", "left", "validation text"))
     capsys.readouterr()
     main(["info", str(run), "--json"])
-    told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["step"]) == ("finished", "12 of 12")
-    assert told["checkpoints"] == ["step-00000005", "step-00000010"]
-    assert {"source/shards_loss", "source/others_loss", "train/image_log_z", "validation/text_loss"} <= told.keys()
-    with PILImage.open(told["curves"]) as picture:
+    message = json.loads(capsys.readouterr().out)
+    assert (message["state"], message["step"]) == ("finished", "12 of 12")
+    assert message["checkpoints"] == ["step-00000005", "step-00000010"]
+    assert {"source/shards_loss", "source/others_loss", "train/image_log_z", "validation/text_loss"} <= message.keys()
+    with PILImage.open(message["curves"]) as picture:
         assert picture.width > 1000 and len(set(picture.convert("L").getdata())) > 50
     log = EventAccumulator(str(run / "log"))
     log.Reload()
@@ -71,42 +72,42 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        (["run.devices=3", "run.accelerator=cpu"], r"rows 4 do not divide by 3 devices; 3 rows do"),
+        (["run.devices=3", "run.accelerator=cpu"], r"global_batch_size 4 is not divisible by 3 devices; 3 is"),
         (
             ["run.devices=3", "run.accelerator=cpu", "run.data_parallel=fsdp", "run.tensor_parallel_size=2"],
-            "3 devices do not divide by 2",
+            "3 devices are not divisible by 2",
         ),
-        (["run.tensor_parallel_size=2"], "tensor_parallel needs fsdp"),
+        (["run.tensor_parallel_size=2"], "tensor parallelism needs fsdp"),
         (["attention=flex", "run.accelerator=cpu"], "flex needs a GPU"),
         (["run.devices=0"], "neither auto nor a number"),
-        (["run.accelerator=gpu"], "no GPU here; give run.accelerator=cpu"),
+        (["run.accelerator=gpu"], "no GPU here; set run.accelerator=cpu"),
         (["run.data_parallel=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),
-        (["run.precision=16-mixed"], "float16 is for running models"),
-        (["run.data_parallel=fsdp", "run.precision=64-true"], "64-true cannot be sharded"),
+        (["run.precision=16-mixed"], "float16 is for inference"),
+        (["run.data_parallel=fsdp", "run.precision=64-true"], "64-true does not go with fsdp"),
     ],
 )
 def test_devices_that_are_not_there_or_do_not_divide(
-    changes: list[str], told: str, tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+    changes: list[str], message: str, tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(trainer, "is_on_gpus", lambda run: run.accelerator == "gpu")
-    with pytest.raises(BadInput, match=told):
+    monkeypatch.setattr(trainer, "uses_gpus", lambda run: run.accelerator == "gpu")
+    with pytest.raises(BadInput, match=message):
         train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes))
 
 
 def test_more_gpus_than_there_are(tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.accelerator=gpu", "run.devices=8"])
-    with pytest.raises(BadInput, match=r"the recipe wants 8 GPUs, there are 2; give run\.devices=2"):
+    with pytest.raises(BadInput, match=r"the recipe asks for 8 GPUs, there are 2; set run\.devices=2"):
         train(recipe)
 
 
 def test_what_does_not_fit_says_by_how_much(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "memory_of", lambda *_: 1e6)
+    monkeypatch.setattr(memory, "memory_per_process", lambda *_: 1e6)
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=1"])
     with pytest.raises(
         BadInput, match=r"GB more than the 0\.0 GB that it has; try micro_batch_size=2, activation_checkpointing=full, run"
@@ -120,8 +121,8 @@ def test_out_of_memory_is_one_line(tmp_path: Path, tokenizer: MixedTokenizer, mo
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
-    monkeypatch.setattr("chameleon.train.language.LanguageModule.training_step", full)
-    with pytest.raises(BadInput, match=r"out of memory \(CUDA out of memory\); lower micro_rows"):
+    monkeypatch.setattr("chameleon.train.language_module.LanguageModule.training_step", full)
+    with pytest.raises(BadInput, match=r"out of memory \(CUDA out of memory\); lower micro_batch_size"):
         train(read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer)))
 
 
@@ -137,7 +138,7 @@ def test_no_room_for_a_checkpoint_keeps_what_is_there(
         return usage(0, 0, 10**9 if len(calls) < 3 else 1000)
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
-    with pytest.raises(BadInput, match=r"a checkpoint takes .* GB, 0\.00 GB are free; make room, then go on with --resume"):
+    with pytest.raises(BadInput, match=r"a checkpoint takes .* GB, 0\.00 GB are free; free some space, then --resume"):
         train(recipe)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
@@ -213,10 +214,10 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path: Path, tokenizer: 
     assert before == ["step-00000002", "step-00000004"]
     (run / "checkpoints" / "step-00000003" / "checkpoint.json").unlink()
     recipe.run.resume = True
-    with pytest.raises(BadInput, match="no checkpoint is whole"), pytest.warns(UserWarning, match="passed over"):
+    with pytest.raises(BadInput, match="no checkpoint is complete"), pytest.warns(UserWarning, match="is ignored"):
         train(recipe)
     recipe.run.save_total_limit = 0
-    with pytest.raises(BadInput, match="keep is 0"):
+    with pytest.raises(BadInput, match="save_total_limit is 0"):
         checkpoint.CheckpointCallback(recipe.run, {}, None)
 
 

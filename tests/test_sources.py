@@ -100,10 +100,10 @@ def test_interleaved_documents(tmp_path: Path) -> None:
     assert at(tmp_path, mmc4) == Document((one, Text("First. "), two, Text("Second.")))
     for record, words in (
         ({**obelics, "images": [None]}, "not lists of equal length"),
-        ({**obelics, "images": ["x", "1.png", None, "2.png"]}, "a text and a picture at one place"),
-        ({**obelics, "images": [None, "https://a/b.png", None, None]}, "is an address"),
-        ({**mmc4, "image_info": [{"image_name": "a", "matched_text_index": 2}]}, "names no sentence"),
-        ({"texts": [], "images": []}, "neither picture nor text"),
+        ({**obelics, "images": ["x", "1.png", None, "2.png"]}, "a text and an image at the same index"),
+        ({**obelics, "images": [None, "https://a/b.png", None, None]}, "is a URL"),
+        ({**mmc4, "image_info": [{"image_name": "a", "matched_text_index": 2}]}, "is not the index of a sentence"),
+        ({"texts": [], "images": []}, "neither image nor text"),
         ({"colour": "red"}, "no known form; its keys are colour, a form needs one of messages"),
         ([1], "expected an object"),
     ):
@@ -126,7 +126,7 @@ def test_llava_conversations(tmp_path: Path) -> None:
     assert found.messages[2].content == Document((Text("And"), dog, Text("here?")))
     with pytest.raises(BadInput, match="more <image> than images"):
         at(tmp_path, {"image": "cat.png", "conversations": turns})
-    with pytest.raises(BadInput, match="3 pictures, but 2 <image>"):
+    with pytest.raises(BadInput, match="3 images, but 2 <image>"):
         at(tmp_path, {"image": ["a", "b", "c"], "conversations": turns})
     with pytest.raises(BadInput, match="human or gpt"):
         at(tmp_path, {"conversations": [{"from": "cat", "value": "miau"}]})
@@ -138,7 +138,7 @@ def test_pairs_and_code(tmp_path: Path) -> None:
         assert at(tmp_path, record) == pair
     assert at(tmp_path, {"content": "x = 1\n", "path": "a.py", "lang": "python"}) == Document((Text("x = 1\n"),))
     found = at(tmp_path, {"image": {"bytes": png(), "path": None}, "caption": None})
-    assert isinstance(found, Document) and found.images[0] == source_bytes
+    assert isinstance(found, Document) and found.images[0] == png()
 
 
 def test_pictures_inside_parquet_are_encoded(tmp_path: Path, tokenizer: Any) -> None:
@@ -215,7 +215,7 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     found, skipped = samples(str(path))
     assert [sample.key for sample in found] == [f"{path}, line 5"]
-    for line, words in enumerate(("NaN is not JSON", "key 'text' is there twice", "surrogate", "not JSON"), 1):
+    for line, words in enumerate(("NaN is not JSON", "key 'text' occurs twice", "surrogate", "not JSON"), 1):
         assert skipped[line - 1].startswith(f"{path}, line {line}: ") and words in skipped[line - 1]
     table = tmp_path / "a.csv"
     table.write_text('text,id\ngood,1\nshort\nlong,1,2\n"never closed,1\n')

@@ -27,7 +27,7 @@ from chameleon.train.stability import DivergenceAlarm, StabilityConfig, StepGuar
 
 def rows(out: Path) -> list[dict[str, str]]:
     with open(out / "log" / "metrics.csv", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("rate")]
+        return [row for row in csv.DictReader(file) if row.get("lr")]
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def test_a_guard_without_spikes_takes_what_is_finite() -> None:
 
 
 def test_an_alarm_waits_for_growth_and_tells_again_after_as_much() -> None:
-    alarm = DivergenceAlarm(StabilityConfig(window_steps=10, max_output_norm_growth=2.0), warmup=5)
+    alarm = DivergenceAlarm(StabilityConfig(window_steps=10, max_output_norm_growth=2.0), warmup_steps=5)
     told = [step for step in range(200) if alarm.check_output_norm(step, 1.05**step)]
     apart = math.log(2) / math.log(1.05)
     assert 25 < told[0] < 25 + apart + 2
@@ -99,7 +99,7 @@ def test_a_step_that_is_not_finite_is_left_out(
     assert [float(row["stability/skipped_steps"]) for row in log] == [0, 0, 0, 1, 1, 1]
     assert [float(row["monitor/update_ratio"]) > 0 for row in log] == [True, True, True, False, True, True]
     (event,) = events(tmp_path / "run")
-    assert event["step"] == 3 and "loss is nan" in event["text"] and "batch 3: rows shards" in event["text"]
+    assert event["step"] == 4 and "loss is nan" in event["text"] and "batch 3: rows shards" in event["text"]
 
 
 def test_a_run_goes_back_and_passes_over_the_batches(

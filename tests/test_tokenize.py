@@ -198,7 +198,7 @@ def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) ->
     options = TokenizeOptions(filters=Filters(unique_pictures=True))
     report = tokenize(sources, tokenizer, tmp_path / "unique", options=options)
     assert report.documents_out == 6 and report.duplicate_share == pytest.approx(0.4)
-    assert report.skipped == {"filter: all pictures came before": 4}
+    assert report.skipped == {"filter: all its pictures are duplicates": 4}
     found = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
     assert found == set("012345")
     assert report.skipped_share == 0  # they were not wanted, but could have been used
@@ -232,7 +232,7 @@ def test_options_from_the_command_line(shards: str, bundle_folder: Path, tmp_pat
         ("variants=x", "variants"),
         ("crop=2", "crop is 2"),
         ("filters=5", "filters is 5, expected keys and values"),
-        ("filters=[1]", "filters holds 1, expected keys and values"),
+        ("filters=[1]", "filters is [1], expected keys and values"),
         ("filters.min_side=-3", "min_side is -3"),
         ("filter.min_side=3", "unknown key filter; did you mean filters?"),
     ],

@@ -375,7 +375,7 @@ def test_a_codebook_that_collapses_is_told_of(tmp_path: Path, monkeypatch: pytes
     recipe.run.max_steps, recipe.min_codebook_usage = 12, 1.1  # so that any usage is too little
     fit_image(recipe)
     (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
-    assert json.loads(told)["step"] == 5 and "of the codebook is in use" in told
+    assert json.loads(told)["step"] == 6 and "of the codebook is in use" in told
     assert all(float(row["train/revived_codes"]) >= 0 for row in log_of(tmp_path / "run"))
 
 

@@ -120,18 +120,18 @@ def test_adapters_change_nothing_until_they_learn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["trainable=lora", "lora.targets=[qkw]"], "no matrix 'qkw'"),
-        (["trainable=lora", "lora.rank=0"], "rank is 1 or more"),
+        (["trainable=lora", "lora.rank=0"], "expected rank of 1 or more"),
         (["trainable=lora", "codebook_rows=true"], "does not go with trainable=lora"),
         (["size=7b"], "the recipe is for 7b, whose layers is 32; the bundle's is 2"),
         (["bundle=nowhere"], "no bundle here"),
         (["context_length=97"], "exceeds"),
     ],
 )
-def test_what_cannot_be_tuned_is_named(changes: list[str], told: str, recipe: Path) -> None:
-    with pytest.raises(BadInput, match=told):
+def test_what_cannot_be_tuned_is_named(changes: list[str], message: str, recipe: Path) -> None:
+    with pytest.raises(BadInput, match=message):
         train(read_recipe(FinetuneRecipe, recipe, changes))
 
 
@@ -142,14 +142,19 @@ def test_the_papers_tuning(recipe: Path) -> None:
         optimizer = tuning.optimizer
         assert (optimizer.kind, optimizer.lr, optimizer.schedule, optimizer.min_lr_ratio) == ("adamw", 1e-5, "cosine", 0.0)
         assert (optimizer.weight_decay, optimizer.warmup_steps) == (0.1, 0)
-        assert (tuning.rows, tuning.context_length, tuning.model, tuning.z_loss) == (128, 4096, {"dropout": 0.05}, 1e-5)
+        assert (tuning.global_batch_size, tuning.context_length, tuning.model, tuning.z_loss) == (
+            128,
+            4096,
+            {"dropout": 0.05},
+            1e-5,
+        )
         assert tuning.balance_modalities and all(source.loss == "answers" for source in tuning.mixture)
 
 
 def test_a_recipe_whose_bundle_is_not_there_is_planned_by_its_size(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "7b-lora", "--device", "h100", "--json"])
     planned = capsys.readouterr()
-    assert "its bundle is not made yet" in planned.err and json.loads(planned.out)["parameters"] > 6.9e9
+    assert "its bundle does not exist yet" in planned.err and json.loads(planned.out)["parameters"] > 6.9e9
 
 
 KINDS: dict[str, Any] = {"pretrain": PretrainRecipe, "image": FitImageRecipe}
@@ -169,14 +174,14 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 )
 def test_a_step_of_each_recipe_at_reduced_width_and_depth(name: str, recipe: Path, tmp_path: Path) -> None:
     """All as the recipe says but for sizes, places and devices; sharding, precision and checkpointing stay."""
-    full_tensor = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
-    sources = [{**source, "shards": str(tmp_path / source.get("name", "one"))} for source in full_tensor["mixture"]]
+    recipe_values = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    sources = [{**source, "shards": str(tmp_path / source.get("name", "one"))} for source in recipe_values["mixture"]]
     for number, source in enumerate(sources):
         source.setdefault("name", f"source-{number}")
         source["shards"] = str(tmp_path / source["name"])
         shutil.copytree(tmp_path / "shards", source["shards"])
     small = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 4, "ffn_width": 64, "context_length": 96}
-    full_tensor |= {
+    recipe_values |= {
         "mixture": sources,
         "context_length": 48,
         "global_batch_size": 4,
@@ -184,25 +189,25 @@ def test_a_step_of_each_recipe_at_reduced_width_and_depth(name: str, recipe: Pat
         "num_workers": 0,
         "verify_shards": True,
     }
-    full_tensor["micro_rows"] = min(1, full_tensor.get("micro_rows", 0))
-    full_tensor["run"] |= {
+    recipe_values["micro_batch_size"] = min(1, recipe_values.get("micro_batch_size", 0))
+    recipe_values["run"] |= {
         "out": str(tmp_path / "run"),
         "max_steps": 2,
         "devices": 1,
         "tensor_parallel_size": 1,
         "progress": False,
     }
-    if "tokenizers" in full_tensor:
-        full_tensor |= {"tokenizers": str(tmp_path / "tokenizers"), "model": small}
+    if "tokenizers" in recipe_values:
+        recipe_values |= {"tokenizers": str(tmp_path / "tokenizers"), "model": small}
     else:
-        full_tensor |= {"bundle": str(tmp_path / "start"), "size": None, "balance_modalities": False}
+        recipe_values |= {"bundle": str(tmp_path / "start"), "size": None, "balance_modalities": False}
     path = tmp_path / f"{name}.yaml"
-    path.write_text(json.dumps(full_tensor))
-    main(["pretrain" if "tokenizers" in full_tensor else "finetune", "--config", str(path)])
+    path.write_text(json.dumps(recipe_values))
+    main(["pretrain" if "tokenizers" in recipe_values else "finetune", "--config", str(path)])
     trained = Bundle.load(tmp_path / "run" / "bundle")
-    if "tokenizers" in full_tensor:
+    if "tokenizers" in recipe_values:
         config = trained.model.config
         assert (config.norm_order, config.dropout > 0) == {"34b": ("swin", False), "7b": ("pre", True)}.get(
-            full_tensor["size"], ("pre", False)
+            recipe_values["size"], ("pre", False)
         )
     assert all(value.isfinite().all() for value in trained.model.state_dict().values())

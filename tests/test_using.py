@@ -1,4 +1,4 @@
-"""Using a model: examples, formats, streams, pictures that are ranked, completed and varied, pages, forms of weights."""
+"""Using a model: examples, formats, streams, pictures that are ranked, completed and varied, pages, weight formats."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from chameleon.document_view import TerminalView, as_html, as_markdown, image_gr
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
-from chameleon.generation.engine import Engine, Request
+from chameleon.generation.engine import Engine
+from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.generation.streaming import PartialImage, StreamDecoder
 from chameleon.model.quantization import Int4Linear, Int8Linear, PackedLinear, convert_weights, supports_packed_bfloat16
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 DRAWN = Sampling(1.0, 1.0)
+SAMPLINGS = {"text_sampling": DRAWN, "image_sampling": DRAWN}
 
 
 def picture(colour: str) -> PILImage.Image:
@@ -52,10 +54,8 @@ def with_prompting(model: Chameleon, prompting: Any) -> Chameleon:
 def asked_of(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The requests that the model's engine gets from here on."""
     found: list[Request] = []
-    stream = model.engine.stream
-    monkeypatch.setattr(
-        model.engine, "stream", lambda requests, *more: (found.extend(requests), stream(requests, *more))[1]
-    )
+    submit = model.engine.submit_all
+    monkeypatch.setattr(model.engine, "submit_all", lambda requests: (found.extend(requests), submit(requests))[1])
     return found
 
 
@@ -80,7 +80,7 @@ def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeyp
         turns.append(Message("user", Document((Image(shown), Text(question)))))
         turns.append(Message("assistant", Document((Text(answer),))))
     past = model.encode(Conversation(turns)).tolist()
-    asked = model.prompt(Document((Image(picture("green")), Text("what is it?"))))
+    asked = model.prompts.token_ids(Document((Image(picture("green")), Text("what is it?"))))
     assert found[0].prompt == (*past, *asked[1:])
 
 
@@ -88,8 +88,8 @@ def test_examples_are_lines_of_a_document(model: Chameleon, monkeypatch: pytest.
     model = with_prompting(model, "document")
     found = asked_of(model, monkeypatch)
     caption = model.caption(picture("green"), examples=[(picture("red"), "heart")], max_new_tokens=3)
-    wanted = Document((Image(picture("red")), Text(" heart\n"), Image(picture("green"))))
-    assert found[0].prompt == tuple(model.encode(wanted).tolist()[:-1])
+    expected = Document((Image(picture("red")), Text(" heart\n"), Image(picture("green"))))
+    assert found[0].prompt == tuple(model.encode(expected).tolist()[:-1])
     assert "\n" not in caption
 
 
@@ -103,35 +103,38 @@ def kinds(document: Document) -> str:
 def test_formats(model: Chameleon) -> None:
     document = Document((Text("orange"),))
     for parts in (("text",), ("image",), ("text", "image", "text"), ("image", "image")):
-        options: dict[str, Any] = {"format": parts, "max_new": 60, "max_text": 4, "text": DRAWN, "image": DRAWN}
+        options: dict[str, Any] = {"format": parts, "max_new_tokens": 60, "max_text_tokens": 4, **SAMPLINGS}
         made = model.generate(document, **options)
         assert kinds(made) == "".join(part[0] for part in parts), parts
         assert made.complete
-    assert "i" not in kinds(model.generate(document, max_images=0, text=DRAWN, seed=5))
+    assert "i" not in kinds(model.generate(document, max_images=0, text_sampling=DRAWN, seed=5))
     with pytest.raises(BadInput, match="neither text nor image"):
         model.generate(document, format=("text", "picture"))
-    with pytest.raises(BadInput, match="image and image and image take 54 ids at least, but there is room for 50"):
+    with pytest.raises(BadInput, match="image and image and image take at least 54 tokens, but there is room for 50"):
         model.generate(document, format=("image",) * 3, max_new_tokens=50)
 
 
 def test_guidance_of_documents_has_the_branches_of_its_form(model: Chameleon) -> None:
     document = Document((Text("a"), Image(picture("red")), Text("b")))
-    two, three = model.guidance(document, 3.0), model.guidance(document, (1.2, 3.0))
-    assert two is not None and two.branches == (model.prompt(Document()),)
+    two, three = model.prompts.guidance(document, 3.0), model.prompts.guidance(document, (1.2, 3.0))
+    assert two is not None and two.branches == (model.prompts.token_ids(Document()),)
     assert three is not None
-    assert three.branches == (model.prompt(Document((Image(picture("red")),))), model.prompt(Document()))
-    assert model.guidance(document, 1) is None
-    made = model.generate_batch([document] * 2, format=("image",), guidance=3.0, seeds=[1, 2], image=DRAWN)
-    alone = model.generate(document, format=("image",), guidance=3.0, seed=2, image=DRAWN)
+    assert three.branches == (
+        model.prompts.token_ids(Document((Image(picture("red")),))),
+        model.prompts.token_ids(Document()),
+    )
+    assert model.prompts.guidance(document, 1) is None
+    made = model.generate_batch([document] * 2, format=("image",), guidance_scale=3.0, seeds=[1, 2], image_sampling=DRAWN)
+    alone = model.generate(document, format=("image",), guidance_scale=3.0, seed=2, image_sampling=DRAWN)
     assert made[1].images[0].tobytes() == alone.images[0].tobytes()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_is_what_is_generated(model: Chameleon, seed: int) -> None:
     document = Document((Text("orange"),))
-    options: dict[str, Any] = {"max_new": 60, "max_images": 2, "text": DRAWN, "image": DRAWN, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": 60, "max_images": 2, **SAMPLINGS, "seed": seed}
     made = model.generate(document, **options)
-    pieces = list(model.stream(document, previews=1, **options))
+    pieces = list(model.stream(document, preview_every_n_rows=1, **options))
     whole = [piece for piece in pieces if not isinstance(piece, PartialImage)]
     assert "".join(part.text for part in whole if isinstance(part, Text)) == made.text
     pictures = [part.image.tobytes() for part in whole if isinstance(part, Image)]  # type: ignore[union-attr]
@@ -145,18 +148,18 @@ def test_text_comes_in_whole_characters_and_is_not_lost_before_a_picture(tokeniz
     v = tokenizer.vocabulary
     ids = tokenizer.text_to_ids("aé漢🧑‍🚀")
     assert len(ids) > 8  # bytes of their own
-    assembler = StreamDecoder(tokenizer)
-    pieces = [list(assembler.push(token)) for token in ids]
+    decoder = StreamDecoder(tokenizer)
+    pieces = [list(decoder.push(token)) for token in ids]
     texts = [part.text for part in itertools.chain(*pieces) if isinstance(part, Text)]
     assert "".join(texts) == "aé漢🧑‍🚀" and not any("\ufffd" in text for text in texts)
-    assert list(assembler.end()) == []
+    assert list(decoder.finish()) == []
     cut = tokenizer.text_to_ids("漢")[:-1]  # a character that ends too early, then a picture
     block = [v.boi, *[v.image_start] * v.codes_per_image, v.eoi]
-    made = [part for token in [*cut, *block] for part in assembler.push(token)]
+    made = [part for token in [*cut, *block] for part in decoder.push(token)]
     assert [type(part) for part in made] == [Text, Image]
-    made = [part for token in block[:5] for part in assembler.push(token)]
+    made = [part for token in block[:5] for part in decoder.push(token)]
     assert made == []
-    assert "cut short" in next(assembler.end()).text  # type: ignore[union-attr]
+    assert "truncated image" in next(decoder.finish()).text  # type: ignore[union-attr]
 
 
 # --- pictures ---
@@ -172,8 +175,8 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
         ids = model.encode(whole).tolist()
         start = ids.index(model.vocabulary.sep) + 1
         logits = model.model.logits(model.model(torch.tensor([ids])))[0].log_softmax(-1)
-        wanted = sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start)
-        assert math.isclose(score, wanted, rel_tol=1e-5)
+        expected = sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start)
+        assert math.isclose(score, expected, rel_tol=1e-5)
     order = model.rank(shown, "orange heart")
     assert [found[place] for place in order] == sorted(found, reverse=True)
     drawn = model.draw_samples("heart", 4, sampling=DRAWN)
@@ -185,29 +188,29 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
 def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = decoded_by(model, monkeypatch)
     shown = picture("red")
-    whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.image_token_ids(shown))).view(4, 4)
     for guidance in (1.0, 2.0):
-        made = model.complete(shown, upper=0.6, prompt="heart", count=3, sampling=DRAWN, guidance=guidance)
+        made = model.complete(shown, keep=0.6, prompt="heart", num_images=3, sampling=DRAWN, guidance_scale=guidance)
         assert len(made) == 3
         grids = codes.pop()
         assert all(torch.equal(grid[:2], whole[:2]) for grid in grids)
         assert len({tuple(grid[2:].flatten().tolist()) for grid in grids}) == 3
     with pytest.raises(BadInput, match="between 0 and 1"):
-        model.complete(shown, upper=1.0)
+        model.complete(shown, keep=1.0)
 
 
 def test_variations_keep_a_share_of_the_codes(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = decoded_by(model, monkeypatch)
     shown = picture("red")
-    whole = model.vocabulary.ids_to_codes(torch.tensor(model.codes(shown))).view(4, 4)
-    model.variations(shown, 20, likeness=0.5, prompt="heart", sampling=DRAWN)
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.image_token_ids(shown))).view(4, 4)
+    model.variations(shown, 20, keep=0.5, prompt="heart", sampling=DRAWN)
     same = (codes.pop() == whole).double()
     assert 0.35 < float(same.mean()) < 0.75
-    model.variations(shown, 2, likeness=1.0, sampling=DRAWN)
+    model.variations(shown, 2, keep=1.0, sampling=DRAWN)
     assert torch.equal(codes.pop(), whole.expand(2, -1, -1))
-    model.variations(shown, 2, likeness=0.0, prompt="heart", sampling=DRAWN, guidance=1.0)
+    model.variations(shown, 2, keep=0.0, prompt="heart", sampling=DRAWN, guidance_scale=1.0)
     drawn = codes.pop()
-    model.draw_batch(["heart"] * 2, sampling=DRAWN, guidance=1.0)
+    model.draw_batch(["heart"] * 2, sampling=DRAWN, guidance_scale=1.0)
     assert torch.equal(drawn, codes.pop())
 
 
@@ -235,12 +238,12 @@ def test_a_terminal_shows_text_and_pictures_as_they_form() -> None:
     view = TerminalView(Console(file=out))  # no terminal
     for part in (Text("a\tb"), PartialImage(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
         view.show(part)
-    assert out.getvalue() == "a\tb[picture][picture p.png]"
+    assert out.getvalue() == "a\tb[image][image p.png]"
 
 
 def test_pages() -> None:
     parts = (Text("a <b>"), Image(picture("red")), Text("c"))
-    assert as_markdown(parts, ["p.png"]) == "a <b>\n\n![picture](p.png)\n\nc\n"
+    assert as_markdown(parts, ["p.png"]) == "a <b>\n\n![image](p.png)\n\nc\n"
     page = as_html(parts, ["p.png"])
     assert "a &lt;b&gt;" in page and '<img src="p.png"' in page
 
@@ -252,45 +255,45 @@ def test_commands_of_documents_and_pictures(
     picture("red").save("p.png")
     Path("d.json").write_text('{"parts": [{"type": "text", "text": "orange"}]}')
     model = ["--model", str(bundle_folder), "--dtype", "float32"]
-    made = ["--format", "text,image", "--max-new", "40", *model]
+    made = ["--format", "text,image", "--max-new-tokens", "40", *model]
     main(["generate", "d.json", "--out", "page", "--page", "html", *made])
     shown = capsys.readouterr()
-    assert "[picture]" in shown.out and "page/document.html" in shown.err
-    assert PILImage.open("page/picture-0.png").size == (16, 16)
-    assert 'src="picture-0.png"' in Path("page/document.html").read_text()
-    main(["generate", "d.json", "--out", "page", "--guidance", "2", "--window", "3", "--json", *made])
+    assert "[image]" in shown.out and "page/document.html" in shown.err
+    assert PILImage.open("page/image-0.png").size == (16, 16)
+    assert 'src="image-0.png"' in Path("page/document.html").read_text()
+    main(["generate", "d.json", "--out", "page", "--guidance-scale", "2", "--draft-length", "3", "--json", *made])
     text, image = json.loads(capsys.readouterr().out)["parts"]
-    assert (text["type"], image) == ("text", {"type": "image", "image": "page/picture-0.png"})
-    assert "![picture](picture-0.png)" in Path("page/document.md").read_text()
-    main(["draw", "heart", "--out", "n.png", "--number", "5", "--best", "4", "--json", *model])
+    assert (text["type"], image) == ("text", {"type": "image", "image": "page/image-0.png"})
+    assert "![image](image-0.png)" in Path("page/document.md").read_text()
+    main(["draw", "heart", "--out", "n.png", "--num-images", "5", "--best", "4", "--json", *model])
     assert len(set(json.loads(capsys.readouterr().out)["seeds"])) == 4
     assert PILImage.open("n.png").size == (2 * 18 + 2, 2 * 18 + 2)
-    main(["draw", "--like", "p.png", "--out", "l.png", *model])
-    main(["draw", "--complete", "p.png", "--upper", "0.25", "--out", "c.png", *model])
+    main(["draw", "--vary", "p.png", "--out", "l.png", *model])
+    main(["draw", "--complete", "p.png", "--keep", "0.25", "--out", "c.png", *model])
     assert PILImage.open("c.png").size == (16, 16)
-    main(["caption", "p.png", "--example", "p.png", "heart", "--max-new", "2", *model])
-    main(["answer", "p.png", "what?", "--example", "p.png", "what?", "heart", "--max-new", "2", *model])
+    main(["caption", "p.png", "--example", "p.png", "heart", "--max-new-tokens", "2", *model])
+    main(["answer", "p.png", "what?", "--example", "p.png", "what?", "heart", "--max-new-tokens", "2", *model])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["draw", "--out", "o.png"], "nothing says what to draw"),
-        (["draw", "a", "--out", "o.png", "--number", "0"], "expected 1 or more"),
+        (["draw", "--out", "o.png"], "nothing to draw; give a prompt"),
+        (["draw", "a", "--out", "o.png", "--num-images", "0"], "expected 1 or more"),
         (["draw", "a", "--out", "o.png", "--best", "2"], "expected 1 to 1"),
         (["generate", "d.json", "--out", "p.png"], "p.png"),
-        (["draw", "--like", "p.png", "--complete", "p.png", "--out", "o.png"], "not both"),
-        (["draw", "--like", "none.png", "--out", "o.png"], "no such picture"),
-        (["draw", "--complete", "p.png", "--upper", "2", "--out", "o.png"], "between 0 and 1"),
+        (["draw", "--vary", "p.png", "--complete", "p.png", "--out", "o.png"], "not both"),
+        (["draw", "--vary", "none.png", "--out", "o.png"], "no such image"),
+        (["draw", "--complete", "p.png", "--keep", "2", "--out", "o.png"], "between 0 and 1"),
         (["draw", "a", "--out", "o.png", "--seed", "-1"], "seed: -1 is out of range"),
         (["draw", "a", "--out", "o.png", "--temperature", "-1"], "temperature: -1.0 must be 0"),
-        (["draw", "a", "--out", "o.png", "--weights", "int3"], "no form 'int3'"),
-        (["draw", "a", "--out", "o.png", "--window", "0"], "use 1 or more"),
+        (["draw", "a", "--out", "o.png", "--weight-format", "int3"], "no weight format 'int3'"),
+        (["draw", "a", "--out", "o.png", "--draft-length", "0"], "use 1 or more"),
         (["generate", "d.json", "--page", "pdf"], "use markdown or html"),
         (["generate", "d.json", "--format", "text,video"], "neither text nor image"),
-        (["generate", "d.json", "--guidance", "1", "2", "3"], "--guidance: one scale"),
-        (["generate", "d.json", "--max-images", "0", "--guidance", "2"], "none is to be made"),
-        (["generate", "d.json", "--max-new", "0"], "0 ids"),
+        (["generate", "d.json", "--guidance-scale", "1", "2", "3"], "--guidance-scale: expected one scale"),
+        (["generate", "d.json", "--max-images", "0", "--guidance-scale", "2"], "none is to be generated"),
+        (["generate", "d.json", "--max-new-tokens", "0"], "max_new_tokens 0"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -312,10 +315,10 @@ def test_bad_input_is_one_line(
     assert sorted(tmp_path.iterdir()) == before
 
 
-# --- forms of the weights ---
+# --- weight formats ---
 
 
-def test_forms_are_near_the_weights() -> None:
+def test_weight_formats_are_near_the_weights() -> None:
     torch.manual_seed(0)
     weight, few, many = torch.randn(48, 64).bfloat16(), torch.randn(1, 3, 64).bfloat16(), torch.randn(40, 64).bfloat16()
     bounds: list[tuple[Any, float, float]] = [(Int8Linear(weight), 1e-3, 0.012), (Int4Linear(weight), 0.02, 0.12)]
@@ -324,12 +327,12 @@ def test_forms_are_near_the_weights() -> None:
         assert torch.equal(PackedLinear(weight).weight, weight)
     for layer, least, most in bounds:
         for inputs in (few, many):
-            wanted = inputs.double() @ weight.double().T
+            expected = inputs.double() @ weight.double().T
             found = layer(inputs).double()
-            assert found.shape == wanted.shape
-            assert least < float((found - wanted).norm() / wanted.norm()) < most, layer
+            assert found.shape == expected.shape
+            assert least < float((found - expected).norm() / expected.norm()) < most, layer
     layer = Int8Linear(weight)  # exactly the product with what was stored
-    stored = layer.numbers.double() * layer.scales.double().unsqueeze(1)
+    stored = layer.quantized.double() * layer.scales.double().unsqueeze(1)
     assert float((layer(few).double() - few.double() @ stored.T).abs().max()) < 0.02 * float(few.abs().sum())
     assert bool(((stored - weight.double()).abs().amax(1) <= layer.scales.double() * 0.6).all())
 
@@ -337,42 +340,44 @@ def test_forms_are_near_the_weights() -> None:
 packing = pytest.mark.skipif(not supports_packed_bfloat16(), reason="this processor does not pack bfloat16")
 
 
-@pytest.mark.parametrize("form", [pytest.param("packed", marks=packing), "int8", "int4"])
-def test_engines_run_on_every_form(tokenizer: MixedTokenizer, form: Any) -> None:
+@pytest.mark.parametrize("weight_format", [pytest.param("packed", marks=packing), "int8", "int4"])
+def test_engines_run_on_every_weight_format(tokenizer: MixedTokenizer, weight_format: Any) -> None:
     v = tokenizer.vocabulary
     model, whole = (random_model(v.size, width=64, ffn_width=96).bfloat16() for _ in range(2))
-    convert_weights(model, form)
+    convert_weights(model, weight_format)
     ids = torch.randint(0, v.size, (2, 12))
     near = torch.nn.functional.cosine_similarity(model(ids).float(), whole(ids).float(), dim=-1)
-    assert float(near.min()) > (0.9 if form == "int4" else 0.99)
+    assert float(near.min()) > (0.9 if weight_format == "int4" else 0.99)
     asked = [
         Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), GREEDY)
         for n in range(3)
     ]
-    machine = Engine(model, v, form=form)
-    assert all(machine.generate(asked))
-    heads = {type(part) for part in machine.heads.codes.parts + machine.heads.text.parts}
+    engine = Engine(model, v, weight_format=weight_format)
+    assert all(engine.generate(asked))
+    heads = {type(part) for part in engine.decoder.heads.codes.layers + engine.decoder.heads.text.layers}
     assert heads <= {PackedLinear, Int8Linear, Int4Linear} and len(heads) >= 1
 
 
-def test_forms_that_do_not_fit_are_named(tokenizer: MixedTokenizer, bundle_folder: Path) -> None:
-    with pytest.raises(BadInput, match=r"int8 weights want bfloat16 beside them, not torch\.float32"):
-        Chameleon.load(bundle_folder, dtype="float32", weights="int8")
-    with pytest.raises(BadInput, match="compiled passes pack plain weights themselves"):
-        Chameleon.load(bundle_folder, dtype="bfloat16", weights="packed", compiled=True)
-    with pytest.raises(BadInput, match="int4 wants a width that 32 divides"):
+def test_weight_formats_that_do_not_fit_are_named(tokenizer: MixedTokenizer, bundle_folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"int8 weights need dtype bfloat16, not torch\.float32"):
+        Chameleon.load(bundle_folder, dtype="float32", weight_format="int8")
+    with pytest.raises(BadInput, match="compiled decoding packs plain weights itself"):
+        Chameleon.load(bundle_folder, dtype="bfloat16", weight_format="packed", compile=True)
+    with pytest.raises(BadInput, match="int4 needs a width divisible by 32"):
         convert_weights(random_model(20, width=48).bfloat16(), "int4")
-    assert Chameleon.load(bundle_folder, weights="int8").engine.dtype == torch.bfloat16
+    assert Chameleon.load(bundle_folder, weight_format="int8").engine.dtype == torch.bfloat16
 
 
 @packing
 def test_a_packed_model_can_be_saved_a_quantised_one_says_why_not(bundle_folder: Path, tmp_path: Path) -> None:
-    Chameleon.load(bundle_folder, dtype="bfloat16", weights="packed").bundle.save(tmp_path / "again")
-    plain, again = (Chameleon.load(path, dtype="bfloat16", weights="plain") for path in (bundle_folder, tmp_path / "again"))
+    Chameleon.load(bundle_folder, dtype="bfloat16", weight_format="packed").bundle.save(tmp_path / "again")
+    plain, again = (
+        Chameleon.load(path, dtype="bfloat16", weight_format="plain") for path in (bundle_folder, tmp_path / "again")
+    )
     for one, other in zip(plain.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(BadInput, match="quantised weights are for running alone"):
-        Chameleon.load(bundle_folder, weights="int8").bundle.save(tmp_path / "other")
+    with pytest.raises(BadInput, match="quantised weights are for inference only"):
+        Chameleon.load(bundle_folder, weight_format="int8").bundle.save(tmp_path / "other")
 
 
 def test_nothing_asked_is_nothing_made(model: Chameleon) -> None:

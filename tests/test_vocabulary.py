@@ -43,7 +43,7 @@ def test_json_round_trip(vocabulary: Vocabulary) -> None:
 
 def test_ids_that_are_no_codes_are_refused() -> None:
     vocabulary = Vocabulary.build(image_codes=4, text_pieces=4, grid=(2, 2))
-    with pytest.raises(BadInput, match="no image code"):
+    with pytest.raises(BadInput, match="not an image code"):
         vocabulary.ids_to_codes(torch.tensor([vocabulary.text_start]))
 
 

@@ -185,7 +185,7 @@ def test_released_configuration_has_the_released_shapes() -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(BadInput, match="no multiple of 4"):
+    with pytest.raises(BadInput, match="not a multiple of 4"):
         VQGANConfig(resolution=30, multipliers=(1, 2, 2))
     with pytest.raises(BadInput, match="norm groups"):
         VQGANConfig(resolution=64, channels=24, multipliers=(1, 2))
@@ -222,7 +222,7 @@ def test_moving_average_converges_to_cluster_means() -> None:
     torch.manual_seed(0)
     centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
     quantizer = MovingAverageCodebook(3, 2, decay=0.9, revive_below=0.0)
-    quantizer.place(torch.arange(3), centres + 0.5)
+    quantizer.set_codes(torch.arange(3), centres + 0.5)
     for _ in range(200):
         points = centres[torch.randint(3, (300,))] + 0.1 * torch.randn(300, 2)
         quantizer(points.t().reshape(1, 2, 300, 1))
@@ -234,7 +234,7 @@ def test_dead_codes_come_back_to_life(kind: str) -> None:
     torch.manual_seed(0)
     quantizer = build_quantizer(kind, 32, 2)  # type: ignore[arg-type]
     assert isinstance(quantizer, PlainCodebook)
-    quantizer.place(torch.arange(32), torch.full((32, 2), 100.0))
+    quantizer.set_codes(torch.arange(32), torch.full((32, 2), 100.0))
     points = torch.randn(1, 2, 16, 16)
     for _ in range(800):
         codes = quantizer(points).codes

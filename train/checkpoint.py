@@ -147,13 +147,13 @@ def compare_recipes(before: dict[str, Any], now: dict[str, Any], where: object, 
 
 
 def read_log_rows(out: Path, step: int) -> list[dict[str, str]]:
-    """Return the rows of a run's log before a step."""
+    """Return the rows of a run's log up to a step."""
     path = out / "log" / "metrics.csv"
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
+    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= step]
 
 
 def is_single_process() -> bool:
@@ -272,7 +272,7 @@ class CheckpointCallback(Callback):
             return
         point = self.resume_point
         if trainer.is_global_zero:
-            module.events.remove_from(point.completed_steps)
+            module.events.remove_after(point.completed_steps)
         restore(point.folder, module, trainer.optimizers)
         module.completed_steps, module.batches_seen = point.completed_steps, point.batches_seen
         module.reorder_fused_rows(point.tensor_parallel_size, self.run.tensor_parallel_size, trainer.optimizers)
@@ -311,7 +311,7 @@ class CheckpointCallback(Callback):
         if module.guard.needs_rollback:
             self.roll_back(trainer, module)
             return
-        step = module.completed_steps + 1  # callbacks run before the module counts the step
+        step = module.current_step  # callbacks run before the module counts the step
         if step >= self.run.max_steps or module.guard.consecutive_skips:  # the result follows, or maybe a rollback
             return
         save_every, minutes = self.run.save_every_n_steps, self.run.save_every_n_minutes
@@ -340,13 +340,13 @@ class CheckpointCallback(Callback):
         if latest is None or guard.rollbacks >= MAX_ROLLBACKS:
             reason = "there is no checkpoint" if latest is None else f"{MAX_ROLLBACKS} rollbacks did not help"
             raise BadInput(
-                f"{summary} until step {module.completed_steps}, and {reason}",
+                f"{summary} until step {module.current_step}, and {reason}",
                 where=self.run.out,
                 remedy="lower optimizer.lr, or look at the data named above",
             )
         folder, description = latest
         step = description["completed_steps"]
-        module.events.add(module.completed_steps, "rollback", f"{summary}: on from step {step} with later batches")
+        module.events.add(module.current_step, "rollback", f"{summary}: on from step {step} with later batches")
         skipped_steps, rollbacks = guard.skipped_steps, guard.rollbacks
         restore(folder, module, trainer.optimizers)
         before, now = description["tensor_parallel_size"], self.run.tensor_parallel_size

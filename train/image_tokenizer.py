@@ -251,7 +251,7 @@ class ImageTokenizerModule(StepModule):
                 "stability/skipped_steps": self.guard.skipped_steps,
                 "lr": lr,
             }
-            self.write_metrics(metrics)
+            self.write_metrics(self.current_step, metrics)
 
     def adversarial_loss(self, reconstruction: Tensor, reconstruction_loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the adversarial loss and its adaptive weight, both scalars."""
@@ -286,7 +286,7 @@ class ImageTokenizerModule(StepModule):
         if is_settled and usage < self.recipe.min_codebook_usage and not self.collapse_reported:
             self.collapse_reported = True
             self.events.add(
-                self.completed_steps,
+                self.current_step,
                 "alarm",
                 f"{usage:.0%} of the codebook is in use: it collapses (lower the lr, or use codebook=moving_average)",
             )
@@ -304,11 +304,12 @@ class ImageTokenizerModule(StepModule):
 
     def on_validation_epoch_end(self) -> None:
         self.write_metrics(
+            self.completed_steps,
             {
                 "validation/psnr": torch.cat(self.validation_psnr).mean(),
                 "validation/codebook_usage": (self.validation_counts > 0).float().mean(),
                 "validation/codebook_perplexity": perplexity(self.validation_counts),
-            }
+            },
         )
 
     def image_tokenizer(self) -> ImageTokenizer:

@@ -124,7 +124,7 @@ class LanguageModule(StepModule):
             metrics |= {"stability/skipped_steps": float(self.guard.skipped_steps)}
             if attention_monitor is not None:
                 metrics |= {"monitor/update_ratio": float(update_ratio), **self.attention_metrics(attention_monitor)}
-            self.write_metrics(metrics | self.speed_metrics(batch, start_time))
+            self.write_metrics(self.current_step, metrics | self.speed_metrics(batch, start_time))
 
     def no_grad_sync(self) -> AbstractContextManager[Any]:
         """Return a context without gradient synchronisation, for all micro-batches but the last. (FSDP2 reduces each.)"""
@@ -167,7 +167,7 @@ class LanguageModule(StepModule):
 
     def report(self, warning: str | None) -> None:
         if warning is not None:
-            self.events.add(self.completed_steps, "alarm", warning)
+            self.events.add(self.current_step, "alarm", warning)
 
     def attention_metrics(self, monitor: AttentionLogitMonitor) -> dict[str, float]:
         """Return the largest attention logit of each layer over all processes, and report where it is too large."""
@@ -213,7 +213,7 @@ class LanguageModule(StepModule):
             for kind, (nll, tokens) in zip(MODALITIES, self.validation_sums.tolist(), strict=True)
             if tokens
         }
-        self.write_metrics(metrics)
+        self.write_metrics(self.completed_steps, metrics)
 
     # --- parameters on their devices -------------------------------------------------------------------------------
 

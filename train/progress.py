@@ -40,7 +40,7 @@ class ProgressLine(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(module, StepModule)
-        step = module.completed_steps + 1  # callbacks run before the module counts the step
+        step = module.current_step  # callbacks run before the module counts the step
         self.step_times.append((step, time.monotonic()))
         is_last = step >= self.max_steps
         if is_last or self.status.is_due():

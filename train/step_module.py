@@ -32,10 +32,10 @@ class EventLog:
         self.latest: str | None = None
         """The last event, for the progress line."""
 
-    def remove_from(self, step: int) -> None:
-        """Remove the events from a step on, since the run continues from there."""
+    def remove_after(self, step: int) -> None:
+        """Remove the events after a step, since the run continues from there."""
         if self.path.is_file():
-            kept = [event for event in read_events(self.path) if event["step"] < step]
+            kept = [event for event in read_events(self.path) if event["step"] <= step]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
             partial.replace(self.path)
@@ -81,9 +81,14 @@ class StepModule(L.LightningModule):
         return self.trainer.world_size // self.run_config.tensor_parallel_size
 
     @property
+    def current_step(self) -> int:
+        """Number of the step in progress, from 1, as logs and events have it."""
+        return self.completed_steps + 1
+
+    @property
     def is_logged_step(self) -> bool:
         """Whether the metrics of the current step are logged: every n steps, and the last."""
-        step = self.completed_steps + 1
+        step = self.current_step
         return step % self.run_config.log_every_n_steps == 0 or step == self.run_config.max_steps
 
     def on_fit_start(self) -> None:
@@ -109,12 +114,12 @@ class StepModule(L.LightningModule):
             return values
         return torch.as_tensor(self.all_gather(values)).sum(dim=0) / self.run_config.tensor_parallel_size
 
-    def write_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Write a row of metrics at the current step to all loggers. NaN stands for what a batch has none of."""
-        values = {name: float(value) for name, value in metrics.items()}
+    def write_metrics(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Write the metrics of a step to all loggers. NaN stands for what a batch has none of."""
+        values = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in metrics.items()}
         self.metrics |= values
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.completed_steps)
+            logger.log_metrics(values, step=step)
 
     def finite_metrics(self) -> dict[str, float]:
         """Return the latest value of each metric that is a finite number."""
@@ -145,5 +150,5 @@ class StepModule(L.LightningModule):
         reason = self.guard.reason_to_skip(*values)
         if reason is not None:
             text = f"{reason} {self.describe_batch(self.batches_seen)}".rstrip()
-            self.events.add(self.completed_steps, "skipped step", text)
+            self.events.add(self.current_step, "skipped step", text)
         return reason is not None
