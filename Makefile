@@ -3,7 +3,7 @@ BIN := .venv/bin
 # torch first and by itself: on machines that keep its wheels on disk nothing is downloaded.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-all bench lint
+.PHONY: demo test test-all bench lint docs
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/data.py
+
+docs: .venv/installed
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
 lint: .venv/installed
 	$(BIN)/ruff check .

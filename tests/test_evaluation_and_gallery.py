@@ -143,8 +143,8 @@ def test_curves_show_what_was_logged(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     rows = ["step,train/loss,lr", "1,4.0,0.1", "2,nan,0.1", "3,1.0,0.1"]
     (tmp_path / "log" / "metrics.csv").write_text("\n".join(rows) + "\n")
-    (panel,) = [axes for axes in plot_curves(tmp_path).axes if "train/loss" in axes.get_legend_handles_labels()[1]]
-    (line,) = [line for line in panel.lines if line.get_label() == "train/loss"]
+    (panel,) = [axes for axes in plot_curves(tmp_path).axes if axes.get_title() == "losses"]
+    (line,) = panel.lines
     points = [(x, y) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)]
     assert points == [(1, 4.0), (3, 1.0)]
     check_page(curves_section("A <run>", tmp_path))

@@ -104,7 +104,7 @@ def test_interleaved_documents(tmp_path: Path) -> None:
         ({**obelics, "images": [None, "https://a/b.png", None, None]}, "is a URL"),
         ({**mmc4, "image_info": [{"image_name": "a", "matched_text_index": 2}]}, "is not the index of a sentence"),
         ({"texts": [], "images": []}, "neither image nor text"),
-        ({"colour": "red"}, "no known form; its keys are colour, a form needs one of messages"),
+        ({"colour": "red"}, "unknown form; its keys are colour, a form needs one of messages"),
         ([1], "expected an object"),
     ):
         with pytest.raises(BadInput, match=words):

@@ -27,6 +27,7 @@ from chameleon.data.token_shards import TokenShard, open_shards
 from chameleon.data.tokenize import Status, TokenizeOptions, plan_tasks, tokenize
 from chameleon.errors import BadInput
 from chameleon.files import is_running, sha256_of
+from chameleon.tokenizers import image as image_module
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
@@ -209,6 +210,18 @@ def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) ->
     tokenize(sources[:1], tokenizer, tmp_path / "later", options=options)
     assert tokenize(sources, tokenizer, tmp_path / "later", options=options).shards_made == 1
     assert without_run(files_of(tmp_path / "later")) == without_run(files_of(tmp_path / "unique"))
+
+
+def test_each_picture_is_opened_once(tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many filters look at it, and however many variants are made of it."""
+    opened: list[bytes] = []
+    open_image = image_module.open_image
+    monkeypatch.setattr(image_module, "open_image", lambda data: (opened.append(data), open_image(data))[1])
+    pictures = [picture(n) for n in range(8)]
+    source = tar(tmp_path / "a.tar", [{"png": data, "txt": b"%d" % n} for n, data in enumerate(pictures)])
+    options = TokenizeOptions(filters=Filters(min_side=2, max_aspect=3), variants=3, crop=0.5)
+    assert tokenize([str(source)], tokenizer, tmp_path / "out", options=options).documents_out == 8
+    assert sorted(opened) == sorted(pictures)
 
 
 def test_options_from_the_command_line(shards: str, bundle_folder: Path, tmp_path: Path) -> None:

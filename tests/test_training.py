@@ -369,14 +369,28 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch
     assert not torch.equal(expected, seen[-1])
 
 
-def test_a_codebook_that_collapses_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codebook_that_collapses_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And revived codes are counted: those whose moving average of uses, taken here step by step, is too small."""
     monkeypatch.setattr("chameleon.train.image_tokenizer.USAGE_SETTLES_AFTER_STEPS", 5)
+    uses, revived, decay, revive_below = np.ones(16), [], 0.5, 0.2
+    update = MovingAverageCodebook.update
+
+    def watched(quantizer: MovingAverageCodebook, latent: torch.Tensor, codes: torch.Tensor) -> None:
+        nonlocal uses
+        quantizer.decay, quantizer.revive_below = decay, revive_below
+        uses = decay * uses + (1 - decay) * np.bincount(codes.numpy(), minlength=16)
+        revived.append(int((uses < revive_below).sum()))
+        uses[uses < revive_below] = 1.0
+        update(quantizer, latent, codes)
+
+    monkeypatch.setattr(MovingAverageCodebook, "update", watched)
     recipe = image_recipe(tmp_path)
     recipe.run.max_steps, recipe.min_codebook_usage = 12, 1.1  # so that any usage is too little
     fit_image(recipe)
     (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert json.loads(told)["step"] == 6 and "of the codebook is in use" in told
-    assert all(float(row["train/revived_codes"]) >= 0 for row in log_of(tmp_path / "run"))
+    assert [int(float(row["train/revived_codes"])) for row in log_of(tmp_path / "run")] == revived
+    assert sum(revived) > 0
 
 
 @pytest.mark.slow
