@@ -1,7 +1,9 @@
 """Checkpoints of a run, from which it continues bit for bit: weights, optimiser states, and two counters.
 
-RUN/checkpoints/step-00001000/*.safetensors    each process's shard of the tensors, in PyTorch's distributed format
-RUN/checkpoints/step-00001000/checkpoint.json  the counters, the recipe, SHA-256 of each file
+Files::
+
+    RUN/checkpoints/step-00001000/*.safetensors    each process's shard of the tensors, in PyTorch's distributed format
+    RUN/checkpoints/step-00001000/checkpoint.json  the counters, the recipe, SHA-256 of each file
 
 A checkpoint is written atomically, and can be read by any number of processes, however they shard the model. The order of
 the data and all random numbers are functions of the counters, so they are not stored.

@@ -32,7 +32,7 @@ class StabilityConfig:
     max_attention_logit: float = 100.0
     """Warn of attention logits above this, where softmax is almost one-hot (arXiv 2309.14322)."""
     max_log_z: float = 30.0
-    """Warn where |log Z| exceeds this: the output logits have drifted, which z-loss prevents (PaLM)."""
+    """Warn where log Z is larger in magnitude: the output logits have drifted, which z-loss prevents (PaLM)."""
 
 
 class StepGuard:

@@ -1,11 +1,11 @@
-"""Token shards: what training reads. Each raw shard becomes one folder, which is written atomically.
+"""Token shards: what training reads. Each raw shard becomes one folder, which is written atomically::
 
-NAME/ids.bin       uint32, little-endian: the token ids of all documents, concatenated; `ids-1.bin` … hold further
-                   variants, the same documents with other views of their pictures
-NAME/offsets.bin   uint64, little-endian: the start of each document, and the end; n + 1 numbers
-NAME/images.bin    uint64, little-endian: the start of each image in ids.bin, so that packing does not read token ids
-NAME/pictures.bin  16 bytes for each picture that was read: its hash
-NAME/shard.json    counts, SHA-256 of the files, and the fingerprint of the tokenizers
+    NAME/ids.bin       uint32, little-endian: the token ids of all documents, concatenated; `ids-1.bin` … hold further
+                       variants, the same documents with other views of their pictures
+    NAME/offsets.bin   uint64, little-endian: the start of each document, and the end; n + 1 numbers
+    NAME/images.bin    uint64, little-endian: the start of each image in ids.bin, so that packing does not read token ids
+    NAME/pictures.bin  16 bytes for each picture that was read: its hash
+    NAME/shard.json    counts, SHA-256 of the files, and the fingerprint of the tokenizers
 """
 
 from __future__ import annotations

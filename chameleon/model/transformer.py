@@ -1,6 +1,7 @@
 """The early-fusion Transformer: one decoder over one vocabulary of text and image tokens.
 
 Design choices (arXiv 2405.09818, section 2.3):
+
 * LLaMA-2's decoder: RMSNorm, SwiGLU, rotary positions, no biases, untied head;
 * QK-norm: LayerNorm with weight and bias over each head's queries and keys, before the rotary embedding;
 * pre-norm or Swin order of norms; dropout after attention and after the feed-forward layer;
