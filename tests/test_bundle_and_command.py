@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import shlex
 import shutil
-import subprocess
-import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,47 +280,3 @@ def test_the_shipped_bundle_is_whole(tmp_path: Path) -> None:
     bundle = Bundle.load(copy)
     assert bundle.prompting == "conversation"
     assert bundle.provenance["evaluation"]["reconstruction"]["psnr_db"] > 20
-
-
-@pytest.mark.slow
-def test_the_readmes_commands_for_own_data_run_as_written(tmp_path: Path) -> None:
-    """Each line as it stands, on a little data of one's own; only steps, pieces and codes are made small."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    block = next(part for part in readme.split("```") if part.strip().startswith("chameleon fit-text"))
-    example = next(part for part in readme.split("```") if part.startswith("json\n{"))
-    own_data(tmp_path, json.loads(example.removeprefix("json")))
-    small = {
-        "fit-text": ["--num-pieces", "340"],
-        "fit-image": ["run.max_steps=3", "model.codebook_size=64"],
-        "pretrain": ["run.max_steps=3"],
-        "finetune": ["run.max_steps=3"],
-    }
-    for line in block.strip().splitlines():
-        command = shlex.split(line)
-        settings = small.get(command[1], [])
-        command = [sys.executable, "-m", "chameleon.cli", *command[1:], *settings]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert PILImage.open(tmp_path / "house.png").size == (64, 64)
-
-
-def own_data(folder: Path, chat: dict[str, object]) -> None:
-    """What the README's commands read: captions, source files, shards of captioned pictures, and conversations."""
-    (folder / "src" / "package").mkdir(parents=True)
-    (folder / "shards").mkdir()
-    for number in range(8):
-        (folder / "src" / "package" / f"m{number}.py").write_text("def add(a, b):\n    return a + b\n" * 50)
-    words = ["a red house", "a blue boat", "two green trees", "one yellow sun"]
-    (folder / "captions.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words * 50))
-    for shard in range(2):
-        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
-            for number in range(16):
-                colour = (number * 16, shard * 200, 255 - number * 16)
-                buffer = io.BytesIO()
-                PILImage.new("RGB", (80, 64), colour).save(buffer, "PNG")
-                for ending, data in ((".png", buffer.getvalue()), (".txt", words[number % 4].encode())):
-                    entry = tarfile.TarInfo(f"{number:03}{ending}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
-    PILImage.new("RGB", (70, 70), "grey").save(folder / "cat.png")
-    (folder / "conversations.jsonl").write_text((json.dumps(chat) + "\n") * 20)

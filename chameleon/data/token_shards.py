@@ -1,4 +1,6 @@
-"""Token shards: what training reads. Each raw shard becomes one folder, which is written atomically::
+"""Token shards: what training reads. Each raw shard becomes one folder, which is written atomically.
+
+Files::
 
     NAME/ids.bin       uint32, little-endian: the token ids of all documents, concatenated; `ids-1.bin` … hold further
                        variants, the same documents with other views of their pictures
