@@ -677,11 +677,11 @@ def test_wrong_tokenizers_are_named() -> None:
     )
     assert "two image pieces for code 7" in wrong_tokenizer(rename("IMGIMGDZ", "IMGIMGAHZ"))
     assert "no piece <racm3:break>" in wrong_tokenizer(rename("<racm3:break>", "<boi>"))
-    assert "a WordPiece tokenizer, only BPE is known" in wrong_tokenizer(lambda v: v["model"].update(type="WordPiece"))
+    assert "a WordPiece tokenizer; only BPE is supported" in wrong_tokenizer(lambda v: v["model"].update(type="WordPiece"))
     assert "neither byte-level nor with byte pieces" in wrong_tokenizer(
         lambda v: v.update(decoder=None, pre_tokenizer=None)
     )
-    assert "no tokenizer" in wrong_tokenizer(lambda v: v.pop("model"))
+    assert "not a tokenizer" in wrong_tokenizer(lambda v: v.pop("model"))
     assert "overlap" in wrong_tokenizer(lambda v: v["model"]["vocab"].update({"<eoss>": 0}) or v.update(added_tokens=[]))
 
 

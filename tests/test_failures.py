@@ -348,6 +348,9 @@ def test_a_flipped_bit_in_a_header_costs_its_neighbours_at_most(
     found = [sample["txt"] for sample in samples]
     expected = [b"document %d" % number for number in range(50)]
     lost = [text for text in expected if text not in found]
+    if not skipped:  # the checksum's field has characters that do not matter
+        assert not lost and 148 <= bit // 8 < 156
+        return
     assert set(lost) <= set(expected[max(0, member - 1) : member + 2]) and expected[member] in lost
     assert len(found) == 50 - len(lost) and found == [text for text in expected if text in found]
     assert sum(num_bytes for _, _, num_bytes in skipped) == 1024  # the header and its member

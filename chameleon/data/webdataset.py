@@ -116,12 +116,19 @@ class TarReader:
             yield Damage("truncated archive, without the mark of its end", 0)
 
     def find_next_header(self, num_skipped: int) -> tuple[tarfile.TarInfo | None, int]:
-        """Return the next valid header, or None, and the bytes skipped so far, `num_skipped` included."""
-        while len(block := self.read(BLOCK)) == BLOCK:
-            if block != bytes(BLOCK) and (header := parse_header(block)) is not None:
-                return header, num_skipped
-            num_skipped += BLOCK
-        return None, num_skipped + len(block)
+        """Return the next valid header, or None, and the bytes skipped before it, `num_skipped` included.
+
+        Zeros at the end of the archive are its end mark and do not count.
+        """
+        num_zeros = 0
+        while block := self.read(BLOCK):
+            if block == bytes(len(block)):
+                num_zeros += len(block)
+                continue
+            if len(block) == BLOCK and (header := parse_header(block)) is not None:
+                return header, num_skipped + num_zeros
+            num_skipped, num_zeros = num_skipped + num_zeros + len(block), 0
+        return None, num_skipped
 
     def skip(self, size: int) -> int:
         """Skip a member's data and return how many bytes there were. Damaged sizes may be negative."""
