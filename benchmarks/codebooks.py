@@ -34,7 +34,9 @@ def main() -> None:
                 started = time.monotonic()
                 _, figures = fit_image(recipe)
                 seconds = time.monotonic() - started
-            shown = (f"{figures[f'validation/{name}']:.4g} {name}" for name in ("psnr", "usage", "perplexity"))
+            shown = (
+                f"{figures[f'validation/{name}']:.4g} {name}" for name in ("psnr", "codebook_usage", "codebook_perplexity")
+            )
             print(f"seed {seed}  {kind:16}", *shown, f"{seconds:.0f} s", sep="  ", flush=True)
 
 

@@ -32,7 +32,7 @@ from chameleon.data.tokenize import tokenize
 from chameleon.files import write_json
 from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.tokenizers.text import SentencePieceTokenizer, chunks, reservoir_sample
+from chameleon.tokenizers.text import SentencePieceTokenizer, reservoir_sample, training_chunks
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.vocabulary import Vocabulary
 
@@ -71,7 +71,7 @@ def apart(code: str, *arguments: object) -> str:
 def fit_one(path: str, pieces: int, sample_mib: int) -> None:
     """Fits on a file and prints seconds and the peak of memory above what the libraries take."""
     before, began = resident(), time.perf_counter()
-    texts = text_blocks(Path(path), lambda where, why: None)
+    texts = text_blocks(Path(path), lambda where, reason, num_bytes=0: None)
     SentencePieceTokenizer.fit(texts, pieces, sample_bytes=sample_mib * MIB)
     print(time.perf_counter() - began, resident() - before)
 
@@ -97,7 +97,7 @@ def beside_hugging_face(text: str) -> None:
     """The same sample, the same number of pieces: byte-level BPE as the library trains it, on both cores."""
     import tokenizers
 
-    sample = reservoir_sample(chunks(text), 4 * MIB // 2048, 0)
+    sample = reservoir_sample(training_chunks(text), 4 * MIB // 2048, 0)
 
     def theirs() -> None:
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -162,7 +162,7 @@ def index_one(folder: str) -> None:
     for row in np.random.default_rng(0).integers(0, len(index), 1000).tolist():
         index[row]
     access = (time.perf_counter() - began) / 1000
-    print(json.dumps([index.documents, len(shards), len(index), index.fill, seconds, memory, access * 1e6]))
+    print(json.dumps([index.num_documents, len(shards), len(index), index.fill, seconds, memory, access * 1e6]))
 
 
 def index() -> None:
@@ -195,7 +195,7 @@ def packing() -> None:
         lengths = np.concatenate(parts) - 1
         rests = np.where(lengths > CONTEXT, lengths % CONTEXT, lengths)
         counts = np.bincount(rests[rests > 0], minlength=CONTEXT + 1)
-        rows = sum(alike.rows for alike in pack(counts, CONTEXT)) + int((lengths[lengths > CONTEXT] // CONTEXT).sum())
+        rows = sum(group.num_rows for group in pack(counts, CONTEXT)) + int((lengths[lengths > CONTEXT] // CONTEXT).sum())
         print(f"| {name} | {lengths.sum() / (rows * CONTEXT):.2%} |", flush=True)
 
 
@@ -269,7 +269,7 @@ def tokenizing() -> None:
         source = str(Path(folder) / "*.tar")
         for workers in (0, 1, 2):
             began = time.perf_counter()
-            tokenize([source], tokenizer, Path(folder) / f"out{workers}", workers=workers)
+            tokenize([source], tokenizer, Path(folder) / f"out{workers}", num_workers=workers)
             seconds = time.perf_counter() - began
             print(f"| {workers} | {seconds:.1f} | {600 / seconds:.1f} |", flush=True)
 

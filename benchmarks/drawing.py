@@ -10,7 +10,7 @@ import sys
 
 from chameleon import Chameleon
 from chameleon.data import emoji
-from chameleon.evaluation.emoji import DrawingJudge, drawn
+from chameleon.evaluation.emoji import DrawingJudge, drawing_accuracy
 from chameleon.generation.sampling import Sampling
 
 SEED, COUNT = 1, 200
@@ -34,12 +34,14 @@ SETTINGS = (
 def main() -> None:
     model = Chameleon.load(*sys.argv[1:])
     judge = DrawingJudge(emoji.load("train"), emoji.load("validation"))
-    names = judge.choose(COUNT, SEED)
-    pictures = {entry.caption: entry.picture for entry in judge.known}
+    names = judge.choose_names(COUNT, SEED)
+    pictures = {entry.caption: entry.picture for entry in judge.drawable}
     codes = model.tokenizer.image.encode([pictures[name] for name in names])
     show("reconstructions", judge.judge(model.tokenizer.image.decode(codes), names))
     for guidance, temperature, top_p in SETTINGS:
-        figures = drawn(model, judge, COUNT, SEED, guidance=guidance, sampling=Sampling(temperature, top_p))
+        figures = drawing_accuracy(
+            model, judge, COUNT, SEED, guidance_scale=guidance, sampling=Sampling(temperature, top_p)
+        )
         show(f"| {guidance} | {temperature} | {top_p} |", figures)
 
 

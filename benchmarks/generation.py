@@ -1,10 +1,10 @@
 """The generation engine: its speed beside Hugging Face's `generate` and a three-row loop in the manner of the original,
-drafts of codes, and what forms of the weights cost in likelihood.
+drafts of codes, admission of requests, and what weight formats cost in likelihood.
 
-All sides of a part run in one process on the same weights, round by round in turn; what is said is the ratio of the
-medians. Run with nothing else running:
+All sides of a part run in one process on the same weights, round by round in turn; results are ratios of the medians. Run
+with nothing else running:
 
-    python benchmarks/generation.py [--rounds 5] [--device cpu] [--only decoding first guided drafts forms batches]
+    python benchmarks/generation.py [--rounds 5] [--device cpu] [--only PART …]
 """
 
 from __future__ import annotations
@@ -12,31 +12,35 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from chameleon.generation.constraints import OutputConstraints
 from hugging_face import config_of, state_of
 from speed import Side, seconds, times_of
 from torch import Tensor
 from transformers import ChameleonForConditionalGeneration, DynamicCache, TopPLogitsWarper
 
 from chameleon.data import emoji
-from chameleon.document import Document, Text
+from chameleon.device import fast_bfloat16
 from chameleon.generation.chameleon import Chameleon
-from chameleon.generation.engine import IMAGE_SAMPLING, Engine, Request
+from chameleon.generation.constraints import OutputConstraints
+from chameleon.generation.engine import Engine
 from chameleon.generation.guidance import three_way, two_way
-from chameleon.generation.sampling import GREEDY, Sampling
+from chameleon.generation.image_requests import image_request
+from chameleon.generation.prefix_index import PrefixIndex
+from chameleon.generation.request import Request
+from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
 from chameleon.model.config import named_size
-from chameleon.model.quantization import MATRICES, WeightFormat, convert_weights
+from chameleon.model.quantization import BLOCK_MATRICES, WeightFormat, convert_weights
 from chameleon.model.transformer import Transformer
-from chameleon.plan import fast_bfloat16
 from chameleon.vocabulary import Vocabulary
 
 PROMPT, NEW = 32, 64
@@ -76,20 +80,20 @@ def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
     return vocabulary, ours.to(options.device), theirs.to(options.device)
 
 
-def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightFormat, *, compiled: bool = False) -> Engine:
+def engine_of(model: Transformer, vocabulary: Vocabulary, weight_format: WeightFormat, *, compile: bool = False) -> Engine:
     mine = copy.deepcopy(model)
-    convert_weights(mine, form)
-    return Engine(mine, vocabulary, form=form, compiled=compiled)
+    convert_weights(mine, weight_format)
+    return Engine(mine, vocabulary, weight_format=weight_format, compile=compile)
 
 
-def form_of(options: Any) -> WeightFormat:
-    """The form that a model is loaded in."""
+def default_weight_format(options: Any) -> WeightFormat:
+    """Return the weight format that `Chameleon.load` chooses."""
     return "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
 
 
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
     """The ways to run a model that are compared."""
-    usual = form_of(options)
+    usual = default_weight_format(options)
     ways: dict[str, tuple[WeightFormat, bool]] = {
         f"ours, {usual}": (usual, False),
         "ours, compiled": ("plain", True),
@@ -99,17 +103,17 @@ def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[st
         "ours, int4, compiled": ("int4", True),
     }
     return {
-        name: engine_of(model, vocabulary, form, compiled=compiled)
-        for name, (form, compiled) in ways.items()
+        name: engine_of(model, vocabulary, weight_format, compile=compile)
+        for name, (weight_format, compile) in ways.items()
         if not options.ways or name.removeprefix("ours, ") in options.ways
     }
 
 
 def fresh(engine: Engine, requests: Sequence[Request], length: int) -> Side:
-    """A call that reads the prompts anew; the memory of the cache stays."""
+    """Return a call that prefills the prompts anew; the memory of the cache stays."""
 
     def call() -> None:
-        engine.held = [[] for _ in engine.held]
+        engine.manager.index = PrefixIndex()
         assert all(len(ids) == length for ids in engine.generate(requests))
 
     return call
@@ -117,15 +121,15 @@ def fresh(engine: Engine, requests: Sequence[Request], length: int) -> Side:
 
 def matrices(block: Any) -> list[Any]:
     """The linear layers of a block."""
-    return [getattr(part, name) for part in (block.attention, block.ffn) for name in MATRICES if hasattr(part, name)]
+    return [getattr(part, name) for part in (block.attention, block.ffn) for name in BLOCK_MATRICES if hasattr(part, name)]
 
 
-def product_seconds(model: Transformer, vocabulary: Vocabulary, form: WeightFormat) -> float:
+def product_seconds(model: Transformer, vocabulary: Vocabulary, weight_format: WeightFormat) -> float:
     """The least time that the products of one new id take: all matrices once, and the head's rows for text."""
     mine = copy.deepcopy(model)
-    convert_weights(mine, form)
+    convert_weights(mine, weight_format)
     layers = [layer for block in mine.blocks for layer in matrices(block)]
-    layers += Engine(mine, vocabulary, form=form).heads.text.parts
+    layers += Engine(mine, vocabulary, weight_format=weight_format).decoder.heads.text.layers
     like = model.head.weight
     inputs = [torch.randn(1, layer.weight.shape[1]).to(like) for block in model.blocks for layer in matrices(block)]
     inputs += [torch.randn(1, model.config.width).to(like)] * (len(layers) - len(inputs))
@@ -148,7 +152,7 @@ def decoding(options: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for batch in (1, 8):
         prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT), device=options.device)
-        requests = [Request(tuple(prompt), OutputConstraints(NEW), text=GREEDY) for prompt in prompts.tolist()]
+        requests = [Request(tuple(prompt), OutputConstraints(NEW), text_sampling=GREEDY) for prompt in prompts.tolist()]
 
         def their_side(prompts: Tensor = prompts) -> None:
             mask = torch.ones_like(prompts)
@@ -161,11 +165,11 @@ def decoding(options: Any) -> dict[str, Any]:
         sides |= {name: fresh(engine, requests, NEW) for name, engine in ways.items()}
         results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
     prompt = tuple(torch.randint(vocabulary.text_start, vocabulary.size, (PROMPT,)).tolist())
-    short, whole = ([Request(prompt, OutputConstraints(new), text=GREEDY)] for new in (1, NEW))
-    plain = form_of(options)
-    for name, form in ((f"ours, {plain}", plain), ("ours, compiled", plain), ("ours, int8, compiled", "int8")):
+    short, whole = ([Request(prompt, OutputConstraints(new), text_sampling=GREEDY)] for new in (1, NEW))
+    plain = default_weight_format(options)
+    for name, weight_format in ((f"ours, {plain}", plain), ("ours, compiled", plain), ("ours, int8, compiled", "int8")):
         if name in ways:
-            least = product_seconds(ours, vocabulary, form)  # type: ignore[arg-type]
+            least = product_seconds(ours, vocabulary, weight_format)  # type: ignore[arg-type]
             one, all_ = (
                 statistics.median(seconds(fresh(ways[name], requests, new), options.device) for _ in range(options.rounds))
                 for requests, new in ((short, 1), (whole, NEW))
@@ -180,7 +184,7 @@ def first(options: Any) -> dict[str, Any]:
     """The first id behind a prompt of 1,024."""
     vocabulary, ours, theirs = models(options)
     prompt = torch.randint(vocabulary.text_start, vocabulary.size, (1, 1024), device=options.device)
-    request = [Request(tuple(prompt[0].tolist()), OutputConstraints(1), text=GREEDY)]
+    request = [Request(tuple(prompt[0].tolist()), OutputConstraints(1), text_sampling=GREEDY)]
 
     def their_side() -> None:
         theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=1)
@@ -205,8 +209,8 @@ def guided(options: Any) -> dict[str, Any]:
     full, image, nothing = [v.bos, v.boi, *codes, v.eoi, *text, v.sep], [v.bos, v.boi, *codes, v.eoi, v.sep], [v.bos, v.sep]
     sampling = Sampling(0.7, 0.9)
     one = OutputConstraints(v.image_block_length, format=("image",))
-    request = [Request(tuple(full), one, image=sampling, guidance=three_way(image, nothing, 1.2, 3.0))]
-    short = [Request((v.bos, *text, v.sep), one, image=sampling, guidance=two_way(nothing, 3.0))]
+    request = [Request(tuple(full), one, image_sampling=sampling, guidance=three_way(image, nothing, 1.2, 3.0))]
+    short = [Request((v.bos, *text, v.sep), one, image_sampling=sampling, guidance=two_way(nothing, 3.0))]
     masked = ~v.mask(image=True).to(options.device)
 
     def loop(prompts: Sequence[list[int]], weights: Sequence[float]) -> Side:
@@ -252,62 +256,67 @@ def prompts_of(count: int) -> list[str]:
 
 
 def drafts(options: Any) -> dict[str, Any]:
-    """Codes accepted a pass, and pictures a second, with windows of 1 to 16: the shipped model, one picture at a time.
+    """Codes accepted a pass, and pictures a second, with drafts of 1 to 16: the shipped model, one picture at a time.
 
-    The same seeds draw the same codes with every window but for rounding; the share of codes that differ is given.
+    The same seeds draw the same codes with every draft length but for rounding; the share of codes that differ is given.
     """
     prompts = prompts_of(options.pictures)
     result: dict[str, Any] = {}
-    windows = (1, 2, 3, 4, 8, 16)
-    models = {window: Chameleon.load(device=str(options.device), window=window) for window in windows}
+    draft_lengths = (1, 2, 3, 4, 8, 16)
+    models = {
+        draft_length: Chameleon.load(device=str(options.device), draft_length=draft_length)
+        for draft_length in draft_lengths
+    }
     for kind, sampling in {"as released": IMAGE_SAMPLING, "temperature 1": Sampling(1.0, 1.0), "greedy": GREEDY}.items():
         for guidance in (1.0, 3.0):
             made: dict[int, list[list[int]]] = {}
 
-            def draw(window: int, sampling: Sampling = sampling, guidance: float = guidance, made: Any = made) -> None:
-                model = models[window]
-                model.engine.held = [[] for _ in model.engine.held]
-                model.engine.passes = 0
+            def draw(
+                draft_length: int, sampling: Sampling = sampling, guidance: float = guidance, made: Any = made
+            ) -> None:
+                model = models[draft_length]
+                model.engine.manager.index = PrefixIndex()
+                model.engine.decoder.num_forward_passes = 0
                 requests = drawings(model, prompts, sampling, guidance)
-                made[window] = [model.engine.generate([request])[0] for request in requests]
+                made[draft_length] = [model.engine.generate([request])[0] for request in requests]
 
             name = f"{kind}, guidance {guidance:g}"
-            sides: dict[str, Side] = {f"window {window}": partial(draw, window) for window in windows}
+            sides: dict[str, Side] = {
+                f"draft of {draft_length}": partial(draw, draft_length) for draft_length in draft_lengths
+            }
             entry = compare(name, sides, len(prompts), "pictures/s", options)
-            for window, model in models.items():
-                accepted = len(prompts) * model.vocabulary.codes_per_image / model.engine.passes
-                alone, together = torch.tensor(made[1]), torch.tensor(made[window])
+            for draft_length, model in models.items():
+                accepted = len(prompts) * model.vocabulary.codes_per_image / model.engine.decoder.num_forward_passes
+                alone, together = torch.tensor(made[1]), torch.tensor(made[draft_length])
                 differ = float((alone != together).double().mean())
-                entry[f"window {window}"] |= {"codes a pass": accepted, "codes that differ": differ}
-                print(f"{name}: window {window}: {accepted:.2f} codes a pass, {differ:.1%} differ", file=sys.stderr)
+                entry[f"draft of {draft_length}"] |= {"codes a pass": accepted, "codes that differ": differ}
+                print(f"{name}: draft of {draft_length}: {accepted:.2f} codes a pass, {differ:.1%} differ", file=sys.stderr)
             result[name] = entry
     return result
 
 
 def drawings(model: Chameleon, prompts: Sequence[str], sampling: Sampling, guidance: float) -> list[Request]:
     """A picture for each prompt, seeds 0, 1, 2 …"""
-    documents = [Document((Text(prompt),)) for prompt in prompts]
-    rules = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
     return [
-        Request(model.prompt(d), rules, image=sampling, guidance=model.guidance(d, guidance), seed=seed)
-        for seed, d in enumerate(documents)
+        image_request(model.prompts, prompt, seed=seed, guidance_scale=guidance, sampling=sampling)
+        for seed, prompt in enumerate(prompts)
     ]
 
 
-def forms(options: Any) -> dict[str, Any]:
-    """Nats an id of the validation set under each form of the weights: captions behind pictures, and pictures behind text.
+def weight_formats(options: Any) -> dict[str, Any]:
+    """Nats an id of the validation set in each weight format: captions behind pictures, and pictures behind text.
 
     Through the engine's own slices of the head, each among the ids that may come.
     """
     result: dict[str, Any] = {}
     entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
     kinds: tuple[WeightFormat, ...] = ("plain", "int8", "int4")
-    for form in kinds:
-        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)
-        v, heads = model.vocabulary, model.engine.heads
+    for weight_format in kinds:
+        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weight_format=weight_format)
+        v, heads = model.vocabulary, model.engine.decoder.heads
         sums = {"text": [0.0, 0], "image": [0.0, 0]}
         for entry in entries:
-            picture = list(model.codes(entry.picture))
+            picture = list(model.image_token_ids(entry.picture))
             words = model.tokenizer.text_to_ids(entry.caption)
             block = [v.boi, *picture, v.eoi]
             for kind, head, ids, start in (
@@ -317,44 +326,70 @@ def forms(options: Any) -> dict[str, Any]:
                 with torch.inference_mode():
                     hidden = model.model(torch.tensor([ids[:-1]], device=options.device))[0, start - 1 :]
                     shares = head.logits(hidden).log_softmax(-1)
-                    columns = torch.searchsorted(head.ids, torch.tensor(ids[start:], device=options.device))
+                    columns = torch.searchsorted(head.token_ids, torch.tensor(ids[start:], device=options.device))
                     sums[kind][0] -= float(shares.gather(1, columns.unsqueeze(1)).sum())
                     sums[kind][1] += len(columns)
-        result[form] = {kind: total / count for kind, (total, count) in sums.items()}
-        result[form]["all"] = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
-        changes = {kind: result[form][kind] / result["plain"][kind] - 1 for kind in result[form]}
-        shown = ", ".join(f"{kind} {result[form][kind]:.4f} ({change:+.2%})" for kind, change in changes.items())
-        print(f"{form:8} nats an id: {shown}", file=sys.stderr, flush=True)
+        result[weight_format] = {kind: total / count for kind, (total, count) in sums.items()}
+        result[weight_format]["all"] = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+        changes = {kind: result[weight_format][kind] / result["plain"][kind] - 1 for kind in result[weight_format]}
+        shown = ", ".join(f"{kind} {result[weight_format][kind]:.4f} ({change:+.2%})" for kind, change in changes.items())
+        print(f"{weight_format:8} nats an id: {shown}", file=sys.stderr, flush=True)
     return result
+
+
+def admission(options: Any) -> dict[str, Any]:
+    """The longest cached prefix of a prompt of 4,096 tokens among 32 slots: the index, and a loop over the slots."""
+    stream = random.Random(0)
+    shared = [stream.randrange(65536) for _ in range(4000)]
+    slots = [[*shared, *(stream.randrange(65536) for _ in range(96))] for _ in range(32)]
+    prompt = [*shared, *(stream.randrange(65536) for _ in range(96))]
+    index = PrefixIndex()
+    for slot, token_ids in enumerate(slots):
+        index.set(slot, token_ids)
+
+    def loop() -> int:
+        best = 0
+        for token_ids in slots:
+            count = 0
+            for one, other in zip(token_ids, prompt, strict=True):
+                if one != other:
+                    break
+                count += 1
+            best = max(best, count)
+        return best
+
+    assert max(index.shared_lengths(prompt, 4095).values()) == loop() >= 4000
+    sides: dict[str, Side] = {"loop over all slots": loop, "index": lambda: index.shared_lengths(prompt, 4095)}
+    return compare("admission", sides, 1, "calls/s", options)
 
 
 def batches(options: Any) -> dict[str, Any]:
     """Share of requests that come out otherwise in a batch than alone, in bfloat16: captions and drawings."""
     result = {}
-    for form in dict.fromkeys(("plain", form_of(options))):
-        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weights=form)  # type: ignore[arg-type]
+    for weight_format in dict.fromkeys(("plain", default_weight_format(options))):
+        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weight_format=weight_format)  # type: ignore[arg-type]
         prompts = prompts_of(48)
-        rules = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
-        documents = [Document((Text(prompt),)) for prompt in prompts]
-        for name, sampling, make in (
-            ("drawings, as released", IMAGE_SAMPLING, rules),
-            ("drawings, temperature 1", Sampling(1.0, 1.0), rules),
+        one = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
+        for name, sampling, constraints in (
+            ("drawings, as released", IMAGE_SAMPLING, one),
+            ("drawings, temperature 1", Sampling(1.0, 1.0), one),
             ("text, temperature 0.7", IMAGE_SAMPLING, OutputConstraints(20)),
         ):
-            requests = [Request(model.prompt(d), make, image=sampling, seed=n) for n, d in enumerate(documents)]
+            drawn = drawings(model, prompts, sampling, 1.0)
+            requests = [replace(request, constraints=constraints) for request in drawn]
             alone = []
             for request in requests:
-                model.engine.forget()
+                model.engine.clear()
                 alone += model.engine.generate([request])
-            model.engine.forget()
+            model.engine.clear()
             together = model.engine.generate(requests)
             share = sum(one != other for one, other in zip(alone, together, strict=True)) / len(requests)
-            result[f"{form}: {name}"] = share
-            print(f"{form}: {name}: {share:.1%} of rows differ", file=sys.stderr, flush=True)
+            result[f"{weight_format}: {name}"] = share
+            print(f"{weight_format}: {name}: {share:.1%} of rows differ", file=sys.stderr, flush=True)
     return result
 
 
-PARTS = {part.__name__: part for part in (decoding, first, guided, drafts, forms, batches)}
+PARTS = {part.__name__: part for part in (decoding, first, guided, drafts, admission, weight_formats, batches)}
 
 
 def main() -> None:
@@ -364,7 +399,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ways", nargs="*", help="ours to compare: packed, 'int4, compiled' … (default: all)")
     parser.add_argument("--pictures", type=int, default=12, help="of the part drafts")
-    parser.add_argument("--documents", type=int, default=300, help="of the part forms")
+    parser.add_argument("--documents", type=int, default=300, help="of the part weight_formats")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Speed of training, image encoding and text encoding beside what one would take instead.
 
 Both sides run in one process on the same ids or bytes, round by round in turn, so that whatever the machine does in
-between falls on both; what is said is the ratio of the medians. Where the two differ in what they do, each part says so.
+between falls on both; results are ratios of the medians. Where the two differ in what they do, each part says so.
 Run with nothing else running:
 
     python benchmarks/speed.py [--rounds 5] [--device cpu] [--only training text …]
@@ -33,13 +33,14 @@ from chameleon.bundle import Bundle
 from chameleon.data import emoji
 from chameleon.data.mixture import PackedBatch, PackedSource, SourceConfig
 from chameleon.data.token_shards import write_shard
+from chameleon.device import matmul_peak
 from chameleon.model.config import named_size
 from chameleon.model.loss import chunked_cross_entropy
 from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
-from chameleon.plan import flops_per_token, matmul_peak
+from chameleon.plan import flops_per_token
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
-from chameleon.train.allocator import keep_memory
+from chameleon.train.allocator import keep_freed_memory
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.vocabulary import Vocabulary
 
@@ -106,7 +107,7 @@ def their_model(vocabulary: Vocabulary, options: Any) -> Any:
 def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     """A step of 4×512 ids: forward, loss, backward, clipping, AdamW; bf16 autocast over float32 weights.
 
-    Ours as training has it: blocks compiled (`compile: true`), memory kept between steps (`keep_memory`), packed rows
+    Ours as training has it: blocks compiled (`compile: true`), memory kept between steps (`keep_freed_memory`), packed rows
     whose attention stays inside documents (two a row), weighted targets, z-loss, logits in chunks. Theirs in the usual
     loop: eager, its own loss over whole logits, one causal document a row; and once more with memory kept as well.
     """
@@ -165,7 +166,7 @@ class SideProcess:
 def serve(name: str, side: str, vocabulary: Vocabulary, options: Any) -> None:
     """Makes a call for each line of stdin, and says its seconds on stdout; three before the first are not counted."""
     if side.startswith("ours") or side.endswith("memory kept"):
-        keep_memory()
+        keep_freed_memory()
     if name == "training step":
         call = our_step(vocabulary, options) if side == "ours" else their_step(vocabulary, options)
     else:
@@ -259,9 +260,9 @@ def our_tiny(options: Any, *, compiled: bool) -> Side:
 
     def call() -> None:
         for batch in rows:
-            weights = (batch.weights / batch.weights.sum()).flatten()
+            weights = (batch.loss_weights / batch.loss_weights.sum()).flatten()
             with torch.autocast(options.device.type, torch.bfloat16):
-                hidden = model(batch.ids, batch.positions, block_diagonal_causal_mask(batch.document_ids)).bfloat16()
+                hidden = model(batch.input_ids, batch.positions, block_diagonal_causal_mask(batch.document_ids)).bfloat16()
                 result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights)
             finish(model, optimizers, result.loss)
 

@@ -55,7 +55,7 @@ def recipe(shards: Path, bundle: Path) -> dict[str, Any]:
         "tokenizers": str(bundle),
         "size": "tiny",
         "model": SHAPE,
-        "context": SHAPE["context"],
+        "context_length": SHAPE["context_length"],
         "global_batch_size": 8,
         "run": {"max_steps": STEPS, "log_every_n_steps": EVERY, "progress": False, "save_every_n_minutes": 0, "devices": 1},
         "optimizer": {"warmup_steps": 30, "eps": 1.0e-8, "schedule": "cosine", "min_lr_ratio": 0.1},
@@ -77,7 +77,14 @@ def train(out: Path, config: Path, variant: str, rate: float | str, seed: int) -
         return
     settings = {**VARIANTS[variant], "run.seed": seed, "run.out": str(place)}
     if rate == RAMP:
-        growing = {"lr": 1e-3, "min_lr_ratio": 1000.0, "schedule": "exponential", "warmup_steps": 10, "eps": 1e-8, "max_grad_norm": 0.0}
+        growing = {
+            "lr": 1e-3,
+            "min_lr_ratio": 1000.0,
+            "schedule": "exponential",
+            "warmup_steps": 10,
+            "eps": 1e-8,
+            "max_grad_norm": 0.0,
+        }
         settings |= {"optimizer": growing, "run.max_steps": RAMP_STEPS, "stability.window_steps": 20}
     else:
         settings["optimizer.lr"] = rate
@@ -120,7 +127,7 @@ def figures(place: Path) -> dict[str, Any]:
             break
     return {
         "start": losses[0],
-        "min_lr_ratio": statistics.fmean(losses[-LAST:]),
+        "final": statistics.fmean(losses[-LAST:]),
         "output_norm_growth": norms[-1] / norms[30 // EVERY],
         "max_attention_logit": max(logits, default=math.nan),
         "blown_at": blown,
@@ -170,7 +177,7 @@ def report(results: dict[str, Any], place: Path) -> str:
         rates = [float(rate) for rate in runs]
         finals = [statistics.fmean(min(run["final"], run["start"]) for run in seeds) for seeds in runs.values()]
         axes[0].plot(rates, finals, label=variant, **style)
-        for axis, name in ((axes[1], "largest_attention_logit"), (axes[2], "output_norm_growth")):
+        for axis, name in ((axes[1], "max_attention_logit"), (axes[2], "output_norm_growth")):
             axis.plot(rates, [mean(seeds, name) for seeds in runs.values()], **style)
     for axis, title in zip(
         axes, ("final loss of text ids", "largest attention logit", "output norm, last step ÷ step 30"), strict=True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def test_an_archive_cut_between_members_is_reported_and_its_last_sample_left_out
         assert not list(read(expand(str(cut_off))[0], lambda where, why, _=0: skipped.append(f"{where}: {why}")))  # noqa: B023
         assert len(skipped) == 2 and re.search("truncated archive|damaged header at byte 1024", skipped[0]), last
         assert skipped[1] == f"{cut_off}, sample a: may lack members, next to a damaged place in the archive"
-        with pytest.raises(BadInput, match="truncated archive|damaged header"):
+        with pytest.raises(BadInput, match=r"truncated archive|damaged header"):
             list(read(expand(str(cut_off))[0]))
 
 
