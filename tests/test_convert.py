@@ -750,7 +750,7 @@ def test_tensors_that_do_not_fit_are_named(published: Path, tmp_path: Path) -> N
     weights = random_vqgan()
     torch.save({"state_dict": {**weights, "loss.discriminator.weight": torch.ones(2)}}, pictures)
     found = convert(source, tmp_path / "fine", "bundle")
-    assert found["notes"] == [f"{pictures}: passed over 1 tensors that are no part of the network"]
+    assert found["notes"] == [f"{pictures}: ignored 1 tensors that are no part of the network"]
     torch.save({"state_dict": {**weights, "decoder.more": torch.ones(2)}}, pictures)
     assert f"{pictures}: tensor decoder.more is not of this model" in refused(source, tmp_path)
     torch.save({"state_dict": {k: v for k, v in weights.items() if k != "encoder.conv_in.bias"}}, pictures)

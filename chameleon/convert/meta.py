@@ -132,7 +132,7 @@ def read_image_tokenizer(folder: Path, notes: list[str]) -> tuple[VQGANConfig, L
     network_tensors = {name: (weights, name) for name in weights if name.partition(".")[0] in modules}
     if len(network_tensors) < len(weights):
         notes.append(
-            f"{folder / IMAGE}: passed over {len(weights) - len(network_tensors)} tensors that are no part of the network"
+            f"{folder / IMAGE}: ignored {len(weights) - len(network_tensors)} tensors that are no part of the network"
         )
     return image_weights(RenamedTensors(network_tensors), config, where=folder / IMAGE)
 

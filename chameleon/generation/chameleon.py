@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from chameleon.bundle import Bundle
-from chameleon.device import check_device, fast_bfloat16
+from chameleon.device import check_device, fast_bfloat16, supports_packed_bfloat16
 from chameleon.document import Document, Image, Part, Text
 from chameleon.errors import BadInput
 from chameleon.generation.constraints import OutputConstraints, PartKind
@@ -85,7 +85,7 @@ class Chameleon:
         if dtype == "auto":
             dtype = "bfloat16" if fast_bfloat16(device) or weight_format in ("int8", "int4") else "float32"
         if weight_format == "auto":
-            can_pack = dtype == "bfloat16" and device == "cpu" and not compile and fast_bfloat16(device)
+            can_pack = dtype == "bfloat16" and device == "cpu" and not compile and supports_packed_bfloat16()
             weight_format = "packed" if can_pack else "plain"
         bundle = Bundle.load(path, device=device, dtype=DTYPES[dtype])
         convert_weights(bundle.model, weight_format)

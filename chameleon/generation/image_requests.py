@@ -31,7 +31,7 @@ def upper_codes(codes: Sequence[int], grid: tuple[int, int], keep: float) -> tup
 
 
 def randomly_kept_codes(codes: Sequence[int], keep: float, seed: int) -> tuple[int, ...]:
-    """Return the codes of an image with each one replaced by −1, to be chosen anew, with probability 1 − `keep`."""
+    """Return the codes of an image with each one replaced by −1, to be sampled again, with probability 1 − `keep`."""
     check_fraction(keep, "keep")
     generator = torch.Generator().manual_seed(check_seed(seed))
     is_kept = torch.rand(len(codes), generator=generator) < keep
