@@ -184,7 +184,8 @@ def same_file(name: str, *folders: Path) -> bool:
 
 
 def hf_weights(folder: Path) -> dict[str, Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    """Return copies: the library may map the files, which tests then overwrite."""
+    return {name: value.clone() for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")
