@@ -776,7 +776,7 @@ def test_rotary_frequencies_may_be_anything(published: Path, tmp_path: Path, fre
 def test_a_bundle_that_was_tampered_with(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(exported / "bundle", folder)
-    state = load_file(folder / "model.safetensors")
+    state = hf_weights(folder)
 
     def message(**changes: Tensor | None) -> str:
         kept = {**state, **changes}
