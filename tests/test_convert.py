@@ -183,9 +183,13 @@ def same_file(name: str, *folders: Path) -> bool:
     return len({(folder / name).read_bytes() for folder in folders}) == 1
 
 
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """Return copies: the library may map the file, which tests then overwrite."""
+    return {name: value.clone() for name, value in load_file(path).items()}
+
+
 def hf_weights(folder: Path) -> dict[str, Tensor]:
-    """Return copies: the library may map the files, which tests then overwrite."""
-    return {name: value.clone() for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    return {name: value for path in folder.glob("*.safetensors") for name, value in weights_in(path).items()}
 
 
 @pytest.fixture(scope="module")
@@ -776,7 +780,7 @@ def test_rotary_frequencies_may_be_anything(published: Path, tmp_path: Path, fre
 def test_a_bundle_that_was_tampered_with(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(exported / "bundle", folder)
-    state = hf_weights(folder)
+    state = weights_in(folder / "model.safetensors")
 
     def message(**changes: Tensor | None) -> str:
         kept = {**state, **changes}
