@@ -324,7 +324,7 @@ def test_too_much_skipped_is_an_exit_code(bundle_folder: Path, tmp_path: Path, c
         with pytest.raises(SystemExit) as error:
             main([*command, "--json"])
         found = capsys.readouterr()
-        assert error.value.code == 3 and "20.0% was skipped, more than --max-skipped 0.05" in found.err
+        assert error.value.code == 3 and "20.0% could not be read, more than --max-skipped 0.05" in found.err
         assert json.loads(found.out)["documents_in"] == 10
     main([*command, "--max-skipped", "0.2"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["documents_out"] == 8

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {  # a module imports from lower floors only, or from its own package
+LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.errors": 0,
     "chameleon.device": 1,
     "chameleon.progress": 0,
@@ -41,8 +41,8 @@ FLOORS = {  # a module imports from lower floors only, or from its own package
 
 
 def package_of(module: str) -> str:
-    """Return the entry of `FLOORS` that a module belongs to."""
-    return max((name for name in FLOORS if module == name or module.startswith(name + ".")), key=len)
+    """Return the entry of `LAYERS` that a module belongs to."""
+    return max((name for name in LAYERS if module == name or module.startswith(name + ".")), key=len)
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -73,17 +73,17 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def test_modules_import_from_lower_floors_only() -> None:
+def test_modules_import_from_lower_layers_only() -> None:
     listed = modules()
     assert len(listed) > 30
     for name, path in listed:
-        assert package_of(name) != "chameleon" or name == "chameleon", f"{name} is not listed in FLOORS"
+        assert package_of(name) != "chameleon" or name == "chameleon", f"{name} is not listed in LAYERS"
         for imported in imports(path):
             assert imported.split(".")[0] not in ("train",), f"{name} imports the top folder train"
             if not imported.startswith("chameleon"):
                 continue
             here, there = package_of(name), package_of(imported)
-            assert here == there or FLOORS[there] < FLOORS[here], f"{name} imports {imported}"
+            assert here == there or LAYERS[there] < LAYERS[here], f"{name} imports {imported}"
 
 
 def test_no_import_cycles_inside_a_package() -> None:

@@ -196,14 +196,14 @@ def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) ->
     sources = [str(tmp_path / f"{number}.tar") for number in range(2)]
     report = tokenize(sources, tokenizer, tmp_path / "all")
     assert report.documents_out == 10 and report.duplicate_share == pytest.approx(0.4)
-    options = TokenizeOptions(filters=Filters(unique_pictures=True))
+    options = TokenizeOptions(filters=Filters(unique_images=True))
     report = tokenize(sources, tokenizer, tmp_path / "unique", options=options)
     assert report.documents_out == 6 and report.duplicate_share == pytest.approx(0.4)
     assert report.skipped == {"filter: all its pictures are duplicates": 4}
     found = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
     assert found == set("012345")
     assert report.skipped_share == 0  # they were not wanted, but could have been used
-    longer = TokenizeOptions(filters=Filters(unique_pictures=True, min_text=2))
+    longer = TokenizeOptions(filters=Filters(unique_images=True, min_text=2))
     tar(tmp_path / "2.tar", [{"png": picture(9), "txt": b"9"}, {"png": picture(9), "txt": b"nine"}])
     report = tokenize([str(tmp_path / "2.tar")], tokenizer, tmp_path / "longer", options=longer)
     assert report.documents_out == 1  # the picture's first place was left out for its text
@@ -341,13 +341,13 @@ def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: Mix
     lines += [{"image": name, "caption": "odd"} for name in odd]
     lines.append({"texts": ["two pictures", None, None], "images": [None, "good.png", "absent.png"]})
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for options in (TokenizeOptions(), TokenizeOptions(filters=Filters(unique_pictures=True, min_side=2))):
-        out = tmp_path / f"out{options.filters.unique_pictures}"
+    for options in (TokenizeOptions(), TokenizeOptions(filters=Filters(unique_images=True, min_side=2))):
+        out = tmp_path / f"out{options.filters.unique_images}"
         report = tokenize([str(tmp_path / "a.jsonl")], tokenizer, out, options=options)
-        kept = 1 if options.filters.unique_pictures else 2
+        kept = 1 if options.filters.unique_images else 2
         assert (report.documents_in, report.documents_out) == (12, kept)
         assert sum(report.skipped.values()) == 12 - kept and len(report.examples) == 12 - kept
-        assert "a.jsonl, line 12: picture 2: " in report.examples[-1] or options.filters.unique_pictures
+        assert "a.jsonl, line 12: picture 2: " in report.examples[-1] or options.filters.unique_images
         told = "\n".join(report.examples)
         for line, reason in (
             (2, "no such"),

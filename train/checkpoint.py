@@ -112,7 +112,7 @@ def find_resume_point(run: RunConfig, recipe: dict[str, Any]) -> ResumePoint | N
             raise BadInput(
                 "no checkpoint is complete",
                 where=out / CHECKPOINTS_FOLDER,
-                remedy="--force starts anew and moves them aside",
+                remedy="--force starts from step 0 and moves them aside",
             )
         warnings.warn(f"no checkpoint in {out / CHECKPOINTS_FOLDER}: the run starts from the beginning", stacklevel=2)
         return None
@@ -137,7 +137,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def compare_recipes(before: dict[str, Any], now: dict[str, Any], where: object, *, force: bool) -> None:
-    """Warn of keys that have changed; raise `BadInput` for those that make it another run, unless `force`."""
+    """Warn of keys that have changed; raise `BadInput` for incompatible ones, unless `force`."""
     old, new = dict(flatten(before)), dict(flatten(now))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     fixed = [key for key in changed if key in FIXED_KEYS or not key.startswith(RESUMABLE_KEYS)]

@@ -62,7 +62,7 @@ class ImageBatchDataset(Dataset[Tensor]):
         self.rank, self.world = 0, 1
 
     def sample_weight(self, entry: PictureEntry) -> float:
-        """Return how often a picture is drawn, relative to others. Raise `BadInput` where its record has no such number."""
+        """Return the relative sampling weight of an image. Raise `BadInput` where its record has no such number."""
         value = entry.fields.get(self.recipe.weight_field, 1.0) if self.recipe.weight_field else 1.0
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise BadInput(f"{self.recipe.weight_field} is {value!r}, expected a number above 0", where=entry.name)

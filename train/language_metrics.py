@@ -32,7 +32,7 @@ class SourceTotals(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """What a step is judged and logged by."""
+    """Totals of one training step over all processes, for logging and for deciding whether to skip it."""
 
     loss: float
     output_norm: float
@@ -82,7 +82,7 @@ def local_totals(
 ) -> Tensor:
     """Pack this process's terms of `StepTotals` into a float64 tensor, to be summed over all data-parallel processes.
 
-    loss and output_norm: scalars of this process, whose mean over processes is wanted. token_losses: of the micro-batches.
+    loss and output_norm: scalars of this process, which are averaged over processes. token_losses: of the micro-batches.
     source_of_row: int64 [B], on logged steps.
     """
     nll = torch.cat([token_loss.nll for token_loss in token_losses]).detach()

@@ -66,7 +66,7 @@ class RunConfig:
     resume: bool = False
     """Resume from the latest checkpoint in `out`."""
     force: bool = False
-    """Resume although keys of the recipe have changed that make it another run."""
+    """Resume although incompatible keys of the recipe have changed, and skip the memory check."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "run.seed", largest=MAX_RUN_SEED)
@@ -93,7 +93,7 @@ class FitImageRecipe:
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, which is then validated and saved; 0 keeps none."""
     weight_field: str | None = None
-    """Field of the records that says how often a picture is drawn, such as 2 for faces (arXiv 2405.09818, section 2.1)."""
+    """Field of the records with an image's sampling weight, such as 2 for faces (arXiv 2405.09818, section 2.1)."""
     min_codebook_usage: float = 0.1
     """Warn of codebook collapse where a smaller share of the codes is in use."""
     global_batch_size: int = 32
@@ -129,7 +129,7 @@ class TrainRecipe:
     only, for a model that can draw but for its head."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     codebook_rows: bool = False
-    """During training, add a learned projection of the codebook to the rows of image tokens in embedding and head, so that
+    """During training, add a trained projection of the codebook to the rows of image tokens in embedding and head, so that
     similar codes are trained together; folded into plain rows in the bundle."""
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

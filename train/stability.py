@@ -48,7 +48,7 @@ class StepGuard:
         """Rollbacks since the last checkpoint was written."""
 
     def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
-        """Return why a step with this loss and gradient norm is to be skipped, or None, and take note of it."""
+        """Return the reason to skip a step with this loss and gradient norm, or None; update the history of norms."""
         reason = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             reason = f"loss is {loss:g}, gradient norm {grad_norm:g}"
@@ -71,7 +71,7 @@ class StepGuard:
         return bool(self.config.max_consecutive_skips) and self.consecutive_skips >= self.config.max_consecutive_skips
 
     def rolled_back(self) -> None:
-        """Take note of a rollback."""
+        """Record a rollback."""
         self.consecutive_skips = 0
         self.rollbacks += 1
 
@@ -96,7 +96,7 @@ class DivergenceAlarm:
         self.output_norms: list[float] = []
         self.lowest_median = math.inf
         self.is_raised = {"attention": False, "log_z of text": False, "log_z of image": False}
-        """Whether each sign was seen at the last look, so that it is reported once."""
+        """Whether each sign was present at the previous check, so that it is reported once."""
 
     def check_output_norm(self, step: int, output_norm: float) -> str | None:
         """Check the norm of the last block's output, of every step, for growth."""
@@ -126,7 +126,7 @@ class DivergenceAlarm:
         return f"log Z of {modality} is {log_z:.0f}: the output logits have drifted (raise z_loss)"
 
     def is_new(self, sign: str, is_seen: bool) -> bool:
-        """Return whether a sign is seen that was not seen at the last look."""
+        """Return whether a sign is present that was absent at the previous check."""
         is_new = self.config.alarms and is_seen and not self.is_raised[sign]
         self.is_raised[sign] = is_seen
         return is_new

@@ -115,7 +115,7 @@ class StepModule(L.LightningModule):
         return torch.as_tensor(self.all_gather(values)).sum(dim=0) / self.run_config.tensor_parallel_size
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Write the metrics of a step to all loggers. NaN stands for what a batch has none of."""
+        """Write the metrics of a step to all loggers. NaN marks a metric for which the batch has no tokens."""
         values = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in metrics.items()}
         self.metrics |= values
         for logger in self.loggers:

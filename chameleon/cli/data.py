@@ -29,14 +29,17 @@ def add_verbs(verbs: Verbs) -> None:
     )
     parser.add_argument("--allow-paths", action="store_true", help="let records name images outside their folder")
     parser.add_argument(
-        "--num-workers", type=int, default=0, help="processes that read pictures and encode text (default: 0)"
+        "--num-workers", type=int, default=0, help="processes that read images and encode text (default: 0)"
     )
-    parser.add_argument("--device", default="cpu", help="where pictures are encoded (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="where images are encoded (default: cpu)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="an existing cluster (default: one is started here)")
     parser.add_argument("--num-actors", type=int, help="Ray actors (default: one for each GPU, or for each CPU)")
     parser.add_argument(
-        "--max-skipped", type=float, default=0.05, help="share of skipped samples that makes exit code 3 (default: 0.05)"
+        "--max-skipped",
+        type=float,
+        default=0.05,
+        help="exit with code 3 if more than this share of samples, or of bytes, could not be read (default: 0.05)",
     )
 
 
@@ -85,7 +88,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         raise SystemExit(EXIT_TOO_MANY_SKIPPED)
     if report.skipped_share > arguments.max_skipped:
         limit = arguments.max_skipped
-        print_error("tokenize", f"{report.skipped_share:.1%} was skipped, more than --max-skipped {limit}")
+        print_error("tokenize", f"{report.skipped_share:.1%} could not be read, more than --max-skipped {limit}")
         raise SystemExit(EXIT_TOO_MANY_SKIPPED)
 
 
@@ -96,5 +99,5 @@ def status_text(status: Status) -> str:
     left = f", {format_duration(status.seconds_left)} left" if status.seconds_left is not None else ""
     return (
         f"{status.shards} of {status.total_shards} shards, {status.documents:,} documents, {status.skipped:,} skipped, "
-        f"{status.pictures / seconds:,.1f} pictures/s, {status.tokens / seconds:,.0f} tokens/s{left}"
+        f"{status.pictures / seconds:,.1f} images/s, {status.tokens / seconds:,.0f} tokens/s{left}"
     )

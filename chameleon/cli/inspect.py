@@ -38,7 +38,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser = verbs.add("info", info, "Show what a bundle, a run or a folder of token shards contains.")
     parser.add_argument("folder", nargs="?", help="default: the shipped bundle")
     parser.add_argument("--show", type=int, metavar="N", help="of token shards: show N documents, evenly spaced")
-    parser.add_argument("--html", metavar="FILE", help="of token shards: show them on a page, with pictures and loss masks")
+    parser.add_argument("--html", metavar="FILE", help="of token shards: show them on a page, with images and loss masks")
     parser.add_argument("--curves", metavar="FILE", help="of a run: file for its curves (default: RUN/curves.png)")
     parser.add_argument("--check", action="store_true", help="of token shards: verify checksums, offsets and token ids")
     add_tokenizer_options(parser)
@@ -200,7 +200,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the model of a named size or a recipe, and how it is trained by default."""
+    """Return the model of a named size or a recipe, and its default training setup."""
     from chameleon.bundle import CONFIG_FILE
     from chameleon.files import read_json
     from chameleon.model.config import SIZES, ModelConfig, named_size

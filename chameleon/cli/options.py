@@ -46,11 +46,15 @@ class Verbs:
 def add_model_options(parser: Parser) -> None:
     parser.add_argument("--model", metavar="BUNDLE", help="folder of a bundle (default: the shipped one)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: cpu)")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, float16 (default: bfloat16 where it is fast)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="bfloat16, float32, float16, float64 (default: bfloat16 where it is fast, else float32)",
+    )
     parser.add_argument(
         "--weight-format",
         default="auto",
-        help="plain, packed, int8, int4 (default: packed for bfloat16 on CPUs, else plain)",
+        help="plain, packed, int8, int4 (default: packed for bfloat16 on CPUs that support it, else plain)",
     )
     parser.add_argument("--draft-length", type=int, default=1, help="image codes verified in one forward pass (default: 1)")
     parser.add_argument(
@@ -124,7 +128,7 @@ def add_recipe_options(parser: Parser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="resume although keys have changed that make it another run; start although memory seems too small",
+        help="resume although incompatible keys have changed; start although the estimated memory does not fit",
     )
 
 

@@ -20,7 +20,7 @@ RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 
 
 def rank_description() -> str | None:
-    """Return how this process is numbered, as `RANK 3`; None for the first process, or a single one."""
+    """Return the rank of this process, such as `RANK 3`; None for the first process, or a single one."""
     for name in RANK_VARIABLES:
         if os.environ.get(name, "0") != "0":
             return f"{name} {os.environ[name]}"

@@ -74,7 +74,8 @@ def convert(
     """Read a checkpoint of any format and write it in another, one tensor at a time; return a summary.
 
     `target`: a folder that is not there yet, or empty; it appears once it is whole. `shards`: files of Meta's weights.
-    `on_total` is called with the number of bytes in all, `progress` with those written since its last call. Raises `BadInput` naming file and tensor.
+    `on_total` is called with the number of bytes in all, `progress` with those written since its last call. Raises
+    `BadInput` naming file and tensor.
     """
     source, target = Path(source), Path(target)
     if to not in get_args(Format):

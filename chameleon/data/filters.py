@@ -1,4 +1,4 @@
-"""Filters: functions that return why a sample is left out, and the options that call them.
+"""Filters: functions that return the reason to drop a sample, and the options that call them.
 
 A filter is `function(sample, limit) -> reason or None`, listed under the name of its field in `Filters`. A reason names the
 filter and its limit, not the sample, so that a report can count by it.
@@ -15,7 +15,7 @@ from chameleon.data.source_types import Sample
 from chameleon.errors import BadInput
 
 FILTERED = "filter: "
-"""Prefix of the reasons of filters: such samples could be read, but were not wanted."""
+"""Prefix of the reasons of filters: such samples are readable but were filtered out."""
 ALL_DUPLICATES = f"{FILTERED}all its pictures are duplicates"
 LANGUAGE_FIELDS = ("language", "lang", "LANGUAGE")
 
@@ -36,7 +36,7 @@ class Filters:
     """Tags of which the field `language` or `lang` must have one (`en` includes `en-GB`); others are left out."""
     min_score: dict[str, float] = field(default_factory=dict)
     """Fields that must have at least this value, such as {aesthetic: 5.5}. Samples without the field are left out."""
-    unique_pictures: bool = False
+    unique_images: bool = False
     """Leave out documents all of whose pictures are duplicates of earlier ones, byte for byte, in any of the sources."""
 
     def check(self) -> None:
@@ -74,8 +74,8 @@ def max_text(sample: Sample, characters: int) -> str | None:
 def languages(sample: Sample, tags: Sequence[str]) -> str | None:
     language = next((sample.fields[name] for name in LANGUAGE_FIELDS if name in sample.fields), None)
     tag = str(language).lower().replace("_", "-")
-    wanted_tags = [wanted.lower() for wanted in tags]
-    matches = language is not None and any(tag == wanted or tag.startswith(f"{wanted}-") for wanted in wanted_tags)
+    allowed_tags = [allowed.lower() for allowed in tags]
+    matches = language is not None and any(tag == allowed or tag.startswith(f"{allowed}-") for allowed in allowed_tags)
     return None if matches else f"language is none of {', '.join(tags)}"
 
 

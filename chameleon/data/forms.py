@@ -1,4 +1,4 @@
-"""Forms of records: how datasets write documents, captions and conversations, told apart by their keys.
+"""Record schemas: how datasets write documents, captions and conversations. A record's schema is detected by its keys.
 
 A form is a function from a record to a document or conversation, listed in `FORMS` with the keys it needs; the first that
 matches is used. Paths of images are relative to the file's folder, or to a folder that is given.

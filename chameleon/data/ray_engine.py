@@ -95,7 +95,7 @@ def connect(ray: Any, address: str | None) -> None:
 
 @dataclass
 class Assignment:
-    """A task that is waiting or in the hands of an actor."""
+    """A task that is queued or assigned to an actor."""
 
     task_index: int
     num_tries: int = 1
@@ -103,7 +103,7 @@ class Assignment:
 
 @dataclass
 class ActorPool:
-    """The actors of a run, and what each of them is doing."""
+    """The actors of a run and their current assignments."""
 
     start_actor: Callable[[], Any]
     pending: dict[Any, tuple[Any, Assignment | None]] = field(default_factory=dict)

@@ -115,7 +115,10 @@ class RawShard:
 
 @dataclass(frozen=True)
 class PictureEntry:
-    """A picture for training an image tokenizer, not opened yet. Groups are drawn equally often, and members of a group."""
+    """A picture for training an image tokenizer, not opened yet.
+
+    Groups are sampled with equal probability, and so are the members of a group.
+    """
 
     name: str
     source: ImageSource

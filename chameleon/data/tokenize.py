@@ -46,7 +46,7 @@ MAX_REASONS, OTHER_REASONS = 100, "other reasons"
 CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH_SIZE, 1 << 20
 """Size of a chunk, which is prepared and encoded together."""
 CHUNKS_AHEAD = 2
-"""Chunks that wait besides those in the hands of workers."""
+"""Chunks queued in addition to those being processed by workers."""
 
 
 @dataclass
@@ -466,7 +466,7 @@ def plan_tasks(patterns: Sequence[str], out: Path, options: TokenizeOptions, *, 
                 raise BadInput("given twice", where=raw.path, remedy="name each file in one source only")
             raw_shards[name] = raw
     duplicates: list[dict[int, list[bytes]]] = [{} for _ in raw_shards]
-    if options.filters.unique_pictures:
+    if options.filters.unique_images:
         duplicates = find_duplicates(raw_shards.values(), options.filters)
     tasks = []
     for (name, raw), left_out in zip(raw_shards.items(), duplicates, strict=True):

@@ -93,7 +93,7 @@ def suite_questions(held_out: Sequence[Emoji], seed: int) -> list[tuple[Emoji, Q
 def question_accuracy(
     model: Chameleon, held_out: Sequence[Emoji], seed: int = 0, progress: Progress = no_progress
 ) -> dict[str, dict[str, float]]:
-    """Return for each family of questions their number, the share answered correctly, and that of the commonest answer."""
+    """Return, for each family, the number of questions, the accuracy, and the base rate (that of the commonest answer)."""
     pairs = suite_questions(held_out, seed)
     answers: list[str] = []
     for start in range(0, len(pairs), BATCH_SIZE):

@@ -74,7 +74,8 @@ class Chameleon:
         """Load a bundle (None: the shipped one).
 
         dtype: bfloat16, float32, float16 or float64; auto is bfloat16 where that is fast, else float32. weight_format:
-        plain, packed, int8 or int4 (`chameleon.model.quantization`); auto is packed for bfloat16 on CPUs, else plain.
+        plain, packed, int8 or int4 (`chameleon.model.quantization`); auto is packed for bfloat16 on CPUs that support it,
+        else plain.
         max_batch_size: sequences that run at a time. draft_length: image codes verified in one forward pass (speculative
         decoding). compile: compile the decode step. Raises `BadInput` for files that are missing, altered or
         incompatible, and for weight formats that do not go with the dtype or device.
@@ -362,7 +363,7 @@ class Chameleon:
         image_sampling: Sampling = IMAGE_SAMPLING,
         seeds: Sequence[int] | None = None,
     ) -> list[Document]:
-        """Continue each document or conversation; rows may be in different modalities at each step.
+        """Continue each document or conversation; at each step some may be generating text and others images.
 
         max_new_tokens: those of images included. max_images: by default 1, or 0 where the bundle has no image decoder.
         max_text_tokens: of each run of text. format: the parts to generate, as ("text", "image", "text"); by default the
@@ -432,6 +433,6 @@ class Chameleon:
         return Request(self.prompts.token_ids(content), constraints, text_sampling, image_sampling, guidance, seed)
 
 
-def seeds_of(rows: Sequence[object], seeds: Sequence[int] | None) -> Sequence[int]:
+def seeds_of(batch: Sequence[object], seeds: Sequence[int] | None) -> Sequence[int]:
     """Return the seeds of a batch: those given, or 0, 1, 2 …"""
-    return range(len(rows)) if seeds is None else seeds
+    return range(len(batch)) if seeds is None else seeds

@@ -72,7 +72,7 @@ class OutputConstraints:
 
 
 class OutputState:
-    """Tracks the output of one request and tells which kinds of tokens may come next."""
+    """Tracks the output of one request and computes which kinds of tokens may come next."""
 
     def __init__(self, constraints: OutputConstraints, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
         self.constraints, self.vocabulary = constraints, vocabulary
@@ -114,7 +114,10 @@ class OutputState:
         return allowed
 
     def allowed_next_in_format(self, parts: Sequence[PartKind], tokens_left: int, more_text: bool) -> AllowedNext:
-        """Return the same for a given format. A text ends early enough that the parts after it still fit."""
+        """Return the kinds of tokens that may come next under a format.
+
+        A text ends early enough that the parts after it still fit.
+        """
         if self.part_index == len(parts):
             return AllowedNext.END
         if parts[self.part_index] == "image":

@@ -1,4 +1,4 @@
-"""A lock that threads get in the order in which they asked for it."""
+"""A first-come, first-served lock."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class FairLock:
     def hold(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Hold the lock for a block of code; yields whether it is held.
 
-        `unless` is looked at whenever a holder releases the lock: a waiting thread for which it is true gives up waiting,
-        and its block runs without the lock.
+        `unless` is evaluated whenever the lock is released; if it is true, a waiting thread stops waiting and runs its
+        block without the lock.
         """
         ticket = object()
         with self.condition:
