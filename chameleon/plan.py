@@ -6,7 +6,7 @@ Nothing is estimated that can be counted: parameters, gradients and optimiser st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -136,11 +136,11 @@ class Plan:
         """Return the bytes left on the device while training; negative where it does not fit."""
         return device_specs(device)[0] - RESERVED_BYTES - self.training.total
 
-    def to_json(self, tokens: float | None = None) -> dict[str, Any]:
+    def to_json(self, device_names: Iterable[str] = DEVICES, tokens: float | None = None) -> dict[str, Any]:
         """Return everything as plain values; with `tokens` to train on, also the days on each kind of device."""
         devices = {
             name: {"spare_bytes": self.spare_bytes(name), "tokens_per_second": self.tokens_per_second(name)}
-            for name in DEVICES
+            for name in device_names
         }
         for name, values in devices.items():
             if tokens is not None:

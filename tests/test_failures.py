@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 from chameleon import device
 from chameleon.cli import main
 from chameleon.data import records, webdataset
+from chameleon.data.sources import texts_of
 from chameleon.data.tokenize import TokenizeOptions, tokenize
 from chameleon.document import Document, Text
 from chameleon.errors import BadInput
@@ -224,6 +225,59 @@ def test_nan_inside_an_image_is_an_error_too(tokenizer: MixedTokenizer) -> None:
     assert engine.is_idle
 
 
+def test_a_request_with_nan_leaves_none_in_the_cache(tokenizer: MixedTokenizer) -> None:
+    """Masked keys and values count too, as 0 × NaN: what a failed request has cached must not reach later ones."""
+    v = tokenizer.vocabulary
+    engine = make_engine(tokenizer)
+    poisoned = Request((v.bos, *range(v.text_start, v.text_start + 20), v.text_start + 60), OutputConstraints(5), SAMPLED)
+    requests = [
+        Request((v.bos, v.text_start + n, *[v.text_start + 30] * n), OutputConstraints(9), SAMPLED) for n in (1, 25)
+    ]
+    expected = make_engine(tokenizer).generate(requests)
+    row = engine.model.embed.weight[v.text_start + 60].clone()
+    with torch.no_grad():
+        engine.model.embed.weight[v.text_start + 60] = math.nan
+    engine.rebuild_if_weights_changed()
+    with pytest.raises(BadInput, match="first in embed"):
+        engine.generate([poisoned])
+    assert engine.generate(requests) == expected
+    cache = engine.manager.cache
+    assert cache is not None and all(bool(buffer.isfinite().all()) for buffer in (*cache.keys, *cache.values))
+    with torch.no_grad():
+        engine.model.embed.weight[v.text_start + 60] = row
+
+
+def test_a_failed_admission_is_an_error_and_ends(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = texts(tokenizer, 3)
+    expected = make_engine(tokenizer).generate(requests)
+    for name in ("reserve", "allocate"):
+        engine, calls = make_engine(tokenizer), iter(range(100))
+        method = getattr(engine.manager, name)
+
+        def fail_once(*arguments: Any, calls: Any = calls, method: Any = method) -> Any:
+            if next(calls) == 1:
+                raise RuntimeError("CUDA error")
+            return method(*arguments)
+
+        monkeypatch.setattr(engine.manager, name, fail_once)
+        results = engine.generate(requests, return_errors=True)
+        assert isinstance(results[1], RuntimeError) and [results[0], results[2]] == [expected[0], expected[2]]
+        assert engine.is_idle and not engine.manager.sequences
+
+
+def test_an_iterator_that_is_collected_during_a_step_is_cancelled(tokenizer: MixedTokenizer) -> None:
+    requests = texts(tokenizer, 2, length=20)
+    expected = make_engine(tokenizer).generate(requests)
+    engine = make_engine(tokenizer)
+    streams = [engine.stream(requests[:1])]
+    next(streams[0])
+    hook = engine.model.norm.register_forward_pre_hook(lambda *_: streams.clear())
+    found = engine.generate(requests[1:])
+    hook.remove()
+    engine.step()
+    assert found == expected[1:] and engine.is_idle and not engine.scheduler.requests
+
+
 # --- seeds ---
 
 
@@ -372,6 +426,55 @@ def test_bytes_that_could_not_be_read_count_as_skipped(
     assert report["documents_out"] == 47 and report["unreadable_bytes"] == 512 + 400_384
     assert "400896 bytes could not be read" in capsys.readouterr().err
     main([*command, "--max-skipped", "0.95"])
+
+
+def test_odd_members_lose_no_others(tmp_path: Path) -> None:
+    """A hard link whose header has a size, a folder with a long name, a file named `damage`, a zeroed header."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (
+            ("a.txt", b"0"),
+            ("link", tarfile.LNKTYPE),
+            ("x" * 150, tarfile.DIRTYPE),
+            ("b.damage", b"0"),
+            ("b.txt", b"0"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.size = 3 if kind == b"0" else 0
+            if kind == tarfile.LNKTYPE:
+                info.linkname, info.size = "a.txt", 1024
+            tar.addfile(info, io.BytesIO(b"abc") if kind == b"0" else None)
+    skipped: list[str] = []
+    samples = list(webdataset.read_samples(path, lambda where, reason, num_bytes=0: skipped.append(reason)))
+    assert [sorted(set(sample) - {"__url__", "__key__"}) for sample in samples] == [["txt"], ["damage", "txt"]]
+    assert skipped == []
+    data = bytearray(archive(path, count=3))
+    data[2048:2560] = bytes(512)
+    path.write_bytes(data)
+    samples = list(webdataset.read_samples(path, lambda where, reason, num_bytes=0: skipped.append(reason)))
+    assert [sample["txt"] for sample in samples] == [b"document 0"] and "damaged header" in skipped[0]
+
+
+def test_odd_records_are_skipped_and_named(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        '{"text": "good"}',
+        '{"text": ' + "9" * 5000 + "}",
+        '{"conversations": [{"from": ["human"], "value": "x"}]}',
+        '{"\\ud800": 1}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+    assert (report.documents_in, report.documents_out) == (4, 1)
+    assert [example.split(",")[1].split(":")[0] for example in report.examples] == [" line 2", " line 3", " line 4"]
+    with pytest.raises(BadInput, match=r"a\.jsonl, line 2: not JSON"):
+        list(texts_of([str(tmp_path / "a.jsonl")]))
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    (tmp_path / "a.csv").write_text("text\nshort\n" + "x" * (3 << 20) + "\nafter\n")
+    report = tokenize([str(tmp_path / "a.csv")], tokenizer, tmp_path / "csv")
+    assert report.documents_out == 2 and "line 3: over the limit of 1 MiB" in report.examples[0]
 
 
 # --- paths and sizes ---

@@ -172,6 +172,16 @@ def test_several_processes_train_as_one(tmp_path: Path, tokenizer: MixedTokenize
         torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=2e-2, msg=name)
 
 
+def test_tokens_without_weight_are_in_no_metric(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    path = recipe_file(tmp_path, tokenizer, image_loss_weight=0.0)
+    train(read_recipe(PretrainRecipe, path, ["run.max_steps=1", "run.log_every_n_steps=1"]))
+    (row,) = log_of(tmp_path / "run")
+    assert math.isnan(float(row["train/image_loss"])) and math.isfinite(float(row["train/text_loss"]))
+    chance = math.log(tokenizer.vocabulary.size)
+    assert float(row["train/text_log_z"]) == pytest.approx(chance, rel=0.1)
+    assert float(row["train/log_z"]) == pytest.approx(chance, rel=0.1)  # zeros of image tokens would bring it down
+
+
 # --- the image tokenizer's module ------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,9 @@ def asked_of(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[Request]
     """The requests that the model's engine gets from here on."""
     found: list[Request] = []
     submit = model.engine.submit_all
-    monkeypatch.setattr(model.engine, "submit_all", lambda requests: (found.extend(requests), submit(requests))[1])
+    monkeypatch.setattr(
+        model.engine, "submit_all", lambda requests, *more: (found.extend(requests), submit(requests, *more))[1]
+    )
     return found
 
 

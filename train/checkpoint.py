@@ -262,12 +262,20 @@ class CheckpointCallback(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StepModule)
         self.last_save_time = time.monotonic()
-        if trainer.is_global_zero:
+
+        def prepare_folder() -> None:
+            if not trainer.is_global_zero:
+                return
             self.out.mkdir(parents=True, exist_ok=True)
             kind = "fit_image" if "sources" in self.recipe else "training"
             record = {"kind": kind, "processes": trainer.world_size, "started": time.time(), "recipe": self.recipe}
             write_json(self.out / RUN_FILE, record)
             self.remove_stale_files()
+
+        if is_single_process():
+            prepare_folder()
+        else:
+            run_on_all_processes(prepare_folder)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_sigterm)
         if self.resume_point is None:
@@ -314,12 +322,13 @@ class CheckpointCallback(Callback):
             self.roll_back(trainer, module)
             return
         step = module.current_step  # callbacks run before the module counts the step
-        if step >= self.run.max_steps or module.guard.consecutive_skips:  # the result follows, or maybe a rollback
+        if step >= self.run.max_steps:  # the result follows
             return
         save_every, minutes = self.run.save_every_n_steps, self.run.save_every_n_minutes
         is_due = bool(minutes) and time.monotonic() - self.last_save_time > 60 * minutes
         is_due, is_terminated = self.agree(trainer, is_due)
-        if (save_every and step % save_every == 0) or is_due or is_terminated:
+        is_due |= bool(save_every) and step % save_every == 0
+        if (is_due or is_terminated) and not module.guard.consecutive_skips:  # not where a rollback may follow
             module.guard.rollbacks = 0
             self.save(trainer, module, step)
             self.last_save_time = time.monotonic()
@@ -376,21 +385,27 @@ class CheckpointCallback(Callback):
             return
         # All processes write to one folder, which the first one creates, and renames when all are done.
         partial = folder / f".step-{step:08}.partial-all"
-        if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        trainer.strategy.barrier()
+
+        def create_folder() -> None:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def complete() -> None:
+            if trainer.is_global_zero:
+                self.write_description(partial, trainer, module, step)
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+
         try:
+            run_on_all_processes(create_folder)
             run_on_all_processes(lambda: self.check_disk_space(tensors))  # before any process waits for another's writing
             run_on_all_processes(lambda: write_tensors(partial, tensors))
+            run_on_all_processes(complete)
         except BadInput as error:
             if trainer.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             raise BadInput(error.reason, where=folder, remedy="free some space; earlier checkpoints are kept") from None
-        if trainer.is_global_zero:
-            self.write_description(partial, trainer, module, step)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
         self.remove_old_checkpoints(trainer)
         trainer.strategy.barrier()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class ImageBatchDataset(Dataset[Tensor]):
     def sample_weight(self, entry: PictureEntry) -> float:
         """Return the relative sampling weight of an image. Raise `BadInput` where its record has no such number."""
         value = entry.fields.get(self.recipe.weight_field, 1.0) if self.recipe.weight_field else 1.0
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise BadInput(f"{self.recipe.weight_field} is {value!r}, expected a number above 0", where=entry.name)
         return float(value)
 

@@ -105,9 +105,10 @@ class LanguageModule(StepModule):
 
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         grad_norm = global_grad_norm(parameters)
-        totals = self.reduce_totals(batch, modality, token_losses, loss, output_norm)
+        weighted_batch = batch._replace(loss_weights=loss_weights)
+        totals = self.reduce_totals(weighted_batch, modality, token_losses, loss, output_norm)
         update_ratio: Tensor | float = 0.0
-        if not self.should_skip_step(torch.tensor(totals.loss), grad_norm):
+        if not self.should_skip_step(totals.loss, grad_norm):
             clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
             update_monitor = UpdateRatioMonitor(self.model) if is_monitored else None
             for optimizer in optimizers:

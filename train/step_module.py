@@ -144,10 +144,9 @@ class StepModule(L.LightningModule):
         """Return where the samples of a batch are, for a message about it; empty where that is not known."""
         return ""
 
-    def should_skip_step(self, loss: Tensor, grad_norm: Tensor) -> bool:
+    def should_skip_step(self, loss: Tensor | float, grad_norm: Tensor) -> bool:
         """Return whether the optimiser step is to be skipped, the same on all processes, and report it if so."""
-        values = torch.stack((loss.detach().double(), grad_norm.detach().double())).tolist()
-        reason = self.guard.reason_to_skip(*values)
+        reason = self.guard.reason_to_skip(float(loss), float(grad_norm))
         if reason is not None:
             text = f"{reason} {self.describe_batch(self.batches_seen)}".rstrip()
             self.events.add(self.current_step, "skipped step", text)

@@ -55,6 +55,8 @@ def info(arguments: argparse.Namespace) -> None:
     is_run, is_bundle = (folder / RUN_FILE).is_file(), (folder / PROVENANCE_FILE).is_file()
     if (is_run or is_bundle) and (arguments.check or arguments.show is not None or arguments.html):
         raise BadInput("--check, --show and --html are for token shards", where=folder)
+    if arguments.curves and not is_run:
+        raise BadInput("--curves is for runs", where=folder)
     if is_run:
         show_run(arguments, folder)
     elif is_bundle:
@@ -196,7 +198,7 @@ def plan(arguments: argparse.Namespace) -> None:
         days = f", {result.days(name, arguments.tokens):,.2f} days" if arguments.tokens else ""
         fits = f"fits, {spare / 1e9:.1f} GB to spare"
         lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}")
-    print_result(arguments, result.to_json(arguments.tokens), "\n".join(lines))
+    print_result(arguments, result.to_json(devices, arguments.tokens), "\n".join(lines))
 
 
 def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:

@@ -24,9 +24,7 @@ def add_verbs(verbs: Verbs) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--vocab-size", type=int, help="token ids in all: image codes, special tokens and text pieces")
     size.add_argument("--num-pieces", type=int, help="text pieces, the 256 bytes included")
-    parser.add_argument(
-        "--image-codes", type=int, default=8192, help="image codes that --vocab-size includes (default: 8192)"
-    )
+    parser.add_argument("--image-codes", type=int, help="image codes that --vocab-size includes (default: 8192)")
     parser.add_argument("--out", required=True, help="folder for text_tokenizer.model")
     parser.add_argument("--sample-mb", type=int, default=64, help="text to train on, in MiB at most (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
@@ -54,11 +52,14 @@ def fit_text(arguments: argparse.Namespace) -> None:
     from chameleon.vocabulary import SPECIALS
 
     num_pieces = arguments.num_pieces
+    if arguments.vocab_size is None and arguments.image_codes is not None:
+        raise BadInput("only with --vocab-size", where="--image-codes")
     if arguments.vocab_size is not None:
-        num_pieces = arguments.vocab_size - arguments.image_codes - len(SPECIALS)
+        image_codes = 8192 if arguments.image_codes is None else arguments.image_codes
+        num_pieces = arguments.vocab_size - image_codes - len(SPECIALS)
         if num_pieces < 1:
             raise BadInput(
-                f"{arguments.image_codes} image codes and {len(SPECIALS)} special tokens leave no room for text",
+                f"{image_codes} image codes and {len(SPECIALS)} special tokens leave no room for text",
                 where=f"--vocab-size {arguments.vocab_size}",
                 remedy="ask for more",
             )

@@ -83,7 +83,7 @@ def min_score(sample: Sample, limits: Mapping[str, float]) -> str | None:
     for name, limit in limits.items():
         try:
             value = float(sample.fields[name])  # in a CSV numbers are texts
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, OverflowError):
             return f"no number {name}"
         if not value >= limit:
             return f"{name} is under {limit:g}"

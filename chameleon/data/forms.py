@@ -92,7 +92,7 @@ def llava_form(record: dict[str, Any], context: RecordContext) -> Conversation:
     if not isinstance(record["conversations"], list) or not record["conversations"]:
         raise context.error("conversations is not a list with entries")
     for entry in record["conversations"]:
-        if not isinstance(entry, dict) or entry.get("from") not in SPEAKERS:
+        if not isinstance(entry, dict) or not isinstance(entry.get("from"), str) or entry["from"] not in SPEAKERS:
             raise context.error('expected "from" (human or gpt) and "value" in conversations')
         parts: list[Part] = []
         for index, text in enumerate(context.text(entry.get("value"), "value").split(PLACEHOLDER)):

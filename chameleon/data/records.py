@@ -17,7 +17,7 @@ from typing import IO, Any
 import pyarrow
 from pyarrow import parquet
 
-from chameleon.data.webdataset import SkipHandler
+from chameleon.data.webdataset import SkipHandler, raise_on_skip
 from chameleon.document import check_unicode
 from chameleon.errors import BadInput
 
@@ -59,7 +59,9 @@ def parse_json(text: str, where: object) -> Any:
 
     try:
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=build_object)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
         raise BadInput(f"not JSON ({error})", where=where) from None
 
 
@@ -163,8 +165,16 @@ def read_csv(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with open_decompressed(path) as file:
         # Invalid UTF-8 is reported when the fields of its row are checked, so that later rows are read.
-        lines = ((line or b"").decode("utf-8", "surrogateescape") + "\n" for line in split_lines(file))
-        yield from csv_rows(csv.DictReader(lines, delimiter=delimiter, strict=True), path, on_skip)
+        reader = csv.DictReader(csv_lines(file, path, on_skip), delimiter=delimiter, strict=True)
+        yield from csv_rows(reader, path, on_skip)
+
+
+def csv_lines(file: IO[bytes], path: Path, on_skip: SkipHandler) -> Iterator[str]:
+    """Yield the lines of a stream, empty ones in place of those over the limit, which are reported."""
+    for line_number, line in enumerate(split_lines(file), 1):
+        if line is None:
+            on_skip(f"{path}, line {line_number}", f"over the limit of {MAX_LINE_BYTES >> 20} MiB")
+        yield (line or b"").decode("utf-8", "surrogateescape") + "\n"
 
 
 def csv_rows(reader: csv.DictReader[str], path: Path, on_skip: SkipHandler) -> Iterator[Record]:
@@ -211,7 +221,7 @@ def read_record_file(kind: str, path: Path, on_skip: SkipHandler) -> Iterator[Re
     except FileNotFoundError:
         raise BadInput("no such file", where=path) from None
     except BadInput as error:
-        if not path.is_file():
+        if on_skip is raise_on_skip or not path.is_file():
             raise
         on_skip(str(path), error.reason)
     except DAMAGE_ERRORS as error:

@@ -30,9 +30,18 @@ class SkipHandler(Protocol):
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 << 20
 """Larger members are skipped: no image or text is that large, but a damaged header may claim any size."""
-DAMAGE = "damage"
-"""Extension of the entry that stands for a damaged place."""
+DAMAGE = "\0damage"
+"""Extension of the entry that stands for a damaged place; no file name contains NUL."""
 LONG_NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+TYPES_WITHOUT_DATA = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+"""Members of these types have no data, whatever size their header has."""
 
 
 def raise_on_skip(where: str, reason: str, num_bytes: int = 0) -> None:
@@ -77,12 +86,14 @@ class TarReader:
     def entries(self) -> Iterator[Member | Damage]:
         """Yield the archive's files, and each place that could not be read."""
         extended_name: str | None = None
-        has_end_mark = False
+        has_end_mark, num_zero_blocks = False, 0
         try:
             while block := self.read(BLOCK):
                 if block == bytes(BLOCK):
-                    has_end_mark = True
+                    num_zero_blocks += 1
                     continue
+                has_end_mark |= num_zero_blocks >= 2
+                num_zero_blocks = 0
                 header = parse_header(block)
                 if header is None:
                     start = self.offset - len(block)
@@ -92,27 +103,27 @@ class TarReader:
                     extended_name = None
                     if header is None:
                         return
-                if not 0 <= header.size <= MAX_MEMBER_BYTES:
+                size = 0 if header.type in TYPES_WITHOUT_DATA else header.size
+                name, extended_name = extended_name or header.name, None
+                if not 0 <= size <= MAX_MEMBER_BYTES:
                     limit = MAX_MEMBER_BYTES >> 20
-                    reason = f"member {header.name} claims {header.size} bytes, over the limit of {limit} MiB"
-                    yield Damage(reason, self.skip(header.size))
+                    reason = f"member {name} claims {size} bytes, over the limit of {limit} MiB"
+                    yield Damage(reason, self.skip(size))
                     continue
-                data = self.read(header.size)
-                name = extended_name or header.name
-                if len(data) < header.size:
+                data = self.read(size)
+                if len(data) < size:
                     yield Member(name, b"")  # so that the sample before it is known to be complete
                     yield Damage(f"truncated archive, in member {name}", len(data))
                     return
-                self.read(-header.size % BLOCK)
+                self.read(-size % BLOCK)
                 if header.type in LONG_NAME_TYPES:
                     extended_name = parse_extended_name(header.type, data)
                 elif header.isreg():
                     yield Member(name, data)
-                    extended_name = None
         except (EOFError, OSError, zlib.error) as error:  # of the decompressor
             yield Damage(f"truncated archive, after byte {self.offset} ({error})", 0)
             return
-        if not has_end_mark:
+        if not has_end_mark and not num_zero_blocks:
             yield Damage("truncated archive, without the mark of its end", 0)
 
     def find_next_header(self, num_skipped: int) -> tuple[tarfile.TarInfo | None, int]:
@@ -181,7 +192,7 @@ def read_samples(path: Path, on_skip: SkipHandler = raise_on_skip) -> Iterator[d
                 yield {"fname": entry.name, "data": entry.data, "__url__": str(path)}
             else:  # as a sample of its own, so that those before and after it are not joined
                 damages.append(entry)
-                yield {"fname": f"{index}.{DAMAGE}", "data": b"", "__url__": str(path)}
+                yield {"fname": f"\0{index}.{DAMAGE}", "data": b"", "__url__": str(path)}
 
     def on_duplicate(error: Exception) -> bool:
         on_skip(str(path), str(error.args[0]))

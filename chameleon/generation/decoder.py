@@ -166,6 +166,8 @@ class Decoder:
         kept: list[Tensor] = []
         for request in requests:
             is_complete = all(s in hidden_index or s.last_hidden is not None for s in request.sequences)
+            if not is_complete:
+                request.draft_tokens = []  # only the state after the pending tokens is kept
             for sequence in request.sequences:
                 if not is_complete and sequence in hidden_index:
                     sequence.last_hidden = hidden[hidden_index.pop(sequence)].clone()

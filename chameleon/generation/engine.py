@@ -7,6 +7,7 @@ with the host, or several drafted codes are verified in one pass (`speculative`)
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
@@ -73,6 +74,8 @@ class Engine:
         self.decoder = Decoder(model, vocabulary, self.manager, weight_format=weight_format, compile=compile)
         self.scheduler = Scheduler(self.manager, vocabulary, model.config.context_length, max_batch_size)
         self.lock = FairLock()
+        self.cancelled: deque[int] = deque()
+        """Requests that the next holder of the lock removes."""
         self.weights_version = self.current_weights_version()
 
     # --- requests ---
@@ -83,8 +86,25 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """End a request, wherever it is, and drop its output."""
-        with self.lock.hold():
-            self.scheduler.remove(request_id)
+        self.cancel_all([request_id])
+
+    def cancel_all(self, request_ids: Sequence[int]) -> None:
+        """Cancel several requests. Finished ones need no lock, so that nobody waits for another thread's step."""
+        unfinished = []
+        for request_id in request_ids:
+            if self.is_finished(request_id):
+                self.scheduler.requests.pop(request_id, None)
+            else:
+                unfinished.append(request_id)
+        self.cancelled.extend(unfinished)
+        # An iterator that is garbage-collected during a step cancels in that step's thread: the next step does it.
+        if unfinished and not self.lock.is_entered():
+            with self.lock.hold():
+                self.remove_cancelled()
+
+    def remove_cancelled(self) -> None:
+        while self.cancelled:
+            self.scheduler.remove(self.cancelled.popleft())
 
     def take_output(self, request_id: int) -> list[int]:
         """Return the token ids generated since the last call. Raise the request's error where it failed."""
@@ -145,12 +165,12 @@ class Engine:
         Closing the iterator cancels what is left. max_buffered_codes: image codes that are decoded before any is yielded,
         at most. If requests fail, the first error is raised once the others are completed.
         """
-        entries = self.submit_all(requests)
+        entries = self.submit_all(requests, max_buffered_codes)
         errors: list[Exception] = []
         try:
             unfinished = dict(enumerate(entries))
             while unfinished:
-                self.step_for(list(unfinished.values()), max_buffered_codes)
+                self.step_for(list(unfinished.values()))
                 for index, entry in list(unfinished.items()):
                     is_finished = entry.is_finished  # before reading: a finished request gets no more tokens
                     while entry.unread:
@@ -160,26 +180,24 @@ class Engine:
                         if entry.error is not None:
                             errors.append(entry.error)
         finally:
-            for entry in entries:
-                self.cancel(entry.request_id)
+            self.cancel_all([entry.request_id for entry in entries])
         if errors:
             raise errors[0]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[ActiveRequest]:
+    def submit_all(self, requests: Sequence[Request], max_buffered_codes: int | None = None) -> list[ActiveRequest]:
         """Submit several requests, or none of them where one is invalid."""
         for request in requests:
             request.validate(self.vocabulary, self.model.config.context_length, self.scheduler.max_sequences)
-        return [self.scheduler.submit(request) for request in requests]
+        return [self.scheduler.submit(request, max_buffered_codes) for request in requests]
 
     def run_until_finished(self, entries: Sequence[ActiveRequest]) -> None:
         try:
             while unfinished := [entry for entry in entries if not entry.is_finished]:
                 self.step_for(unfinished)
         finally:
-            for entry in entries:
-                self.cancel(entry.request_id)
+            self.cancel_all([entry.request_id for entry in entries])
 
-    def step_for(self, entries: Sequence[ActiveRequest], max_buffered_codes: int | None = None) -> None:
+    def step_for(self, entries: Sequence[ActiveRequest]) -> None:
         """Run a step, unless another thread's step produces something for one of these requests first."""
 
         num_tokens = sum(len(entry.generated) for entry in entries)
@@ -190,7 +208,7 @@ class Engine:
 
         with self.lock.hold(unless=has_progressed) as is_held:
             if is_held and not has_progressed():
-                self.run_step(max_buffered_codes)
+                self.run_step()
 
     def step(self, max_buffered_codes: int | None = None) -> None:
         """Generate the next tokens of all running requests; finished ones leave, waiting ones join.
@@ -205,6 +223,7 @@ class Engine:
 
     @torch.inference_mode()
     def run_step(self, max_buffered_codes: int | None = None) -> None:
+        self.remove_cancelled()
         if self.scheduler.is_idle:
             return
         try:
@@ -237,7 +256,8 @@ class Engine:
         """Return how many tokens can be decoded before the host needs to see one: several if all requests are in images."""
         if self.draft_length > 1 or len(ready) < len(self.scheduler.running):
             return 1
-        limits = [entry.codes_ahead for entry in ready] + ([max_buffered_codes] if max_buffered_codes else [])
+        limits = [entry.codes_ahead for entry in ready]
+        limits += [limit for limit in (max_buffered_codes, *(entry.max_buffered_codes for entry in ready)) if limit]
         return max(1, min(limits))
 
     def group_by_request(self, ready: Sequence[ActiveRequest], sampled: Tensor) -> list[list[int]]:
@@ -253,7 +273,9 @@ class Engine:
     def add_tokens(self, entry: ActiveRequest, token_ids: list[int]) -> None:
         """Commit sampled tokens to a request and propose its next draft."""
         if NONFINITE in token_ids:
-            self.scheduler.fail(entry, self.nonfinite_error(entry, token_ids[: token_ids.index(NONFINITE)]))
+            error = self.nonfinite_error(entry, token_ids[: token_ids.index(NONFINITE)])
+            self.manager.discard(entry.sequences)
+            self.scheduler.fail(entry, error)
             return
         self.scheduler.commit_tokens(entry, token_ids)
         if not entry.is_finished:
@@ -273,11 +295,16 @@ class Engine:
 
     def nonfinite_error(self, entry: ActiveRequest, token_ids: Sequence[int]) -> BadInput:
         """Return the error for NaN or infinite logits, which names the layer they first appear in."""
-        all_ids = [*entry.request.prompt, *entry.generated, *token_ids]
-        layer = first_nonfinite_layer(self.model, torch.tensor([all_ids], device=self.device))
-        where_first = f"first in {layer}" if layer else "in this batch alone, not when recomputed"
+        output = [*entry.generated, *token_ids]
+        try:
+            branches = [torch.tensor([[*prompt, *output]], device=self.device) for prompt in entry.request.prompts]
+            layers = [first_nonfinite_layer(self.model, branch) for branch in branches]
+            layer = next((layer for layer in layers if layer), None)
+            where_first = f"first in {layer}" if layer else "in this batch alone, not when recomputed"
+        except Exception as error:  # such as being out of memory, which must not affect other requests
+            where_first = f"in a layer that could not be found ({error})"
         return BadInput(
-            f"the logits of token {len(all_ids)} are NaN or infinite, {where_first}",
+            f"the logits of token {len(entry.request.prompt) + len(output)} are NaN or infinite, {where_first}",
             where="model",
             remedy="load it in float32 or bfloat16, or check its weights",
         )

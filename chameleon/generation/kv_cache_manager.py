@@ -159,6 +159,13 @@ class KVCacheManager:
                 self.cache.copy_slot(source.slot, sequence.slot, sequence.prefix_length)
                 sequence.num_cached, sequence.prefix_source = sequence.prefix_length, None
 
+    def discard(self, sequences: Sequence[CachedSequence]) -> None:
+        """Zero what sequences have cached: NaN there would reach other sequences through masked attention (0 × NaN)."""
+        assert self.cache is not None
+        for sequence in sequences:
+            self.cache.zero_slot(sequence.slot)
+            sequence.num_cached = 0
+
     def release(self, sequences: Sequence[CachedSequence]) -> None:
         """Mark sequences as no longer active; `compact` frees their slots."""
         for sequence in sequences:

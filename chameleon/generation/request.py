@@ -109,6 +109,8 @@ class ActiveRequest:
     """Proposed token ids after the pending ones (speculative decoding)."""
     seen_text: Tensor | None = None
     """bool [n] over the text slice: tokens that occurred before; None without repetition penalty."""
+    max_buffered_codes: int | None = None
+    """Image codes that may be decoded before the caller gets any; None is no limit."""
     is_finished: bool = False
     error: Exception | None = None
     """Why the request failed, if it did."""

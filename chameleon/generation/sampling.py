@@ -23,6 +23,10 @@ GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
 
 
+MIN_TEMPERATURE = 1e-4
+"""Logits divided by less overflow in float32."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters. The defaults are those of Meta's released inference code."""
@@ -37,11 +41,12 @@ class Sampling:
     """Divide positive and multiply negative logits of earlier tokens by this (CTRL, arXiv 1909.05858)."""
 
     def __post_init__(self) -> None:
+        is_greedy = self.temperature == 0
         for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "must be 0 (greedy) or more"),
+            ("temperature", is_greedy or MIN_TEMPERATURE <= self.temperature < float("inf"), "must be 0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "must be 0 (all) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be positive"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must lie in [0.01, 100]"),
         ):
             if not valid:
                 raise BadInput(f"{getattr(self, name)} {expected}", where=name)

@@ -34,12 +34,13 @@ class Scheduler:
         """Whether no request is waiting or running."""
         return not self.running and not self.waiting
 
-    def submit(self, request: Request) -> ActiveRequest:
+    def submit(self, request: Request, max_buffered_codes: int | None = None) -> ActiveRequest:
         """Put a request at the end of the queue. Raise `BadInput` where it can never be served."""
         constraints = request.validate(self.vocabulary, self.context_length, self.max_sequences)
-        entry = ActiveRequest(next(self.request_ids), request, OutputState(constraints, self.vocabulary, request.prompt))
-        self.requests[entry.request_id] = entry
+        output = OutputState(constraints, self.vocabulary, request.prompt)
+        entry = ActiveRequest(next(self.request_ids), request, output, max_buffered_codes=max_buffered_codes)
         self.waiting.append(entry)
+        self.requests[entry.request_id] = entry
         return entry
 
     def admit(self) -> list[ActiveRequest]:
@@ -47,6 +48,9 @@ class Scheduler:
         admitted = []
         while self.waiting:
             entry = self.waiting[0]
+            if entry.is_finished:  # an interrupt came while it was admitted
+                self.waiting.popleft()
+                continue
             prompts = entry.request.prompts
             num_sequences = len(self.manager.sequences) + len(prompts)
             length = min(max(map(len, prompts)) + entry.output.constraints.max_new_tokens, self.context_length)
@@ -55,13 +59,13 @@ class Scheduler:
             try:
                 if not self.manager.reserve(num_sequences, length):
                     break
-            except BadInput as error:
+                self.running.append(entry)  # it is always in one of the lists, so that it cannot be lost
                 self.waiting.popleft()
+                for prompt in prompts:
+                    entry.sequences.append(self.manager.allocate(prompt))
+            except Exception as error:
                 self.fail(entry, error)
                 continue
-            self.waiting.popleft()
-            entry.sequences = [self.manager.allocate(prompt) for prompt in prompts]
-            self.running.append(entry)
             admitted.append(entry)
             self.append_forced_tokens(entry)
         self.manager.compact()  # a request may have had nothing to generate but forced tokens
@@ -124,7 +128,10 @@ class Scheduler:
             self.manager.compact()
 
     def fail_all(self, error: Exception) -> None:
-        """End all running requests with an error and free the cache. Waiting requests and finished output stay."""
-        for entry in list(self.running):
+        """End all running requests with an error and free the cache. Waiting requests and finished output stay.
+
+        Where none is running the first waiting one ends, since its admission failed.
+        """
+        for entry in list(self.running) or list(self.waiting)[:1]:
             self.fail(entry, error)
         self.manager.clear()

@@ -8,6 +8,7 @@ sampled. The output is the same for every draft length, and the distribution is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from chameleon.generation.request import ActiveRequest
 from chameleon.vocabulary import Vocabulary
@@ -21,7 +22,7 @@ def accept_draft(request: ActiveRequest, sampled: Sequence[int]) -> list[int]:
     num_accepted = 1
     while num_accepted < len(sampled) and sampled[num_accepted - 1] == request.draft_tokens[num_accepted - 1]:
         num_accepted += 1
-    request.draft_tokens = list(sampled[num_accepted:])
+    request.draft_tokens = list(takewhile(lambda token_id: token_id >= 0, sampled[num_accepted:]))  # negative: not finite
     return list(sampled[:num_accepted])
 
 

@@ -57,6 +57,12 @@ class KVCache:
             buffer[target, :, :length] = buffer[source, :, :length]
 
     @torch.inference_mode()
+    def zero_slot(self, slot: int) -> None:
+        """Zero a slot."""
+        for buffer in (*self.keys, *self.values):
+            buffer[slot].zero_()
+
+    @torch.inference_mode()
     def copy_from(self, other: KVCache) -> None:
         """Copy all slots of a smaller cache."""
         for target, source in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
