@@ -200,7 +200,7 @@ def test_api_on_a_random_model(chameleon: Chameleon) -> None:
         chameleon.answer(picture, "what is it? " * 100)
 
 
-def test_whole_characters_never_cut_one() -> None:
+def test_complete_utf8_length_never_splits_a_character() -> None:
     text = "aé漢🧑‍🚀"
     data = text.encode()
     for end in range(len(data) + 1):
@@ -274,7 +274,7 @@ def test_exact_match_and_cider() -> None:
     assert 0 < cider_d(["a red heart", "two dogs", "green apple"], references) < 10
 
 
-def test_the_shipped_bundle_is_whole(tmp_path: Path) -> None:
+def test_the_shipped_bundle_loads(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(SHIPPED, copy)
     bundle = Bundle.load(copy)

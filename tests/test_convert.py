@@ -992,7 +992,7 @@ def test_memory_is_bounded_by_the_largest_tensor(to: str, tmp_path: Path) -> Non
         assert all(same(meta_weights(source)[name], meta_weights(tmp_path / "out")[name]) for name in meta_weights(source))
 
 
-def test_what_torch_writes_piecemeal_is_a_whole_archive(published: Path, tmp_path: Path) -> None:
+def test_incrementally_written_torch_files_are_valid_archives(published: Path, tmp_path: Path) -> None:
     convert(published, tmp_path / "meta", "meta", shards=2)
     files = [*(tmp_path / "meta").rglob("*.pth"), *(tmp_path / "meta").rglob("*.ckpt")]
     assert len(files) == 3

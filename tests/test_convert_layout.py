@@ -178,7 +178,7 @@ def test_there_and_back_gives_the_same_bytes(shape: tuple[int, int, int], fused:
     assert list(again) == list(ours) and all(torch.equal(again[name], ours[name]) for name in ours)
 
 
-def test_shards_are_split_anew() -> None:
+def test_resharding() -> None:
     config = config_for(8, 8, 1)
     ours = dict(from_meta(random_shards(config), config))
     four = shards_of(ours, config, 4)

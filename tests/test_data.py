@@ -57,7 +57,7 @@ def test_image_text_shards(shard: Path) -> None:
     ]
 
 
-def test_bad_samples_are_named_and_passed_over(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_bad_samples_are_named_and_skipped(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     files = {
         "a.png": png(),
         "a.txt": b"ok",
@@ -95,7 +95,7 @@ def test_truncated_archives_keep_what_came_before(shard: Path, tmp_path: Path, t
     assert report.documents_out == 0 and sum(report.skipped.values()) == 1
 
 
-def test_an_archive_cut_between_members_is_reported_and_its_last_sample_left_out(shard: Path, tmp_path: Path) -> None:
+def test_an_archive_truncated_between_members_is_reported_and_its_last_sample_skipped(shard: Path, tmp_path: Path) -> None:
     """tarfile alone takes such an archive for whole, and its last picture would be read without its caption."""
     with tarfile.open(shard) as archive:
         caption = archive.getmember("a.txt")
@@ -201,7 +201,7 @@ def test_sources_that_match_nothing_are_named(tmp_path: Path) -> None:
 # --- the embedded set ---
 
 
-def test_embedded_set_is_whole() -> None:
+def test_embedded_set_is_complete() -> None:
     everything = emoji.load()
     counts = {style: sum(entry.style == style for entry in everything) for style in emoji.STYLES}
     assert counts == {"fluent": 3372, "noto": 3781, "twemoji": 3781}

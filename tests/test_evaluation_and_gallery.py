@@ -66,7 +66,7 @@ def test_nearest_names_by_hand() -> None:
     assert nearest_names(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), known, names, 2) == [["a", "b"], ["b", "a"]]
 
 
-def test_features_know_a_picture_again() -> None:
+def test_features_recognise_an_augmented_picture() -> None:
     """The real network: a picture is nearer to itself moved a little than to others."""
     chosen = [entry for entry in emoji.representatives(emoji.subset("train", 60)) if entry.group != "people-body"][:12]
     features = EffNetLite0()
@@ -93,7 +93,7 @@ def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.Monkey
     assert question_accuracy(model, held_out)["flags yes-no"]["right"] == answers.count("yes") / len(answers)
 
 
-def test_the_suite_runs_whole(model: Chameleon) -> None:
+def test_the_complete_suite_runs(model: Chameleon) -> None:
     figures = evaluate(model, concepts=8, drawings=2)
     assert set(figures) >= {"reconstruction", "captions", "questions", "drawings", "text_bits_per_byte"}
     assert figures["drawings"]["drawings"] == 2
@@ -153,7 +153,7 @@ def test_curves_show_what_was_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline(tmp_path: Path) -> None:
+def test_the_complete_pipeline(tmp_path: Path) -> None:
     """`chameleon demo` with a recipe of a few steps: every stage runs, and the page holds both models."""
     for name, changes in (
         ("demo-image", {"run": {"max_steps": 4, "log_every_n_steps": 1, "progress": False}}),

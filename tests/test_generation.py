@@ -221,7 +221,7 @@ PICTURE = "bcccccce"
     max_text_tokens=st.none() | st.integers(1, 5),
     choices=CHOICES,
 )
-def test_any_choice_of_allowed_ids_gives_whole_pictures(
+def test_any_choice_of_allowed_tokens_gives_complete_images(
     max_new_tokens: int, max_images: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
     made = generated_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
@@ -396,7 +396,7 @@ def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer
     assert not engine.manager.sequences
 
 
-def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
+def test_prefixes_are_prefilled_once(tokenizer: MixedTokenizer) -> None:
     """Counted in ids that the model reads: samples of one prompt, guidance branches, a prompt seen in an earlier call."""
     v = tokenizer.vocabulary
     engine = make_engine(tokenizer)
@@ -417,7 +417,7 @@ def test_prefixes_are_read_once(tokenizer: MixedTokenizer) -> None:
     hook.remove()
 
 
-def test_the_host_does_not_look_inside_pictures(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_synchronisation_inside_images(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     v = tokenizer.vocabulary
     engine = make_engine(tokenizer)
     looks = []
@@ -491,7 +491,7 @@ def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokeni
     assert engine.generate(asked) == expected
 
 
-def test_requests_with_nothing_to_choose_take_no_place(tokenizer: MixedTokenizer) -> None:
+def test_requests_with_only_forced_tokens_take_no_slot(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     engine = make_engine(tokenizer, {"max_batch_size": 3})
     whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.codes_per_image))
@@ -499,7 +499,7 @@ def test_requests_with_nothing_to_choose_take_no_place(tokenizer: MixedTokenizer
     assert engine.generate(asked) == [[v.eoi]] * 7 + make_engine(tokenizer).generate(asked[7:])
 
 
-def test_a_stream_whose_request_was_dropped_says_so(tokenizer: MixedTokenizer) -> None:
+def test_a_stream_of_a_cancelled_request_raises(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer)
     stream = engine.stream(requests(tokenizer.vocabulary, DRAWN)[:1])
     next(stream)
@@ -522,7 +522,7 @@ def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
     assert found == expected
 
 
-def test_what_does_not_fit_is_said(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_do_not_fit_are_refused(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tokenizer, context_length=16)
     v = tokenizer.vocabulary
     with pytest.raises(BadInput, match=r"the prompt has 20 tokens, the context length is 16; shorten it to 15"):

@@ -282,7 +282,7 @@ def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:
         ([SourceConfig("a")], [StageConfig(0.5, {"a": -2})], "weight of a is -2"),
     ],
 )
-def test_mixtures_that_make_no_sense_are_refused(
+def test_invalid_mixtures_are_refused(
     sources: list[SourceConfig], stages: list[StageConfig], message: str, tokenizer: MixedTokenizer
 ) -> None:
     with pytest.raises(BadInput, match=re.escape(message)):

@@ -144,7 +144,7 @@ def test_no_room_for_a_checkpoint_keeps_what_is_there(
     assert kept == ["step-00000002", "step-00000004"]
 
 
-def test_another_optimizer_goes_on_by_force(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_force_resumes_with_another_optimizer(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=3"])
     train(recipe)
     recipe.run.resume, recipe.optimizer.kind = True, "muon"
@@ -202,7 +202,7 @@ def test_a_tied_head_is_trained(tmp_path: Path, tokenizer: MixedTokenizer) -> No
     train(read_recipe(PretrainRecipe, tmp_path / "recipe.yaml", more))
 
 
-def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_checkpoints_of_an_earlier_run_are_moved_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
     train(recipe)
     run = tmp_path / "run"

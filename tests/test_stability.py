@@ -36,7 +36,7 @@ def events(out: Path) -> list[dict[str, Any]]:
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=10, max_size=60), st.floats(21, 1e6))
-def test_a_guard_leaves_out_spikes_alone(norms: list[float], size: float) -> None:
+def test_a_guard_skips_spikes_only(norms: list[float], size: float) -> None:
     guard = StepGuard(StabilityConfig(window_steps=10, max_grad_norm_ratio=10.0, max_consecutive_skips=3))
     assert all(guard.reason_to_skip(1.0, norm) is None for norm in norms)
     again = StepGuard(guard.config)
@@ -49,13 +49,13 @@ def test_a_guard_leaves_out_spikes_alone(norms: list[float], size: float) -> Non
         assert one.reason_to_skip(1.0, 1.0) is None and not one.needs_rollback
 
 
-def test_a_guard_without_spikes_takes_what_is_finite() -> None:
+def test_a_guard_without_ratio_accepts_finite_norms() -> None:
     guard = StepGuard(StabilityConfig(max_grad_norm_ratio=0.0, window_steps=2))
     assert all(guard.reason_to_skip(1.0, norm) is None for norm in (1.0, 1.0, 1e9))
     assert guard.reason_to_skip(math.inf, 1.0)
 
 
-def test_an_alarm_waits_for_growth_and_tells_again_after_as_much() -> None:
+def test_an_alarm_waits_for_growth_and_repeats_after_as_much() -> None:
     alarm = DivergenceAlarm(StabilityConfig(window_steps=10, max_output_norm_growth=2.0), warmup_steps=5)
     told = [step for step in range(200) if alarm.check_output_norm(step, 1.05**step)]
     apart = math.log(2) / math.log(1.05)
@@ -88,7 +88,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int], stop: int = -1) -> lis
     return seen
 
 
-def test_a_step_that_is_not_finite_is_left_out(
+def test_a_step_that_is_not_finite_is_skipped(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=6", "run.log_every_n_steps=1"])
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_is_left_out(
     assert event["step"] == 4 and "loss is nan" in event["text"] and "batch 3: rows shards" in event["text"]
 
 
-def test_a_run_goes_back_and_passes_over_the_batches(
+def test_a_run_rolls_back_and_skips_the_batches(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches 5, 6 and 7 are bad: from the checkpoint of step 4 on with batch 8. Killed later, it ends the same."""
@@ -134,7 +134,7 @@ def test_a_run_goes_back_and_passes_over_the_batches(
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-def test_with_nothing_to_go_back_to_it_ends_with_a_word(
+def test_without_a_checkpoint_to_roll_back_to_it_raises(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["run.max_steps=9", "run.save_every_n_minutes=0", "stability.max_consecutive_skips=2"]
@@ -144,9 +144,7 @@ def test_with_nothing_to_go_back_to_it_ends_with_a_word(
         train(recipe)
 
 
-def test_a_run_that_goes_back_in_vain_ends(
-    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_rollbacks_end_the_run(tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ["run.max_steps=60", "run.save_every_n_steps=4", "stability.max_consecutive_skips=2"]
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
     seen = spoil(monkeypatch, set(range(5, 120)))
@@ -155,7 +153,7 @@ def test_a_run_that_goes_back_in_vain_ends(
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 5, 4, 5]
 
 
-def test_the_output_norm_is_told_of_before_the_loss_blows_up(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_output_norm_alarm_precedes_divergence(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """A rate that grows without end, as in a search for the largest one: first the norm grows, then the loss."""
     ramp = "optimizer={lr: 0.003, warmup_steps: 2, eps: 1.0e-8, min_lr_ratio: 300.0, max_grad_norm: 0}"
     changes = ["run.max_steps=400", "run.log_every_n_steps=1", "model.qk_norm=false", "z_loss=0", "num_samples=0"]

@@ -61,7 +61,7 @@ def test_bad_models_are_named(tmp_path: Path) -> None:
         SentencePieceTokenizer.load(tmp_path)
 
 
-def test_fit_gives_the_count_asked_for_and_says_why_it_cannot() -> None:
+def test_fit_gives_the_requested_count_or_explains_why_not() -> None:
     text = ["the cat sat on the mat, the dog sat on the log. " * 5, "quick brown foxes jump over lazy hounds " * 3]
     assert len(SentencePieceTokenizer.fit(text, 290)) == 290
     with pytest.raises(BadInput, match="ask for fewer"):

@@ -106,7 +106,7 @@ tokenize([sys.argv[1]], MixedTokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]
     assert without_run(files_of(out)) == without_run(files_of(tmp_path / "whole"))
 
 
-def test_a_worker_that_dies_is_named_and_nothing_half_made_stays(
+def test_a_worker_that_dies_is_reported_and_leaves_nothing_incomplete(
     shards: str, tmp_path: Path, tokenizer: MixedTokenizer
 ) -> None:
     def kill_workers(status: Status) -> None:
@@ -183,12 +183,12 @@ def test_filters(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
         (Filters(languages=[]), "languages is an empty list"),
     ],
 )
-def test_filters_that_make_no_sense(filters: Filters, message: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_invalid_filters(filters: Filters, message: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     with pytest.raises(BadInput, match=message):
         tokenize(["emoji:words"], tokenizer, tmp_path, options=TokenizeOptions(filters=filters))
 
 
-def test_pictures_that_came_before(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+def test_duplicate_pictures(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Ten samples over two shards show six pictures; each stays where it is seen first, also with the shards made apart."""
     shown = [[0, 1, 0, 2, 3], [1, 4, 4, 5, 0]]
     for number, pictures in enumerate(shown):
@@ -250,7 +250,7 @@ def test_options_from_the_command_line(shards: str, bundle_folder: Path, tmp_pat
         ("filter.min_side=3", "unknown key filter; did you mean filters?"),
     ],
 )
-def test_options_that_make_no_sense(change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options(change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["tokenize", "emoji:words", "--out", str(tmp_path / "out"), "--set", change])
     lines = capsys.readouterr().err.strip().splitlines()
@@ -265,9 +265,7 @@ def test_options_that_make_no_sense(change: str, message: str, tmp_path: Path, c
         (["--device", "cpux"], "device cpux: cannot be used"),
     ],
 )
-def test_flags_that_make_no_sense(
-    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_flags(more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["tokenize", "emoji:words", "--out", str(tmp_path / "out"), *more])
     assert error.value.code == 2 and message in capsys.readouterr().err
@@ -285,7 +283,7 @@ def test_scores_in_a_csv_and_nothing_left(bundle_folder: Path, tmp_path: Path, c
     assert error.value.code == 3 and "none of 4 samples is left" in capsys.readouterr().err
 
 
-def test_relative_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes elsewhere work in other folders."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
@@ -393,7 +391,7 @@ def made(bundle_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
-def test_looking_at_shards(made: Path, bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_showing_shards(made: Path, bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["info", str(made), "--show", "3", "--model", str(bundle_folder)])
     shown = capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_a_stream_is_what_is_generated(model: Chameleon, seed: int) -> None:
     assert all(piece.image.size == (16, 4 * piece.rows) for piece in forming)
 
 
-def test_text_comes_in_whole_characters_and_is_not_lost_before_a_picture(tokenizer: MixedTokenizer) -> None:
+def test_text_streams_in_complete_characters_and_is_not_lost_before_an_image(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     ids = tokenizer.text_to_ids("aé漢🧑‍🚀")
     assert len(ids) > 8  # bytes of their own
@@ -386,7 +386,7 @@ def test_a_packed_model_can_be_saved_a_quantised_one_says_why_not(bundle_folder:
         Chameleon.load(bundle_folder, weight_format="int8").bundle.save(tmp_path / "other")
 
 
-def test_nothing_asked_is_nothing_made(model: Chameleon) -> None:
+def test_empty_batches(model: Chameleon) -> None:
     assert model.draw_batch([]) == model.draw_samples("a", 0) == model.rank([], "a") == model.caption_batch([]) == []
 
 
