@@ -190,10 +190,10 @@ def test_api_on_a_random_model(chameleon: Chameleon) -> None:
     assert isinstance(chameleon.answer(picture, "what is it?"), str)
     assert chameleon.draw("orange heart", seed=3).size == (16, 16)
     document = Document((Text("a"), Image(picture)))
-    made = chameleon.generate(document, max_new_tokens=40)
+    output = chameleon.generate(document, max_new_tokens=40)
     streamed = Document(tuple(chameleon.stream(document, max_new_tokens=40)))
-    assert streamed.text == made.text
-    assert len(streamed.images) == len(made.images)
+    assert streamed.text == output.text
+    assert len(streamed.images) == len(output.images)
     ids = chameleon.encode(document)
     assert chameleon.logits(ids[None]).shape == (1, len(ids), chameleon.vocabulary.size)
     with pytest.raises(BadInput, match="shorten it"):

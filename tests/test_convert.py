@@ -81,17 +81,17 @@ def meta_tokenizer(order: list[int] | None = None) -> dict[str, Any]:
         r"\p{N}",
         r"[\p{P}!-/:-@\[-`{-~]",
     ]
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    output = tokenizers.Tokenizer(models.BPE())
+    output.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in splits),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    made.train_from_iterator(TEXT * 5, trainer)
-    made.decoder = decoders.ByteLevel()
-    learned = json.loads(made.to_str())
+    output.train_from_iterator(TEXT * 5, trainer)
+    output.decoder = decoders.ByteLevel()
+    learned = json.loads(output.to_str())
     names = ["<s>", "<pad>", "</s>", "<unk>", *map(image_piece, order or range(CODES)), "<eoss>", "<racm3:break>"]
     names += [f"<reserved{number:05d}>" for number in range(8700, 8712)]
     specials = [name for name in names if not name.startswith("IMGIMG")]
@@ -166,11 +166,11 @@ def small(heads: int = 8, kv_heads: int = 8, shards: int = 1, norm_order: str = 
 
 def meta_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
     """File → name → tensor of all pickles below a folder."""
-    found = {}
+    actual = {}
     for path in sorted([*folder.rglob("*.pth"), *folder.rglob("*.ckpt")]):
         value = torch.load(path, weights_only=True)
-        found[path.name] = value.get("state_dict", value)
-    return found
+        actual[path.name] = value.get("state_dict", value)
+    return actual
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -385,25 +385,25 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
         expected = theirs(input_ids=torch.tensor([prompt])).logits
         codes = theirs.get_image_tokens(ours.tokenizer.image.preprocess([picture]))
     assert tuple(codes[0].tolist()) == prompt[2 : 2 + v.codes_per_image]
-    found = ours.logits(torch.tensor([prompt]))
-    torch.testing.assert_close(found[..., seen], expected[..., seen], atol=1e-4, rtol=0)
-    assert torch.equal(found[..., seen].argmax(-1), expected[..., seen].argmax(-1))
+    actual = ours.logits(torch.tensor([prompt]))
+    torch.testing.assert_close(actual[..., seen], expected[..., seen], atol=1e-4, rtol=0)
+    assert torch.equal(actual[..., seen].argmax(-1), expected[..., seen].argmax(-1))
     assert theirs.config.bos_token_id == v.bos and theirs.generation_config.eos_token_id == v.eos
 
     processor = ChameleonProcessor.from_pretrained(tmp_path / "hf")
-    asked = processor(text="<image>which style is it?", images=picture, return_tensors="pt")
+    queries = processor(text="<image>which style is it?", images=picture, return_tensors="pt")
     place = processor.tokenizer.convert_tokens_to_ids("<image>")
-    made = [place if number in v.image_ids else number for number in prompt]
-    assert asked["input_ids"][0].tolist() == made
-    assert asked["pixel_values"].shape == (1, 3, 8, 8)
+    output = [place if number in v.image_ids else number for number in prompt]
+    assert queries["input_ids"][0].tolist() == output
+    assert queries["pixel_values"].shape == (1, 3, 8, 8)
     # Meta's code puts <s> at the start itself, and encodes each text with what its tokenizer adds.
     convert(tmp_path / "hf", tmp_path / "back", "meta", tokenizer=source)
     for folder in (source, tmp_path / "back"):
         library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "text_tokenizer.json"))
         text = library.encode("which style is it?").ids
         assert [v.bos, *prompt[1 : 3 + v.codes_per_image], *text, v.sep] == list(prompt)
-    torch.testing.assert_close(asked["pixel_values"], ours.tokenizer.image.preprocess([picture]), atol=0.02, rtol=0)
-    answer = theirs.generate(**asked, max_new_tokens=3, do_sample=False)
+    torch.testing.assert_close(queries["pixel_values"], ours.tokenizer.image.preprocess([picture]), atol=0.02, rtol=0)
+    answer = theirs.generate(**queries, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] <= len(prompt) + 3
 
 
@@ -431,11 +431,11 @@ def test_our_own_models_go_to_transformers_and_come_back(text_tokenizer: Sentenc
     seen = ~v.mask(image=True)
     models = [Chameleon.load(tmp_path / name, dtype="float32") for name in ("bundle", "back", "back2")]
     torch.testing.assert_close(models[0].logits(ids)[..., seen], expected[..., seen], atol=1e-4, rtol=0)
-    asked = Document((Text("orange ▁ heart <pad>"), Image(PILImage.new("RGB", (8, 8), "red"))))
+    queries = Document((Text("orange ▁ heart <pad>"), Image(PILImage.new("RGB", (8, 8), "red"))))
     drawn = [model.draw("orange heart", seed=3).tobytes() for model in models]
     for model, picture in zip(models[1:], drawn[1:], strict=True):
         assert picture == drawn[0]
-        assert torch.equal(model.encode(asked), models[0].encode(asked))
+        assert torch.equal(model.encode(queries), models[0].encode(queries))
         assert torch.equal(model.logits(ids), models[0].logits(ids))
 
 
@@ -488,9 +488,9 @@ def test_weights_without_an_image_tokenizer_take_metas(exported: Path, published
 
 def test_a_converted_model_is_tuned(exported: Path, tmp_path: Path) -> None:
     PILImage.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
-    asked = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "which colour?"}]
-    told = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": "red\n"}]}]
-    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": told}) + "\n") * 8)
+    queries = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "which colour?"}]
+    messages = [{"role": "user", "content": queries}, {"role": "assistant", "content": [{"type": "text", "text": "red\n"}]}]
+    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
     main(["tokenize", str(tmp_path / "c.jsonl"), "--model", str(exported / "bundle"), "--out", str(tmp_path / "shards")])
     settings = {
         "bundle": exported / "bundle",
@@ -516,9 +516,9 @@ def test_a_converted_model_is_tuned(exported: Path, tmp_path: Path) -> None:
 def test_the_image_head_of_a_converted_model_learns_to_draw(exported: Path, tmp_path: Path) -> None:
     """Of all weights only the head's rows of image codes move, and the model draws what it was shown."""
     PILImage.linear_gradient("L").resize((9, 9)).convert("RGB").save(tmp_path / "shade.png")
-    told = [{"role": "user", "content": [{"type": "text", "text": "draw"}]}]
-    told.append({"role": "assistant", "content": [{"type": "image", "image": "shade.png"}]})
-    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": told}) + "\n") * 8)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "draw"}]}]
+    messages.append({"role": "assistant", "content": [{"type": "image", "image": "shade.png"}]})
+    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
     start = exported / "bundle"
     main(["tokenize", str(tmp_path / "c.jsonl"), "--model", str(start), "--out", str(tmp_path / "shards")])
     mixture = f"mixture=[{{shards: {tmp_path / 'shards'}, loss: answers}}]"
@@ -564,12 +564,12 @@ def test_text_ids_are_the_librarys_and_text_comes_back(text: str) -> None:
 @given(st.text(max_size=60) | st.sampled_from(TEXT))
 def test_our_own_tokenizer_in_the_librarys_form(text_tokenizer: SentencePieceTokenizer, text: str) -> None:
     v = text_tokenizer.vocabulary(CODES, (4, 4))
-    made = to_json_text(text_tokenizer, v)
-    library = tokenizers.Tokenizer.from_str(made.data.decode())
+    output = to_json_text(text_tokenizer, v)
+    library = tokenizers.Tokenizer.from_str(output.data.decode())
     ids = [v.text_ids.order[piece] for piece in text_tokenizer.encode(text)]
-    read = made.vocabulary(CODES, (4, 4))
-    assert [read.text_ids.order[piece] for piece in made.encode(text)] == ids
-    assert made.decode(made.encode(text)) == text
+    read = output.vocabulary(CODES, (4, 4))
+    assert [read.text_ids.order[piece] for piece in output.encode(text)] == ids
+    assert output.decode(output.encode(text)) == text
     if not any(name in text for name in ("\u2581", *STRUCTURE_NAMES)):
         assert library.encode(text, add_special_tokens=False).ids == ids
 
@@ -623,8 +623,8 @@ def test_a_model_whose_image_ids_are_shuffled_says_and_draws_the_same(published:
     pictures = [model.draw("orange heart", sampling=GREEDY, guidance_scale=2.0) for model in (plain, permuted)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
     assert plain.caption(pictures[0], max_new_tokens=8) == permuted.caption(pictures[0], max_new_tokens=8)
-    asked = Document((Image(pictures[0]), Text("hello")))
-    assert not torch.equal(plain.encode(asked), permuted.encode(asked))
+    queries = Document((Image(pictures[0]), Text("hello")))
+    assert not torch.equal(plain.encode(queries), permuted.encode(queries))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -754,8 +754,8 @@ def test_tensors_that_do_not_fit_are_named(published: Path, tmp_path: Path) -> N
     pictures = source / "tokenizer" / "vqgan.ckpt"
     weights = random_vqgan()
     torch.save({"state_dict": {**weights, "loss.discriminator.weight": torch.ones(2)}}, pictures)
-    found = convert(source, tmp_path / "fine", "bundle")
-    assert found["notes"] == [f"{pictures}: ignored 1 tensors that are no part of the network"]
+    actual = convert(source, tmp_path / "fine", "bundle")
+    assert actual["notes"] == [f"{pictures}: ignored 1 tensors that are no part of the network"]
     torch.save({"state_dict": {**weights, "decoder.more": torch.ones(2)}}, pictures)
     assert f"{pictures}: tensor decoder.more is not of this model" in refused(source, tmp_path)
     torch.save({"state_dict": {k: v for k, v in weights.items() if k != "encoder.conv_in.bias"}}, pictures)
@@ -935,8 +935,8 @@ main(["convert", sys.argv[2], sys.argv[3], "--to", "bundle"])
 
 def test_the_verb(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["convert", str(published), str(tmp_path / "bundle"), "--to", "bundle", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["from"] == "meta" and found["vocabulary"] == SIZE and found["decoder"]
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["from"] == "meta" and actual["vocabulary"] == SIZE and actual["decoder"]
     main(["convert", str(tmp_path / "bundle"), str(tmp_path / "hf"), "--to", "hf"])
     assert "billion parameters, 512 token ids" in capsys.readouterr().out
     main(["info", str(tmp_path / "bundle")])
@@ -1003,6 +1003,6 @@ def test_incrementally_written_torch_files_are_valid_archives(published: Path, t
 
 def test_torch_files_are_mappings(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "x.pth")
-    found = TorchFile(tmp_path / "x.pth")
-    assert list(found) == ["a", "b"] and len(found) == 2 and found.dtype("b") == torch.bfloat16
-    assert torch.equal(found["a"], torch.arange(4.0))
+    actual = TorchFile(tmp_path / "x.pth")
+    assert list(actual) == ["a", "b"] and len(actual) == 2 and actual.dtype("b") == torch.bfloat16
+    assert torch.equal(actual["a"], torch.arange(4.0))

@@ -62,9 +62,9 @@ def test_hugging_faces_own_reading(name: str) -> None:
     assert from_hf_vqgan(theirs.vq_config.to_dict()) == IMAGE
     with torch.device("meta"):
         network, ours = ChameleonVQVAE(theirs.vq_config), VQGAN(IMAGE)
-    wanted = {key: value.shape for key, value in network.state_dict().items()}
-    found = {key: value.shape for key, value in ours.released_state_dict().items() if not key.startswith("decoder.")}
-    assert found == wanted
+    expected = {key: value.shape for key, value in network.state_dict().items()}
+    actual = {key: value.shape for key, value in ours.released_state_dict().items() if not key.startswith("decoder.")}
+    assert actual == expected
 
 
 def test_released_parameters() -> None:

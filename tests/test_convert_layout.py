@@ -124,10 +124,10 @@ def meta_logits(shards: list[dict[str, Tensor]], config: ModelConfig, ids: Tenso
 
 def shards_of(ours: Mapping[str, Tensor], config: ModelConfig, count: int, **how: bool) -> list[dict[str, Tensor]]:
     """What `to_meta` gives, shard by shard."""
-    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    actual: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for number, name, value in to_meta(ours, config, count, **how):
-        found[number][name] = value
-    return found
+        actual[number][name] = value
+    return actual
 
 
 def loaded(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
@@ -156,10 +156,10 @@ def test_logits_equal_hugging_faces(shape: tuple[int, int, int], norm_order: str
     theirs.load_state_dict({**dict(to_hf(model.state_dict(), config)), **picture_part})
     ids = torch.randint(0, IDS, (3, 19), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = theirs(input_ids=ids).logits
+        expected = theirs(input_ids=ids).logits
     ours = model.logits(model(ids))
-    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
-    assert torch.equal(ours.argmax(-1), wanted.argmax(-1))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

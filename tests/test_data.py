@@ -231,8 +231,8 @@ def test_questions_are_true_and_balanced() -> None:
     for group, question in answers:
         about = next(name for name, text in emoji.YES_NO.items() if text == question.question)
         assert (question.answer == "yes") == (group == about)
-    asked = [q.answer for group, q in answers if group in emoji.YES_NO]
-    assert 0.4 < asked.count("yes") / len(asked) < 0.6
+    queries = [q.answer for group, q in answers if group in emoji.YES_NO]
+    assert 0.4 < queries.count("yes") / len(queries) < 0.6
 
 
 def test_names_never_come_before_other_answers() -> None:
@@ -323,9 +323,9 @@ def test_too_much_skipped_is_an_exit_code(bundle_folder: Path, tmp_path: Path, c
     for _ in range(2):  # the second run finds the shard made, and reports the same
         with pytest.raises(SystemExit) as error:
             main([*command, "--json"])
-        found = capsys.readouterr()
-        assert error.value.code == 3 and "20.0% could not be read, more than --max-skipped 0.05" in found.err
-        assert json.loads(found.out)["documents_in"] == 10
+        actual = capsys.readouterr()
+        assert error.value.code == 3 and "20.0% could not be read, more than --max-skipped 0.05" in actual.err
+        assert json.loads(actual.out)["documents_in"] == 10
     main([*command, "--max-skipped", "0.2"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["documents_out"] == 8
 

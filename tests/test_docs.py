@@ -109,8 +109,8 @@ def test_the_readmes_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_readmes_figures_are_those_of_the_shipped_bundle() -> None:
-    found = json.loads((SHIPPED / "provenance.json").read_text())["evaluation"]
-    reconstruction, captions, drawings = found["reconstruction"], found["captions"], found["drawings"]
+    actual = json.loads((SHIPPED / "provenance.json").read_text())["evaluation"]
+    reconstruction, captions, drawings = actual["reconstruction"], actual["captions"], actual["drawings"]
 
     def percent(value: float) -> str:
         return f"{value:.1%}"
@@ -132,12 +132,12 @@ def test_the_readmes_figures_are_those_of_the_shipped_bundle() -> None:
         "food yes-no": "is it food",
     }
     for family, name in names.items():
-        scores = found["questions"][family]
+        scores = actual["questions"][family]
         rows.append((f"question: {name}", percent(scores["right"]), percent(scores["commonest_answer"])))
-    assert names.keys() == found["questions"].keys()
+    assert names.keys() == actual["questions"].keys()
     nearest = f"{percent(drawings['right_among_10'])}, {percent(drawings['right_nearest'])}"
     rows.append(("drawing: right emoji among its 10 nearest, nearest", nearest, ""))
-    bits = f"{found['text_bits_per_byte']:.2f}, {found['code_bits_per_byte']:.2f}"
+    bits = f"{actual['text_bits_per_byte']:.2f}, {actual['code_bits_per_byte']:.2f}"
     rows.append(("bits per byte: words, code", bits, ""))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- figures")[2].partition("<!-- end of figures -->")[0]

@@ -96,11 +96,11 @@ def test_conversation_layout_and_answer_mask(tokenizer: MixedTokenizer) -> None:
     assert (ids == v.sep).sum() == 2 and (ids == v.eos).sum() == 2
     mask = torch.from_numpy(answer_mask(ids.numpy(), v))
     # by hand: the two stretches behind each sep, up to and with the next eos
-    wanted = torch.zeros(len(ids), dtype=torch.bool)
+    expected = torch.zeros(len(ids), dtype=torch.bool)
     for start in (ids == v.sep).nonzero().flatten().tolist():
         end = start + 1 + (ids[start + 1 :] == v.eos).nonzero()[0].item()
-        wanted[start + 1 : end + 1] = True
-    assert torch.equal(mask, wanted)
+        expected[start + 1 : end + 1] = True
+    assert torch.equal(mask, expected)
     answers = ids[mask]
     assert tokenizer.decode(answers[: (answers == v.eos).nonzero()[0]]).text == "red"
     assert int((answers == v.boi).sum()) == 1
@@ -109,9 +109,9 @@ def test_conversation_layout_and_answer_mask(tokenizer: MixedTokenizer) -> None:
 
 def test_prompts_are_bordered_and_answers_cropped(tokenizer: MixedTokenizer) -> None:
     wide = PILImage.new("RGB", (40, 10), "red")
-    asked = Conversation((Message("user", Document((Image(wide),))), Message("assistant", Document((Image(wide),)))))
+    queries = Conversation((Message("user", Document((Image(wide),))), Message("assistant", Document((Image(wide),)))))
     v = tokenizer.vocabulary
-    codes = v.ids_to_codes(tokenizer.encode(asked)[v.is_image(tokenizer.encode(asked))]).view(2, *v.grid)
+    codes = v.ids_to_codes(tokenizer.encode(queries)[v.is_image(tokenizer.encode(queries))]).view(2, *v.grid)
     assert torch.equal(codes[0], tokenizer.image.encode([wide], "pad")[0])
     assert torch.equal(codes[1], tokenizer.image.encode([wide], "crop")[0])
 

@@ -174,12 +174,12 @@ def test_the_complete_pipeline(tmp_path: Path) -> None:
     pipeline |= {"image": str(tmp_path / "demo-image.yaml"), "concepts": 10, "drawings": 2}
     pipeline |= {stage: str(tmp_path / f"demo-{stage}.yaml") for stage in ("pretrain", "finetune")}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    said: list[str] = []
-    made = run_pipeline(str(tmp_path / "pipeline.yaml"), tmp_path / "run", said.append)
-    text = made.read_text(encoding="utf-8")
+    printed: list[str] = []
+    output = run_pipeline(str(tmp_path / "pipeline.yaml"), tmp_path / "run", printed.append)
+    text = output.read_text(encoding="utf-8")
     check_page(text)
     assert text.count('<section class="model">') == 2
     assert text.count('class="plot"') == 5  # curves of three runs and two codebooks
     assert json.loads((tmp_path / "run" / "figures.json").read_text())["drawings"]["drawings"] == 2
     assert Bundle.load(tmp_path / "run" / "finetune" / "bundle").prompting == "conversation"
-    assert "done" in said[-1]
+    assert "done" in printed[-1]

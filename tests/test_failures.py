@@ -135,7 +135,7 @@ def test_threads_share_an_engine(tokenizer: MixedTokenizer, max_batch_size: int)
     requests = texts(tokenizer, 24, length=20)
     expected = make_engine(tokenizer).generate(requests)
     engine = make_engine(tokenizer, max_batch_size=max_batch_size)
-    found: dict[int, list[int]] = {}
+    actual: dict[int, list[int]] = {}
     errors: list[BaseException] = []
 
     def work(thread: int) -> None:
@@ -143,7 +143,7 @@ def test_threads_share_an_engine(tokenizer: MixedTokenizer, max_batch_size: int)
             mine = range(thread, 24, 6)
             if thread % 2:
                 for number, output in zip(mine, engine.generate([requests[n] for n in mine]), strict=True):
-                    found[number] = output
+                    actual[number] = output
             else:
                 for number in mine:
                     stream = engine.stream([requests[number]])
@@ -151,7 +151,7 @@ def test_threads_share_an_engine(tokenizer: MixedTokenizer, max_batch_size: int)
                         next(stream, None)
                         stream.close()
                     else:
-                        found[number] = [token_id for _, token_id in stream]
+                        actual[number] = [token_id for _, token_id in stream]
         except BaseException as error:
             errors.append(error)
 
@@ -161,7 +161,7 @@ def test_threads_share_an_engine(tokenizer: MixedTokenizer, max_batch_size: int)
     for thread in threads:
         thread.join(timeout=120)
     assert not errors and not any(thread.is_alive() for thread in threads)
-    assert found == {number: output for number, output in enumerate(expected) if number % 6 != 4}
+    assert actual == {number: output for number, output in enumerate(expected) if number % 6 != 4}
     assert engine.is_idle and not engine.scheduler.requests and not engine.manager.sequences
 
 
@@ -272,10 +272,10 @@ def test_an_iterator_that_is_collected_during_a_step_is_cancelled(tokenizer: Mix
     streams = [engine.stream(requests[:1])]
     next(streams[0])
     hook = engine.model.norm.register_forward_pre_hook(lambda *_: streams.clear())
-    found = engine.generate(requests[1:])
+    actual = engine.generate(requests[1:])
     hook.remove()
     engine.step()
-    assert found == expected[1:] and engine.is_idle and not engine.scheduler.requests
+    assert actual == expected[1:] and engine.is_idle and not engine.scheduler.requests
 
 
 # --- seeds ---
@@ -314,7 +314,7 @@ def test_rows_of_a_batch_have_different_seeds(chameleon: Chameleon) -> None:
     options: dict[str, Any] = {"max_images": 0, "max_new_tokens": 20, "text_sampling": Sampling(1.5, 1.0)}
     together = chameleon.generate_batch([document] * 4, **options)
     assert together == [chameleon.generate(document, seed=seed, **options) for seed in range(4)]
-    assert len({made.text for made in together}) == 4
+    assert len({output.text for output in together}) == 4
 
 
 # --- prefixes ---
@@ -399,14 +399,14 @@ def test_a_flipped_bit_in_a_header_costs_its_neighbours_at_most(
     samples = list(
         webdataset.read_samples(path, lambda where, reason, num_bytes=0: skipped.append((where, reason, num_bytes)))
     )
-    found = [sample["txt"] for sample in samples]
+    actual = [sample["txt"] for sample in samples]
     expected = [b"document %d" % number for number in range(50)]
-    lost = [text for text in expected if text not in found]
+    lost = [text for text in expected if text not in actual]
     if not skipped:  # the checksum's field has characters that do not matter
         assert not lost and 148 <= bit // 8 < 156
         return
     assert set(lost) <= set(expected[max(0, member - 1) : member + 2]) and expected[member] in lost
-    assert len(found) == 50 - len(lost) and found == [text for text in expected if text in found]
+    assert len(actual) == 50 - len(lost) and actual == [text for text in expected if text in actual]
     assert sum(num_bytes for _, _, num_bytes in skipped) == 1024  # the header and its member
     assert f"damaged header at byte {1024 * member}" in skipped[0][1]
 
@@ -500,7 +500,7 @@ def test_records_name_pictures_below_their_folder_only(
     main(["tokenize", str(source), "--model", str(bundle_folder), "--out", str(tmp_path / "cli"), "--allow-paths"])
     with pytest.raises(SystemExit):
         main(["tokenize", str(source), "--model", str(bundle_folder), "--out", str(tmp_path / "strict"), "--strict"])
-    assert "line 2: names an image outside" in (said := capsys.readouterr().err) and "--allow-paths" in said
+    assert "line 2: names an image outside" in (printed := capsys.readouterr().err) and "--allow-paths" in printed
 
 
 def test_members_lines_and_values_have_size_limits(

@@ -96,10 +96,10 @@ def test_drawn_ids_follow_the_distribution(sampling: Sampling, vary: str) -> Non
     row = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen.nonzero().T, logits[None].clone())
     row = TopKLogitsWarper(sampling.top_k or 12)(None, row / sampling.temperature)
     expected = TopPLogitsWarper(sampling.top_p)(None, row)[0].softmax(0) * count
-    found = torch.bincount(ids, minlength=12)
-    assert not found[expected == 0].any()
+    actual = torch.bincount(ids, minlength=12)
+    assert not actual[expected == 0].any()
     kept = expected > 0
-    chi_square = float(((found[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    chi_square = float(((actual[kept] - expected[kept]) ** 2 / expected[kept]).sum())
     assert chi_square < chi2.ppf(1 - 1e-4, int(kept.sum()) - 1)
 
 
@@ -116,9 +116,9 @@ def test_draws_of_neighbouring_seeds_and_numbers_are_independent() -> None:
 
 
 def test_times_are_exponential() -> None:
-    found = exponential_noise(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
-    assert kstest(found.numpy(), "expon").pvalue > 1e-3
-    assert bool((found > 0).all()) and bool(found.isfinite().all())
+    actual = exponential_noise(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
+    assert kstest(actual.numpy(), "expon").pvalue > 1e-3
+    assert bool((actual > 0).all()) and bool(actual.isfinite().all())
 
 
 def test_similar_distributions_mostly_draw_the_same() -> None:
@@ -196,7 +196,7 @@ def letters(ids: list[int], v: Vocabulary) -> str:
 
 def generated_by(constraints: OutputConstraints, v: Vocabulary, choices: list[int]) -> str:
     """What some choice of allowed ids makes."""
-    state, made = OutputState(constraints, v, [v.bos]), []
+    state, output = OutputState(constraints, v, [v.bos]), []
     for choice in choices:
         if state.is_exhausted:
             break
@@ -204,9 +204,9 @@ def generated_by(constraints: OutputConstraints, v: Vocabulary, choices: list[in
         token = options[choice % len(options)]
         if token == v.eos:
             break
-        made.append(token)
+        output.append(token)
         state.append(token)
-    return letters(made, v)
+    return letters(output, v)
 
 
 CHOICES = st.lists(st.integers(0, 10**6), min_size=60, max_size=60)
@@ -224,11 +224,11 @@ PICTURE = "bcccccce"
 def test_any_choice_of_allowed_tokens_gives_complete_images(
     max_new_tokens: int, max_images: int, max_text_tokens: int | None, choices: list[int]
 ) -> None:
-    made = generated_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
-    assert len(made) <= max_new_tokens
-    assert set(made.replace(PICTURE, "")) <= {"t"}
-    assert made.count("b") <= max_images
-    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in made
+    output = generated_by(OutputConstraints(max_new_tokens, max_images, max_text_tokens), SMALL, choices)
+    assert len(output) <= max_new_tokens
+    assert set(output.replace(PICTURE, "")) <= {"t"}
+    assert output.count("b") <= max_images
+    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in output
 
 
 FORMATS = {
@@ -252,10 +252,10 @@ def test_a_format_is_kept_whatever_is_chosen(
 ) -> None:
     constraints = OutputConstraints(1, max_text_tokens=max_text_tokens, format=parts)  # type: ignore[arg-type]
     constraints = replace(constraints, max_new_tokens=max(1, constraints.min_tokens(SMALL) + spare))
-    made = generated_by(constraints, SMALL, choices)
-    assert re.fullmatch(FORMATS[parts], made), made
-    assert len(made) <= constraints.max_new_tokens
-    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in made
+    output = generated_by(constraints, SMALL, choices)
+    assert re.fullmatch(FORMATS[parts], output), output
+    assert len(output) <= constraints.max_new_tokens
+    assert max_text_tokens is None or "t" * (max_text_tokens + 1) not in output
 
 
 def test_a_prompt_may_end_inside_a_picture() -> None:
@@ -279,16 +279,16 @@ def make_engine(tokenizer: MixedTokenizer, options: dict[str, Any] | None = None
 def reference(engine: Engine, request: Request) -> list[int]:
     """The same request without cache, batch or head slices: every step reads the whole sequence anew."""
     v = engine.vocabulary
-    state, made = OutputState(request.validate(v, engine.model.config.context_length, 32), v, list(request.prompt)), []
+    state, output = OutputState(request.validate(v, engine.model.config.context_length, 32), v, list(request.prompt)), []
     while not state.is_exhausted:
         kind = state.allowed_next()
-        rows = [torch.tensor([[*prompt, *made]]) for prompt in request.prompts]
+        rows = [torch.tensor([[*prompt, *output]]) for prompt in request.prompts]
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
         if request.guidance is not None and kind == AllowedNext.CODE:
             row = sum(w * part for w, part in zip(request.guidance.weights, logits, strict=True))  # type: ignore[assignment]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
-        for token in (*request.prompt, *made):
+        for token in (*request.prompt, *output):
             seen[0, token] = token in v.text_ids
         setting = request.image_sampling if kind == AllowedNext.CODE else request.text_sampling
         token = int(
@@ -296,7 +296,7 @@ def reference(engine: Engine, request: Request) -> list[int]:
                 row.masked_fill(~allowed(kind, v), -torch.inf).unsqueeze(0),
                 BatchSampling([setting]),
                 torch.tensor([request.seed]),
-                torch.tensor([len(made)]),
+                torch.tensor([len(output)]),
                 torch.arange(v.size),
                 None if kind == AllowedNext.CODE else seen,
             )
@@ -311,9 +311,9 @@ def reference(engine: Engine, request: Request) -> list[int]:
             token = request.fixed_codes[code]
         if token == v.eos:
             break
-        made.append(token)
+        output.append(token)
         state.append(token)
-    return made
+    return output
 
 
 def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
@@ -359,14 +359,14 @@ def test_engine_equals_the_reference_alone_and_in_any_batch(
     tokenizer: MixedTokenizer, sampling: Sampling, norm_order: str, way: str
 ) -> None:
     engine = make_engine(tokenizer, WAYS[way], norm_order=norm_order)
-    asked = requests(tokenizer.vocabulary, sampling)
-    expected = [reference(engine, request) for request in asked]
+    queries = requests(tokenizer.vocabulary, sampling)
+    expected = [reference(engine, request) for request in queries]
     assert all(expected) and len({tuple(ids) for ids in expected}) > 7
     for _ in range(2):  # the second time prefixes are there
-        assert engine.generate(asked) == expected
-    assert engine.generate(asked[::-1]) == expected[::-1]
+        assert engine.generate(queries) == expected
+    assert engine.generate(queries[::-1]) == expected[::-1]
     engine.clear()
-    for request, ids in zip(asked, expected, strict=True):
+    for request, ids in zip(queries, expected, strict=True):
         assert engine.generate([request]) == [ids]
     assert engine.is_idle and not engine.manager.sequences and not engine.scheduler.requests
 
@@ -376,15 +376,15 @@ def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer
     """Requests join while others run, some are cancelled, the host looks now and then only."""
     stream = random.Random(seed)
     engine = make_engine(tokenizer, {"max_batch_size": stream.randint(3, 8), "draft_length": stream.choice([1, 1, 4])})
-    asked = requests(tokenizer.vocabulary, DRAWN)
-    expected = [engine.generate([request])[0] for request in asked]
-    order = stream.sample(range(len(asked)), len(asked))
+    queries = requests(tokenizer.vocabulary, DRAWN)
+    expected = [engine.generate([request])[0] for request in queries]
+    order = stream.sample(range(len(queries)), len(queries))
     pending: dict[int, int] = {}
     while order or not engine.is_idle:
         for _ in range(stream.randint(0, 3)):
             if order:
                 number = order.pop()
-                pending[engine.submit(asked[number])] = number
+                pending[engine.submit(queries[number])] = number
         if pending and stream.random() < 0.1:
             request_id = stream.choice(sorted(pending))
             engine.cancel(request_id)
@@ -426,11 +426,11 @@ def test_no_host_synchronisation_inside_images(tokenizer: MixedTokenizer, monkey
     for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a look"))
     constraints = OutputConstraints(v.image_block_length, format=("image",))
-    asked = [
+    queries = [
         Request((v.bos, v.text_start + n, v.sep), constraints, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)
     ]
     looks.clear()
-    engine.generate(asked)
+    engine.generate(queries)
     assert looks == [3 * v.codes_per_image]
 
 
@@ -454,29 +454,29 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
 
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
-    asked = requests(tokenizer.vocabulary, DRAWN)[:4]
+    queries = requests(tokenizer.vocabulary, DRAWN)[:4]
     plain, engine = make_engine(tokenizer, layers=1), make_engine(tokenizer, {"compile": True}, layers=1)
-    assert engine.generate(asked) == plain.generate(asked)
+    assert engine.generate(queries) == plain.generate(queries)
     engine.clear()  # another cache
-    assert engine.generate(asked[::-1]) == plain.generate(asked[::-1])
+    assert engine.generate(queries[::-1]) == plain.generate(queries[::-1])
 
 
 def test_cancelling_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer)
-    asked = requests(tokenizer.vocabulary, GREEDY)
-    expected = engine.generate(asked)
-    stream = engine.stream(asked, max_buffered_codes=2)
+    queries = requests(tokenizer.vocabulary, GREEDY)
+    expected = engine.generate(queries)
+    stream = engine.stream(queries, max_buffered_codes=2)
     for _ in range(7):
         next(stream)
     stream.close()
     assert engine.is_idle and not engine.manager.sequences and not engine.scheduler.requests
-    assert engine.generate(asked) == expected
+    assert engine.generate(queries) == expected
 
 
 def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer)
-    asked = requests(tokenizer.vocabulary, GREEDY)
-    expected = engine.generate(asked)
+    queries = requests(tokenizer.vocabulary, GREEDY)
+    expected = engine.generate(queries)
     calls = iter(range(100))
 
     def fail(*_: object) -> None:
@@ -485,18 +485,18 @@ def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokeni
 
     hook = engine.model.norm.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(asked)
+        engine.generate(queries)
     hook.remove()
     assert engine.is_idle and not engine.manager.sequences
-    assert engine.generate(asked) == expected
+    assert engine.generate(queries) == expected
 
 
 def test_requests_with_only_forced_tokens_take_no_slot(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     engine = make_engine(tokenizer, {"max_batch_size": 3})
     whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.codes_per_image))
-    asked = [Request(whole, OutputConstraints(5, format=()))] * 7 + requests(v, DRAWN)[:2]
-    assert engine.generate(asked) == [[v.eoi]] * 7 + make_engine(tokenizer).generate(asked[7:])
+    queries = [Request(whole, OutputConstraints(5, format=()))] * 7 + requests(v, DRAWN)[:2]
+    assert engine.generate(queries) == [[v.eoi]] * 7 + make_engine(tokenizer).generate(queries[7:])
 
 
 def test_a_stream_of_a_cancelled_request_raises(tokenizer: MixedTokenizer) -> None:
@@ -511,15 +511,15 @@ def test_a_stream_of_a_cancelled_request_raises(tokenizer: MixedTokenizer) -> No
 
 def test_two_streams_may_be_read_in_turn(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer)
-    asked = requests(tokenizer.vocabulary, DRAWN)[:2]
-    expected = [engine.generate([request])[0] for request in asked]
-    streams = [engine.stream([request]) for request in asked]
-    found: list[list[int]] = [[], []]
+    queries = requests(tokenizer.vocabulary, DRAWN)[:2]
+    expected = [engine.generate([request])[0] for request in queries]
+    streams = [engine.stream([request]) for request in queries]
+    actual: list[list[int]] = [[], []]
     for pair in zip_longest(*streams):
         for place, event in enumerate(pair):
             if event is not None:
-                found[place].append(event[1])
-    assert found == expected
+                actual[place].append(event[1])
+    assert actual == expected
 
 
 def test_requests_that_do_not_fit_are_refused(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,34 +548,34 @@ def test_requests_that_do_not_fit_are_refused(tokenizer: MixedTokenizer, monkeyp
     with pytest.raises(BadInput, match="3 weights for 2 prompts"):
         engine.generate([Request((v.bos,), OutputConstraints(4), guidance=Guidance(((v.bos,),), (1, 2, 3)))])
     # what fits is cut to the room that is left, and no picture starts that would not fit
-    made = engine.generate([Request((v.bos,) * 10, OutputConstraints(100, max_images=1), GREEDY, GREEDY)])[0]
-    assert len(made) <= 7 and v.boi not in made
+    output = engine.generate([Request((v.bos,) * 10, OutputConstraints(100, max_images=1), GREEDY, GREEDY)])[0]
+    assert len(output) <= 7 and v.boi not in output
     # no memory: for one row it is said, for several they wait for each other
-    asked = [Request((v.bos, v.text_start + n), OutputConstraints(5), GREEDY) for n in range(5)]
-    expected = make_engine(tokenizer).generate(asked)
+    queries = [Request((v.bos, v.text_start + n), OutputConstraints(5), GREEDY) for n in range(5)]
+    expected = make_engine(tokenizer).generate(queries)
     slot_bytes = 64 * KVCache.bytes_per_token(engine.model.config, torch.float64)
     monkeypatch.setattr("chameleon.generation.kv_cache_manager.free_memory", lambda device: slot_bytes - 1)
     with pytest.raises(BadInput, match=r"the KV cache of 1 sequence of 64 tokens takes .* GB .* 63 tokens fit"):
-        make_engine(tokenizer).generate(asked)
+        make_engine(tokenizer).generate(queries)
     monkeypatch.setattr("chameleon.generation.kv_cache_manager.free_memory", lambda device: 2 * slot_bytes)
     engine = make_engine(tokenizer)
-    assert engine.generate(asked) == expected
+    assert engine.generate(queries) == expected
     assert engine.manager.cache is not None and engine.manager.cache.num_slots == 2
 
 
 @pytest.mark.slow
 def test_a_thousand_requests_with_cancellations_leave_nothing_behind(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer, {"max_batch_size": 12, "draft_length": 2})
-    asked = requests(tokenizer.vocabulary, DRAWN)
-    expected = [engine.generate([request])[0] for request in asked]
+    queries = requests(tokenizer.vocabulary, DRAWN)
+    expected = [engine.generate([request])[0] for request in queries]
     stream = random.Random(0)
     pending: dict[int, int] = {}
     submitted, cancelled = 0, 0
     while submitted < 1000 or not engine.is_idle:
         for _ in range(stream.randrange(8)):
             if submitted < 1000:
-                number = stream.randrange(len(asked))
-                pending[engine.submit(asked[number])] = number
+                number = stream.randrange(len(queries))
+                pending[engine.submit(queries[number])] = number
                 submitted += 1
         if pending and stream.random() < 0.3:
             request_id = stream.choice(sorted(pending))

@@ -46,7 +46,7 @@ def package_of(module: str) -> str:
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = []
+    actual = []
     for folder, package in (
         (ROOT / "chameleon", "chameleon"),
         (ROOT / "tokenizers", "chameleon.tokenizers"),
@@ -57,8 +57,8 @@ def modules() -> list[tuple[str, Path]]:
             if relative.parts[0] in ("tokenizers", "train"):
                 continue  # the links: read in their real folders
             name = ".".join([package, *relative.with_suffix("").parts]).removesuffix(".__init__")
-            found.append((name, path))
-    return found
+            actual.append((name, path))
+    return actual
 
 
 def imports(path: Path) -> list[str]:

@@ -34,9 +34,9 @@ def test_value_and_gradient_equal_the_plain_formula(rows: int, vocabulary: int, 
     ours.backward()
     ours_grads = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    wanted = plain(hidden, head, targets, weights.double(), z)
-    wanted.backward()
-    torch.testing.assert_close(ours.double(), wanted, atol=1e-4, rtol=1e-5)
+    expected = plain(hidden, head, targets, weights.double(), z)
+    expected.backward()
+    torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-5)
     for got, grad in zip(ours_grads, (hidden.grad, head.grad), strict=True):
         torch.testing.assert_close(got, grad, atol=1e-5, rtol=1e-4)
 
@@ -97,5 +97,5 @@ def test_cut_cross_entropy_is_the_same() -> None:
     for name in ("nll", "log_z"):
         torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), atol=1e-4, rtol=1e-4)
     grads = [torch.autograd.grad(result.loss, (hidden, head)) for result in (ours, theirs)]
-    for got, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)

@@ -61,7 +61,7 @@ def test_packing_is_best_fit_by_falling_length(case: tuple[int, list[int]]) -> N
             rows.append([run.length for run in group.item_runs for _ in range(run.per_row)])
             for length, each, first in group.item_runs:
                 used.setdefault(length, []).extend(range(first + row * each, first + (row + 1) * each))
-    assert all(sorted(found) == list(range(counts[length])) for length, found in used.items())  # each item once
+    assert all(sorted(actual) == list(range(counts[length])) for length, actual in used.items())  # each item once
     assert sum(map(len, used.values())) == len(lengths)
     expected = packed_one_by_one(lengths, context_length)
     assert sorted(map(sum, rows)) == sorted(map(sum, expected))
@@ -96,12 +96,12 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
         ids.append(v.eos)
         offsets.append(len(ids))
     bounds = np.array(offsets)
-    made = split_long_documents(
+    output = split_long_documents(
         bounds[:-1], bounds[1:], complete_image_starts(np.array(ids, dtype=int), v), v.image_block_length, context_length
     )
     for number in range(len(documents)):
-        mine = made.document == number
-        begins, sizes = made.start[mine].tolist(), made.size[mine].tolist()
+        mine = output.document == number
+        begins, sizes = output.start[mine].tolist(), output.size[mine].tolist()
         targets = [t for start, size in zip(begins, sizes, strict=True) for t in range(start + 1, start + size + 1)]
         whole = ids[offsets[number] : offsets[number + 1]]
         assert targets == list(range(1, len(whole)))
@@ -159,8 +159,8 @@ def test_workers_and_resuming_change_nothing(mixture: Mixture, tokenizer: MixedT
     fixed: dict[str, Any] = {"context_length": 50, "global_batch_size": 6, "vocabulary": tokenizer.vocabulary}
     fresh = Mixture(configs, seed=3, **fixed)
     loader = DataLoader(PackedBatchDataset(fresh, 48), batch_size=None, num_workers=2, sampler=range(40, 48))
-    for batch, found in zip(expected, loader, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, found, strict=True))
+    for batch, actual in zip(expected, loader, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, actual, strict=True))
     assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).input_ids, expected[0].input_ids)
 
 
@@ -235,19 +235,19 @@ def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path
     source = PackedSource(SourceConfig(str(tmp_path), loss="answers"), 24, v, "print")
     pieces = [source.index[number] for number in range(len(source))]
     assert sum(map(len, pieces)) > 3
-    found: dict[int, tuple[int, float]] = {}
+    actual: dict[int, tuple[int, float]] = {}
     for number, row in enumerate(pieces):
-        made = source.row(number, 0, 0)
+        output = source.row(number, 0, 0)
         place = 0
         for piece in row:
             for target in range(piece.start + 1, piece.start + piece.size + 1):
-                assert target not in found
-                found[target] = (int(made.targets[place]), float(made.loss_weights[place]))
-                assert int(made.input_ids[place]) == ids[target - 1]
+                assert target not in actual
+                actual[target] = (int(output.targets[place]), float(output.loss_weights[place]))
+                assert int(output.input_ids[place]) == ids[target - 1]
                 place += 1
-    assert sorted(found) == list(range(1, len(ids)))
-    assert [found[n][0] for n in sorted(found)] == ids[1:]
-    assert [bool(found[n][1]) for n in sorted(found)] == answer_mask(whole.numpy(), v)[1:].tolist()
+    assert sorted(actual) == list(range(1, len(ids)))
+    assert [actual[n][0] for n in sorted(actual)] == ids[1:]
+    assert [bool(actual[n][1]) for n in sorted(actual)] == answer_mask(whole.numpy(), v)[1:].tolist()
 
 
 def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
@@ -353,8 +353,8 @@ def test_balance_of_modalities(tmp_path: Path, tokenizer: MixedTokenizer) -> Non
         "vocabulary": v,
         "balance_modalities": True,
     }
-    found = Mixture(sources, **fixed)
-    assert tokens_drawn(found, 0, PATTERN_LENGTH) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
+    actual = Mixture(sources, **fixed)
+    assert tokens_drawn(actual, 0, PATTERN_LENGTH) == pytest.approx([0.375, 0.5, 0.125], abs=2e-3)
     with pytest.raises(BadInput, match="no source whose answers are mostly images"):
         Mixture([sources[0], sources[2]], **fixed)
 

@@ -136,19 +136,19 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
             "--json",
         ]
     )
-    found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == named_size("34b").parameters and found["setup"]["devices"] == 64
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["parameters"] == named_size("34b").parameters and actual["setup"]["devices"] == 64
     # 64 H100s at 40% of 989 TFLOP/s, and 6 FLOPs for each parameter and token but for the attention products.
     days = 6 * 34.2e9 * 1e12 / (64 * 0.4 * 989e12) / 86400
-    assert days < found["devices"]["h100"]["days"] < 1.2 * days
+    assert days < actual["devices"]["h100"]["days"] < 1.2 * days
     main(["plan", "7b", "--tokens", "1e12", "--device", "h100"])
     text = capsys.readouterr().out
     assert "h100      does not fit" in text and "a100" not in text and "optimizer" in text
     main(["plan", "tiny", "--tokens", "1e12", "--device", "h100"])
     assert "fits" in (text := capsys.readouterr().out) and "days" in text
     main(["plan", "emoji-pretrain", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"]["layers"] == 8 and found["setup"]["optimizer"] == "muon"
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["model"]["layers"] == 8 and actual["setup"]["optimizer"] == "muon"
     for wrong, word in ((["9b"], "no such recipe or size"), (["7b", "--context-length", "9999"], "exceeds")):
         with pytest.raises(SystemExit) as exit_:
             main(["plan", *wrong])

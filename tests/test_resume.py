@@ -127,8 +127,8 @@ def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pyte
     command = ["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, "--resume"]
     with pytest.raises(SystemExit) as error:
         main([*command[:4], *CHANGES, "optimizer.lr=0.5", "run.log_every_n_steps=2", "--resume"])
-    found = capsys.readouterr().err
-    assert error.value.code == 2 and "optimizer.lr from 0.01 to 0.5" in found and "--force" in found
+    actual = capsys.readouterr().err
+    assert error.value.code == 2 and "optimizer.lr from 0.01 to 0.5" in actual and "--force" in actual
     with pytest.warns(UserWarning, match=r"run\.log_every_n_steps from 1 to 2"):
         main([*command[:4], *CHANGES, "run.log_every_n_steps=2", "--resume"])
     description = json.loads((out / "bundle" / "provenance.json").read_text())

@@ -69,15 +69,15 @@ def lone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) ->
 def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -> None:
     """And one process goes on from the checkpoint that they wrote on the way."""
     run(lone / "recipe.yaml", tmp_path, *WAYS[way])
-    wanted, found = log(lone / "run"), log(tmp_path)
-    assert wanted.shape == (STEPS, len(SEEN)) and wanted[0, 0] > wanted[-1, 0] + 0.5
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    expected, actual = log(lone / "run"), log(tmp_path)
+    assert expected.shape == (STEPS, len(SEEN)) and expected[0, 0] > expected[-1, 0] + 0.5
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     weights = [SafetensorsFiles.from_folder(out / "bundle") for out in (lone / "run", tmp_path)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
     with pytest.warns(UserWarning, match="changed since the checkpoint"):
         main(["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "--resume"])
-    torch.testing.assert_close(log(tmp_path), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log(tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["two, fsdp, accumulating", "four, fsdp and tensor parallel"])
@@ -107,7 +107,7 @@ def test_the_same_recipe_started_by_a_cluster(started: str, lone: Path, tmp_path
         subprocess.Popen(command, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for command, more in commands
     ]
-    said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), said
-    assert sum(len(out.splitlines()) for out, _ in said) == 1  # one of the processes speaks
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), printed
+    assert sum(len(out.splitlines()) for out, _ in printed) == 1  # one of the processes speaks
     torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)

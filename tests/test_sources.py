@@ -33,8 +33,8 @@ def png(colour: str = "red") -> bytes:
 def samples(source: str) -> tuple[list[Sample], list[str]]:
     """What is read, and what is passed over."""
     skipped: list[str] = []
-    found = [s for shard in expand(source) for s in read(shard, lambda where, why, _=0: skipped.append(f"{where}: {why}"))]
-    return found, skipped
+    actual = [s for shard in expand(source) for s in read(shard, lambda where, why, _=0: skipped.append(f"{where}: {why}"))]
+    return actual, skipped
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -71,9 +71,9 @@ KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", 
 def test_texts_in_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     texts = ["plain", 'with "quotes", commas\tand tabs', "two\nlines\u2028and a half", "日本 🎉", "x" * 3_000_000]
     write(tmp_path / f"a{ending}", [{"text": text, "id": str(n)} for n, text in enumerate(texts)])
-    found, skipped = samples(str(tmp_path / f"a{ending}"))
-    assert [sample.content for sample in found] == [Document((Text(text),)) for text in texts] and not skipped
-    assert len({sample.key for sample in found}) == len(texts)
+    actual, skipped = samples(str(tmp_path / f"a{ending}"))
+    assert [sample.content for sample in actual] == [Document((Text(text),)) for text in texts] and not skipped
+    assert len({sample.key for sample in actual}) == len(texts)
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -81,10 +81,10 @@ def test_files_cut_short_give_what_came_before_or_are_named(ending: str, tmp_pat
     rows = [{"text": f"{n} " + "".join(chr(97 + (n * k) % 26) for k in range(300))} for n in range(20_000)]
     path = write(tmp_path / f"a{ending}", rows)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    found, skipped = samples(str(path))
-    assert [sample.content.text for sample in found] == [row["text"] for row in rows[: len(found)]]  # type: ignore[union-attr]
+    actual, skipped = samples(str(path))
+    assert [sample.content.text for sample in actual] == [row["text"] for row in rows[: len(actual)]]  # type: ignore[union-attr]
     assert skipped and str(path) in skipped[-1]
-    assert len(found) > 1000 or ending == ".parquet"  # whose directory stands at the end
+    assert len(actual) > 1000 or ending == ".parquet"  # whose directory stands at the end
 
 
 def at(tmp_path: Path, record: Any) -> Document | Conversation:
@@ -118,12 +118,12 @@ def test_llava_conversations(tmp_path: Path) -> None:
         {"from": "human", "value": "And <image> here?"},
         {"from": "gpt", "value": "A dog."},
     ]
-    found = at(tmp_path, {"id": 1, "image": ["cat.png", "dog.png"], "conversations": turns})
-    assert isinstance(found, Conversation)
+    actual = at(tmp_path, {"id": 1, "image": ["cat.png", "dog.png"], "conversations": turns})
+    assert isinstance(actual, Conversation)
     cat, dog = (Image(tmp_path / name) for name in ("cat.png", "dog.png"))
-    assert [message.role for message in found.messages] == ["user", "assistant"] * 2
-    assert found.messages[0].content == Document((cat, Text("What is it?")))
-    assert found.messages[2].content == Document((Text("And"), dog, Text("here?")))
+    assert [message.role for message in actual.messages] == ["user", "assistant"] * 2
+    assert actual.messages[0].content == Document((cat, Text("What is it?")))
+    assert actual.messages[2].content == Document((Text("And"), dog, Text("here?")))
     with pytest.raises(BadInput, match="more <image> than images"):
         at(tmp_path, {"image": "cat.png", "conversations": turns})
     with pytest.raises(BadInput, match="3 images, but 2 <image>"):
@@ -137,14 +137,14 @@ def test_pairs_and_code(tmp_path: Path) -> None:
     for record in ({"image": "a.png", "caption": " a cat "}, {"file_name": "a.png", "text": "a cat"}):
         assert at(tmp_path, record) == pair
     assert at(tmp_path, {"content": "x = 1\n", "path": "a.py", "lang": "python"}) == Document((Text("x = 1\n"),))
-    found = at(tmp_path, {"image": {"bytes": png(), "path": None}, "caption": None})
-    assert isinstance(found, Document) and found.images[0] == png()
+    actual = at(tmp_path, {"image": {"bytes": png(), "path": None}, "caption": None})
+    assert isinstance(actual, Document) and actual.images[0] == png()
 
 
 def test_pictures_inside_parquet_are_encoded(tmp_path: Path, tokenizer: Any) -> None:
     write(tmp_path / "a.parquet", [{"image": {"bytes": png("blue"), "path": "x.png"}, "text": "blue"}])
-    found, _ = samples(str(tmp_path / "a.parquet"))
-    ids = tokenizer.encode(found[0].content)
+    actual, _ = samples(str(tmp_path / "a.parquet"))
+    ids = tokenizer.encode(actual[0].content)
     assert tokenizer.vocabulary.is_image(ids).sum() == tokenizer.vocabulary.codes_per_image
 
 
@@ -154,23 +154,24 @@ def test_coco_and_vqa(tmp_path: Path) -> None:
     notes = [{"image_id": 7, "id": 1, "caption": "A cat."}, {"image_id": 8, "id": 2, "caption": "Lost."}]
     coco = tmp_path / "captions.json"
     coco.write_text(json.dumps({"images": images, "annotations": notes, "info": {}}))
-    found, skipped = samples(f"coco:{coco}?images={tmp_path / 'pictures'}")
-    assert [s.content for s in found] == [Document((Image(tmp_path / "pictures" / "000000000007.jpg"), Text("A cat.")))]
+    actual, skipped = samples(f"coco:{coco}?images={tmp_path / 'pictures'}")
+    assert [s.content for s in actual] == [Document((Image(tmp_path / "pictures" / "000000000007.jpg"), Text("A cat.")))]
     assert skipped == [f"{coco}, annotation 1: no image 8"]
-    asked, told = tmp_path / "questions.json", tmp_path / "annotations.json"
-    asked.write_text(json.dumps({"questions": [{"image_id": 7, "question": "What?", "question_id": 70}]}))
+    questions, annotations = tmp_path / "questions.json", tmp_path / "annotations.json"
+    questions.write_text(json.dumps({"questions": [{"image_id": 7, "question": "What?", "question_id": 70}]}))
     answers = [{"question_id": n, "multiple_choice_answer": "cat", "answers": []} for n in (70, 71)]
-    told.write_text(json.dumps({"annotations": answers}))
-    found, skipped = samples(f"vqa:{told}?questions={asked}&images={tmp_path / 'pictures'}&prefix=COCO_val2014_")
-    assert isinstance(found[0].content, Conversation) and len(found) == len(skipped) == 1
-    question, answer = (message.content for message in found[0].content.messages)
+    annotations.write_text(json.dumps({"annotations": answers}))
+    source = f"vqa:{annotations}?questions={questions}&images={tmp_path / 'pictures'}&prefix=COCO_val2014_"
+    actual, skipped = samples(source)
+    assert isinstance(actual[0].content, Conversation) and len(actual) == len(skipped) == 1
+    question, answer = (message.content for message in actual[0].content.messages)
     assert question.images == [tmp_path / "pictures" / "COCO_val2014_000000000007.jpg"]
     assert (question.text, answer.text) == ("What?", "cat")
     for source, words in (
-        (f"vqa:{told}", "no file of questions; write vqa:"),
-        (f"vqa:{told}?question={asked}", "unknown option question; there are: images, questions, prefix"),
+        (f"vqa:{annotations}", "no file of questions; write vqa:"),
+        (f"vqa:{annotations}?question={questions}", "unknown option question; there are: images, questions, prefix"),
         (f"coco:{coco}?images={tmp_path / 'none'}", "no such folder"),
-        (f"coco:{told}", "no list images"),
+        (f"coco:{annotations}", "no list images"),
         (f"json:{coco}", "expected an array of records; for annotations of COCO"),
     ):
         with pytest.raises(BadInput, match=words):
@@ -188,13 +189,13 @@ def test_a_folder_takes_nothing_twice(tmp_path: Path) -> None:
         (folder / f"{name}.png").write_bytes(png())
     (folder / "a.json").write_text('{"caption": "from the sidecar", "width": 4}')
     (folder / "b.txt").write_text("from the text")
-    found, _ = samples(str(folder))
-    assert [sample.content.text for sample in found] == ["from the sidecar", "from the text"]  # type: ignore[union-attr]
+    actual, _ = samples(str(folder))
+    assert [sample.content.text for sample in actual] == ["from the sidecar", "from the text"]  # type: ignore[union-attr]
     for path in (folder / "a.json", folder / "b.txt"):
         path.unlink()
     write(folder / "captions.csv", [{"file_name": "a.png", "caption": "one"}, {"file_name": "b.png", "caption": "two"}])
-    found, _ = samples(str(folder))
-    assert [sample.content for sample in found] == [
+    actual, _ = samples(str(folder))
+    assert [sample.content for sample in actual] == [
         Document((Image(folder / f"{name}.png"), Text(text))) for name, text in (("a", "one"), ("b", "two"))
     ]
 
@@ -204,8 +205,8 @@ def test_braces(tmp_path: Path) -> None:
     assert list(expand_braces("no{thing}s")) == ["no{thing}s"]
     for name in ("00000.jsonl", "00001.jsonl", "00007.jsonl"):
         write(tmp_path / name, [{"text": name}])
-    found, _ = samples(str(tmp_path / "{00000..00005}.jsonl"))
-    assert [sample.content.text for sample in found] == ["00000.jsonl", "00001.jsonl"]  # type: ignore[union-attr]
+    actual, _ = samples(str(tmp_path / "{00000..00005}.jsonl"))
+    assert [sample.content.text for sample in actual] == ["00000.jsonl", "00001.jsonl"]  # type: ignore[union-attr]
     assert len(expand(f"jsonl:{tmp_path}/0000?.jsonl")) == 3  # a lone ? is the pattern's own
 
 
@@ -213,14 +214,14 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     lines = ['{"text": NaN}', '{"text": "a", "text": "b"}', '{"text": "\\ud800"}', "[" * 100_000, '{"text": "good"}']
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
-    found, skipped = samples(str(path))
-    assert [sample.key for sample in found] == [f"{path}, line 5"]
+    actual, skipped = samples(str(path))
+    assert [sample.key for sample in actual] == [f"{path}, line 5"]
     for line, words in enumerate(("NaN is not JSON", "key 'text' occurs twice", "surrogate", "not JSON"), 1):
         assert skipped[line - 1].startswith(f"{path}, line {line}: ") and words in skipped[line - 1]
     table = tmp_path / "a.csv"
     table.write_text('text,id\ngood,1\nshort\nlong,1,2\n"never closed,1\n')
-    found, skipped = samples(str(table))
-    assert len(found) == 1 and len(skipped) == 3
+    actual, skipped = samples(str(table))
+    assert len(actual) == 1 and len(skipped) == 3
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -233,9 +234,9 @@ def test_no_damage_crashes_a_reader_or_loses_a_record(tmp_path: Path, data: st.D
     for _ in range(data.draw(st.integers(1, 5))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(whole)
-    found, skipped = samples(str(path))
+    actual, skipped = samples(str(path))
     lines = [line for line in bytes(whole).split(b"\n") if line.strip()]
-    assert len(found) + len(skipped) == len(lines)
+    assert len(actual) + len(skipped) == len(lines)
 
 
 @pytest.mark.parametrize("ending", [".tar", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet"])
@@ -265,6 +266,6 @@ def test_many_kinds_of_damage(ending: str, tmp_path: Path) -> None:
             if not data:
                 data = bytearray(b"x")
         path.write_bytes(data)
-        found, skipped = samples(str(path))
-        assert all(isinstance(sample.content, Document) for sample in found)
-        assert found or skipped or not bytes(data).strip() or ending in (".csv", ".jsonl")
+        actual, skipped = samples(str(path))
+        assert all(isinstance(sample.content, Document) for sample in actual)
+        assert actual or skipped or not bytes(data).strip() or ending in (".csv", ".jsonl")

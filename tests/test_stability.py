@@ -57,10 +57,10 @@ def test_a_guard_without_ratio_accepts_finite_norms() -> None:
 
 def test_an_alarm_waits_for_growth_and_repeats_after_as_much() -> None:
     alarm = DivergenceAlarm(StabilityConfig(window_steps=10, max_output_norm_growth=2.0), warmup_steps=5)
-    told = [step for step in range(200) if alarm.check_output_norm(step, 1.05**step)]
+    reported = [step for step in range(200) if alarm.check_output_norm(step, 1.05**step)]
     apart = math.log(2) / math.log(1.05)
-    assert 25 < told[0] < 25 + apart + 2
-    assert all(abs(later - earlier - apart) < 2 for earlier, later in pairwise(told))
+    assert 25 < reported[0] < 25 + apart + 2
+    assert all(abs(later - earlier - apart) < 2 for earlier, later in pairwise(reported))
     steady = DivergenceAlarm(StabilityConfig(window_steps=10))
     assert not any(steady.check_output_norm(step, 5 + math.sin(step)) for step in range(200))
     quiet = DivergenceAlarm(StabilityConfig(window_steps=10, alarms=False))
@@ -162,8 +162,8 @@ def test_output_norm_alarm_precedes_divergence(tmp_path: Path, tokenizer: MixedT
     train(read_recipe(PretrainRecipe, path, [*changes, ramp]))
     losses = [float(row["train/loss"]) for row in rows(tmp_path / "run")]
     blown = next(step for step, loss in enumerate(losses) if step > 50 and loss > min(losses[:step]) + 0.5)
-    told = [event for event in events(tmp_path / "run") if event["text"].startswith("output norm has grown")]
-    assert told[0]["step"] < blown - 10
+    reported = [event for event in events(tmp_path / "run") if event["text"].startswith("output norm has grown")]
+    assert reported[0]["step"] < blown - 10
     train(read_recipe(PretrainRecipe, path, [*changes, "run.max_steps=150"]))
     assert events(tmp_path / "run") == []
 
@@ -183,8 +183,8 @@ def test_attention_logits_are_those_of_the_formula(kv_heads: int) -> None:
             q, k, _ = a.qkv(block.attention_norm(x)).view(3, 300, -1, 8).split((4, kv_heads, kv_heads), dim=2)
             q, k = (apply_rope(norm(part), *turn).transpose(1, 2) for norm, part in ((a.q_norm, q), (a.k_norm, k)))
             logits = torch.einsum("bhqc,bhkc->bhqk", q, k.repeat_interleave(4 // kv_heads, dim=1)) / math.sqrt(8)
-            wanted = logits.masked_fill(~block_diagonal_causal_mask(documents), -math.inf).max()
-            torch.testing.assert_close(watch.largest[layer], wanted)
+            expected = logits.masked_fill(~block_diagonal_causal_mask(documents), -math.inf).max()
+            torch.testing.assert_close(watch.largest[layer], expected)
             x = block(x, turn, block_diagonal_causal_mask(documents))
     assert not any(module._forward_hooks for module in model.modules())
 

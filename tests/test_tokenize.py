@@ -200,8 +200,8 @@ def test_duplicate_pictures(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     report = tokenize(sources, tokenizer, tmp_path / "unique", options=options)
     assert report.documents_out == 6 and report.duplicate_share == pytest.approx(0.4)
     assert report.skipped == {"filter: all its pictures are duplicates": 4}
-    found = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
-    assert found == set("012345")
+    actual = {tokenizer.decode(shard[n]).text for shard in open_shards(tmp_path / "unique") for n in range(len(shard))}
+    assert actual == set("012345")
     assert report.skipped_share == 0  # they were not wanted, but could have been used
     longer = TokenizeOptions(filters=Filters(unique_images=True, min_text=2))
     tar(tmp_path / "2.tar", [{"png": picture(9), "txt": b"9"}, {"png": picture(9), "txt": b"nine"}])
@@ -275,9 +275,9 @@ def test_scores_in_a_csv_and_nothing_left(bundle_folder: Path, tmp_path: Path, c
     (tmp_path / "a.csv").write_bytes(b"text,aesthetic\none,6.5\ntwo,4\nth\xfcree,7\nfour,7\n")
     command = ["tokenize", str(tmp_path / "a.csv"), "--model", str(bundle_folder), "--out", str(tmp_path / "out")]
     main([*command, "--set", "filters.min_score={aesthetic: 5}", "--max-skipped", "0.3", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["documents_out"] == 2  # the last one too, behind a row that is not UTF-8
-    assert found["skipped"] == {"filter: aesthetic is under 5": 1, "not UTF-8": 1}
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["documents_out"] == 2  # the last one too, behind a row that is not UTF-8
+    assert actual["skipped"] == {"filter: aesthetic is under 5": 1, "not UTF-8": 1}
     with pytest.raises(SystemExit) as error:
         main([*command, "--set", "filters.min_text=1000", "--max-skipped", "1"])
     assert error.value.code == 3 and "none of 4 samples is left" in capsys.readouterr().err
@@ -309,9 +309,9 @@ if __name__ == "__main__":
 """
     (tmp_path / "run.py").write_text(code)
     command = [sys.executable, str(tmp_path / "run.py"), shards, str(tmp_path / "tokenizers"), str(tmp_path / "out")]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    workers = [int(number) for number in found.stdout.split()]
-    assert found.returncode == -signal.SIGKILL and len(workers) == 2
+    actual = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    workers = [int(number) for number in actual.stdout.split()]
+    assert actual.returncode == -signal.SIGKILL and len(workers) == 2
     deadline = time.monotonic() + 30
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline
@@ -346,7 +346,7 @@ def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: Mix
         assert (report.documents_in, report.documents_out) == (12, kept)
         assert sum(report.skipped.values()) == 12 - kept and len(report.examples) == 12 - kept
         assert "a.jsonl, line 12: picture 2: " in report.examples[-1] or options.filters.unique_images
-        told = "\n".join(report.examples)
+        reported = "\n".join(report.examples)
         for line, reason in (
             (2, "no such"),
             (3, "more than 64 million pixels"),
@@ -354,7 +354,7 @@ def test_pictures_that_cannot_be_used_are_counted(tmp_path: Path, tokenizer: Mix
             (5, "damaged"),
             (6, ""),
         ):
-            assert re.search(rf"a\.jsonl, line {line}: .*{reason}", told)
+            assert re.search(rf"a\.jsonl, line {line}: .*{reason}", reported)
     with pytest.raises(BadInput, match="line 2: no such"):
         tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "strict", strict=True)
 
@@ -367,9 +367,9 @@ def test_a_folder_that_cannot_be_written(shards: str, tmp_path: Path, tokenizer:
 
 def test_counts_of_answers(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     (tmp_path / "p.png").write_bytes(picture(0))
-    asked = {"role": "user", "content": [{"type": "text", "text": "draw"}]}
-    told = {"role": "assistant", "content": [{"type": "image", "image": "p.png"}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [asked, told]}))
+    question = {"role": "user", "content": [{"type": "text", "text": "draw"}]}
+    answer = {"role": "assistant", "content": [{"type": "image", "image": "p.png"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [question, answer]}))
     tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
     (shard,) = open_shards(tmp_path / "out")
     assert shard.description["answers_by_modality"] == {"structure": 3, "image": 16, "text": 0}  # boi, eoi, eos
@@ -380,11 +380,11 @@ def test_counts_of_answers(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
 def made(bundle_folder: Path, tmp_path: Path) -> Path:
     """Token shards of a pair, a text and a conversation."""
     (tmp_path / "p.png").write_bytes(picture(0))
-    asked = {"role": "user", "content": [{"type": "image", "image": "p.png"}, {"type": "text", "text": "what <b>?"}]}
+    queries = {"role": "user", "content": [{"type": "image", "image": "p.png"}, {"type": "text", "text": "what <b>?"}]}
     lines: list[dict[str, Any]] = [
         {"image": "p.png", "caption": "orange heart"},
         {"text": "def add(a, b):\n    return a & b"},
-        {"messages": [asked, {"role": "assistant", "content": "a heart"}]},
+        {"messages": [queries, {"role": "assistant", "content": "a heart"}]},
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     main(["tokenize", str(tmp_path / "a.jsonl"), "--model", str(bundle_folder), "--out", str(tmp_path / "made")])
@@ -399,9 +399,9 @@ def test_showing_shards(made: Path, bundle_folder: Path, tmp_path: Path, capsys:
     assert "<bos>«[image]»«orange heart»«<eos>»" in shown
     assert "<bos>[image]what <b>?<sep>«a heart»«<eos>»" in shown
     main(["info", str(made), "--show", "2", "--model", str(bundle_folder), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert [entry["document"] for entry in found["shown"]] == [0, 1]
-    assert found["shown"][0]["tokens"] == sum(part["tokens"] for part in found["shown"][0]["parts"])
+    actual = json.loads(capsys.readouterr().out)
+    assert [entry["document"] for entry in actual["shown"]] == [0, 1]
+    assert actual["shown"][0]["tokens"] == sum(part["tokens"] for part in actual["shown"][0]["parts"])
     page = tmp_path / "page.html"
     main(["info", str(made), "--html", str(page), "--model", str(bundle_folder)])
     text = page.read_text()
@@ -425,8 +425,8 @@ def test_checking_shards(made: Path, capsys: pytest.CaptureFixture[str]) -> None
         (folder / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
         with pytest.raises(SystemExit) as error:
             main(["info", str(made), "--check"])
-        found = capsys.readouterr().err
-        assert error.value.code == 2 and f"{name}: checksum does not match" in found and "1 of 1 shards" in found
+        actual = capsys.readouterr().err
+        assert error.value.code == 2 and f"{name}: checksum does not match" in actual and "1 of 1 shards" in actual
         (folder / name).write_bytes(data)
     # Files that were wrong when their checksums were taken: offsets that fall, ids that no vocabulary has.
     description = (folder / "shard.json").read_text()

@@ -339,8 +339,8 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
     """A field of the records says how often; a picture without it counts once, a weight that is none is named."""
     recipe = image_recipe(tmp_path)
     for number, weight in ((0, 3), (1, 2.0)):
-        told = json.dumps({"caption": "a square", "faces": weight})
-        (tmp_path / "pictures" / f"{number}.json").write_text(told)
+        record = json.dumps({"caption": "a square", "faces": weight})
+        (tmp_path / "pictures" / f"{number}.json").write_text(record)
     recipe.weight_field, recipe.scale, recipe.shift, recipe.global_batch_size = "faces", (1.0, 1.0), 0.0, 100
     training = ImageBatchDataset(read_pictures(recipe.sources), recipe)
     colours = {picture.numpy().tobytes(): name for name, picture in originals(recipe).items()}
@@ -397,8 +397,8 @@ def test_a_codebook_that_collapses_is_reported(tmp_path: Path, monkeypatch: pyte
     recipe = image_recipe(tmp_path)
     recipe.run.max_steps, recipe.min_codebook_usage = 12, 1.1  # so that any usage is too little
     fit_image(recipe)
-    (told,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
-    assert json.loads(told)["step"] == 6 and "of the codebook is in use" in told
+    (reported,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(reported)["step"] == 6 and "of the codebook is in use" in reported
     assert [int(float(row["train/revived_codes"])) for row in log_of(tmp_path / "run")] == revived
     assert sum(revived) > 0
 

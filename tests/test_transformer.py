@@ -56,7 +56,7 @@ def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: 
     model = random_model(50).double()
     cache = KVCache(model.config, 3, 32, dtype=torch.float64)
     rows = [torch.randint(0, 50, (sum(news[row] for news in passes),)) for row in range(3)]
-    found: list[list[torch.Tensor]] = [[], [], []]
+    actual: list[list[torch.Tensor]] = [[], [], []]
     starts = [0, 0, 0]
     for news in passes:
         if not any(news):
@@ -64,11 +64,11 @@ def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: 
         ids = torch.cat([rows[row][starts[row] : starts[row] + news[row]] for row in range(3)])
         hidden = model(ids.unsqueeze(0), layout=BatchLayout.ragged(cache, starts, news))[0]
         for row, part in enumerate(hidden.split(news)):
-            found[row].append(part)
+            actual[row].append(part)
         starts = [start + new for start, new in zip(starts, news, strict=True)]
     for row, ids in enumerate(rows):
         if len(ids):
-            torch.testing.assert_close(torch.cat(found[row]), model(ids.unsqueeze(0))[0], atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(torch.cat(actual[row]), model(ids.unsqueeze(0))[0], atol=1e-9, rtol=1e-9)
 
 
 def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:
@@ -80,8 +80,8 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:
     larger.copy_from(cache)
     larger.copy_slot(0, 2, 6)
     other = torch.cat((ids[:, :6], torch.randint(0, 50, (1, 4))), dim=1)
-    found = model(other[:, 6:], layout=BatchLayout.ragged(larger, [9, 0, 6], [0, 0, 4]))
-    torch.testing.assert_close(found, model(other)[:, 6:], atol=1e-9, rtol=1e-9)
+    actual = model(other[:, 6:], layout=BatchLayout.ragged(larger, [9, 0, 6], [0, 0, 4]))
+    torch.testing.assert_close(actual, model(other)[:, 6:], atol=1e-9, rtol=1e-9)
 
 
 def test_packed_documents_do_not_see_each_other() -> None:

@@ -53,12 +53,12 @@ def with_prompting(model: Chameleon, prompting: Any) -> Chameleon:
 
 def asked_of(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The requests that the model's engine gets from here on."""
-    found: list[Request] = []
+    actual: list[Request] = []
     submit = model.engine.submit_all
     monkeypatch.setattr(
-        model.engine, "submit_all", lambda requests, *more: (found.extend(requests), submit(requests, *more))[1]
+        model.engine, "submit_all", lambda requests, *more: (actual.extend(requests), submit(requests, *more))[1]
     )
-    return found
+    return actual
 
 
 def decoded_by(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -74,7 +74,7 @@ def decoded_by(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[torch.
 
 def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Chameleon(Bundle(random_model(tokenizer.vocabulary.size, context_length=400), tokenizer, "conversation"))
-    found = asked_of(model, monkeypatch)
+    actual = asked_of(model, monkeypatch)
     examples = [(picture("red"), "what is it?", "heart"), (picture("blue"), "which style?", "noto")]
     model.answer(picture("green"), "what is it?", examples=examples, max_new_tokens=3)
     turns = []
@@ -82,16 +82,16 @@ def test_examples_are_turns_of_a_conversation(tokenizer: MixedTokenizer, monkeyp
         turns.append(Message("user", Document((Image(shown), Text(question)))))
         turns.append(Message("assistant", Document((Text(answer),))))
     past = model.encode(Conversation(turns)).tolist()
-    asked = model.prompts.token_ids(Document((Image(picture("green")), Text("what is it?"))))
-    assert found[0].prompt == (*past, *asked[1:])
+    queries = model.prompts.token_ids(Document((Image(picture("green")), Text("what is it?"))))
+    assert actual[0].prompt == (*past, *queries[1:])
 
 
 def test_examples_are_lines_of_a_document(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_prompting(model, "document")
-    found = asked_of(model, monkeypatch)
+    actual = asked_of(model, monkeypatch)
     caption = model.caption(picture("green"), examples=[(picture("red"), "heart")], max_new_tokens=3)
     expected = Document((Image(picture("red")), Text(" heart\n"), Image(picture("green"))))
-    assert found[0].prompt == tuple(model.encode(expected).tolist()[:-1])
+    assert actual[0].prompt == tuple(model.encode(expected).tolist()[:-1])
     assert "\n" not in caption
 
 
@@ -106,9 +106,9 @@ def test_formats(model: Chameleon) -> None:
     document = Document((Text("orange"),))
     for parts in (("text",), ("image",), ("text", "image", "text"), ("image", "image")):
         options: dict[str, Any] = {"format": parts, "max_new_tokens": 60, "max_text_tokens": 4, **SAMPLINGS}
-        made = model.generate(document, **options)
-        assert kinds(made) == "".join(part[0] for part in parts), parts
-        assert made.complete
+        output = model.generate(document, **options)
+        assert kinds(output) == "".join(part[0] for part in parts), parts
+        assert output.complete
     assert "i" not in kinds(model.generate(document, max_images=0, text_sampling=DRAWN, seed=5))
     with pytest.raises(BadInput, match="neither text nor image"):
         model.generate(document, format=("text", "picture"))
@@ -126,21 +126,21 @@ def test_guidance_of_documents_has_the_branches_of_its_form(model: Chameleon) ->
         model.prompts.token_ids(Document()),
     )
     assert model.prompts.guidance(document, 1) is None
-    made = model.generate_batch([document] * 2, format=("image",), guidance_scale=3.0, seeds=[1, 2], image_sampling=DRAWN)
+    output = model.generate_batch([document] * 2, format=("image",), guidance_scale=3.0, seeds=[1, 2], image_sampling=DRAWN)
     alone = model.generate(document, format=("image",), guidance_scale=3.0, seed=2, image_sampling=DRAWN)
-    assert made[1].images[0].tobytes() == alone.images[0].tobytes()  # type: ignore[union-attr]
+    assert output[1].images[0].tobytes() == alone.images[0].tobytes()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_is_what_is_generated(model: Chameleon, seed: int) -> None:
     document = Document((Text("orange"),))
     options: dict[str, Any] = {"max_new_tokens": 60, "max_images": 2, **SAMPLINGS, "seed": seed}
-    made = model.generate(document, **options)
+    output = model.generate(document, **options)
     pieces = list(model.stream(document, preview_every_n_rows=1, **options))
     whole = [piece for piece in pieces if not isinstance(piece, PartialImage)]
-    assert "".join(part.text for part in whole if isinstance(part, Text)) == made.text
+    assert "".join(part.text for part in whole if isinstance(part, Text)) == output.text
     pictures = [part.image.tobytes() for part in whole if isinstance(part, Image)]  # type: ignore[union-attr]
-    assert pictures == [image.tobytes() for image in made.images]  # type: ignore[union-attr]
+    assert pictures == [image.tobytes() for image in output.images]  # type: ignore[union-attr]
     forming = [piece for piece in pieces if isinstance(piece, PartialImage)]
     assert [piece.rows for piece in forming] == [1, 2, 3] * len(pictures)
     assert all(piece.image.size == (16, 4 * piece.rows) for piece in forming)
@@ -157,10 +157,10 @@ def test_text_streams_in_complete_characters_and_is_not_lost_before_an_image(tok
     assert list(decoder.finish()) == []
     cut = tokenizer.text_to_ids("漢")[:-1]  # a character that ends too early, then a picture
     block = [v.boi, *[v.image_start] * v.codes_per_image, v.eoi]
-    made = [part for token in [*cut, *block] for part in decoder.push(token)]
-    assert [type(part) for part in made] == [Text, Image]
-    made = [part for token in block[:5] for part in decoder.push(token)]
-    assert made == []
+    output = [part for token in [*cut, *block] for part in decoder.push(token)]
+    assert [type(part) for part in output] == [Text, Image]
+    output = [part for token in block[:5] for part in decoder.push(token)]
+    assert output == []
     assert "truncated image" in next(decoder.finish()).text  # type: ignore[union-attr]
 
 
@@ -169,8 +169,8 @@ def test_text_streams_in_complete_characters_and_is_not_lost_before_an_image(tok
 
 def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
     shown = [picture(colour) for colour in ("red", "green", "blue", "black")]
-    found = model.caption_log_likelihoods(shown, "orange heart")
-    for one, score in zip(shown, found, strict=True):
+    actual = model.caption_log_likelihoods(shown, "orange heart")
+    for one, score in zip(shown, actual, strict=True):
         whole = Conversation(
             [Message("user", Document((Image(one),))), Message("assistant", Document((Text("orange heart"),)))]
         )
@@ -180,7 +180,7 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
         expected = sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start)
         assert math.isclose(score, expected, rel_tol=1e-5)
     order = model.rank(shown, "orange heart")
-    assert [found[place] for place in order] == sorted(found, reverse=True)
+    assert [actual[place] for place in order] == sorted(actual, reverse=True)
     drawn = model.draw_samples("heart", 4, sampling=DRAWN)
     ranked = model.draw_samples("heart", 4, sampling=DRAWN, ranked=True)
     assert [one.tobytes() for one in ranked] == [drawn[place].tobytes() for place in model.rank(drawn, "heart")]
@@ -192,8 +192,8 @@ def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.M
     shown = picture("red")
     whole = model.vocabulary.ids_to_codes(torch.tensor(model.image_token_ids(shown))).view(4, 4)
     for guidance in (1.0, 2.0):
-        made = model.complete(shown, keep=0.6, prompt="heart", num_images=3, sampling=DRAWN, guidance_scale=guidance)
-        assert len(made) == 3
+        output = model.complete(shown, keep=0.6, prompt="heart", num_images=3, sampling=DRAWN, guidance_scale=guidance)
+        assert len(output) == 3
         grids = codes.pop()
         assert all(torch.equal(grid[:2], whole[:2]) for grid in grids)
         assert len({tuple(grid[2:].flatten().tolist()) for grid in grids}) == 3
@@ -257,13 +257,13 @@ def test_commands_of_documents_and_pictures(
     picture("red").save("p.png")
     Path("d.json").write_text('{"parts": [{"type": "text", "text": "orange"}]}')
     model = ["--model", str(bundle_folder), "--dtype", "float32"]
-    made = ["--format", "text,image", "--max-new-tokens", "40", *model]
-    main(["generate", "d.json", "--out", "page", "--page", "html", *made])
+    output = ["--format", "text,image", "--max-new-tokens", "40", *model]
+    main(["generate", "d.json", "--out", "page", "--page", "html", *output])
     shown = capsys.readouterr()
     assert "[image]" in shown.out and "page/document.html" in shown.err
     assert PILImage.open("page/image-0.png").size == (16, 16)
     assert 'src="image-0.png"' in Path("page/document.html").read_text()
-    main(["generate", "d.json", "--out", "page", "--guidance-scale", "2", "--draft-length", "3", "--json", *made])
+    main(["generate", "d.json", "--out", "page", "--guidance-scale", "2", "--draft-length", "3", "--json", *output])
     text, image = json.loads(capsys.readouterr().out)["parts"]
     assert (text["type"], image) == ("text", {"type": "image", "image": "page/image-0.png"})
     assert "![image](image-0.png)" in Path("page/document.md").read_text()
@@ -312,8 +312,8 @@ def test_bad_input_is_one_line(
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--model", str(bundle_folder), "--dtype", "float32"])
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and message in said.err and said.err.count("\n") == 1 and not said.out
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -330,9 +330,9 @@ def test_weight_formats_are_near_the_weights() -> None:
     for layer, least, most in bounds:
         for inputs in (few, many):
             expected = inputs.double() @ weight.double().T
-            found = layer(inputs).double()
-            assert found.shape == expected.shape
-            assert least < float((found - expected).norm() / expected.norm()) < most, layer
+            actual = layer(inputs).double()
+            assert actual.shape == expected.shape
+            assert least < float((actual - expected).norm() / expected.norm()) < most, layer
     layer = Int8Linear(weight)  # exactly the product with what was stored
     stored = layer.quantized.double() * layer.scales.double().unsqueeze(1)
     assert float((layer(few).double() - few.double() @ stored.T).abs().max()) < 0.02 * float(few.abs().sum())
@@ -350,12 +350,12 @@ def test_engines_run_on_every_weight_format(tokenizer: MixedTokenizer, weight_fo
     ids = torch.randint(0, v.size, (2, 12))
     near = torch.nn.functional.cosine_similarity(model(ids).float(), whole(ids).float(), dim=-1)
     assert float(near.min()) > (0.9 if weight_format == "int4" else 0.99)
-    asked = [
+    queries = [
         Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), GREEDY)
         for n in range(3)
     ]
     engine = Engine(model, v, weight_format=weight_format)
-    assert all(engine.generate(asked))
+    assert all(engine.generate(queries))
     heads = {type(part) for part in engine.decoder.heads.codes.layers + engine.decoder.heads.text.layers}
     assert heads <= {PackedLinear, Int8Linear, Int4Linear} and len(heads) >= 1
 

@@ -54,10 +54,10 @@ def test_codes_equal_those_of_hugging_faces_encoder() -> None:
     theirs.load_state_dict(state)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        wanted = theirs.encode(pictures)
+        expected = theirs.encode(pictures)
         latent = ours.latent(pictures)
-    torch.testing.assert_close(latent, theirs.quant_conv(wanted.last_hidden_state), atol=1e-5, rtol=1e-5)
-    assert torch.equal(ours.encode(pictures).flatten(), wanted.image_tokens.flatten())
+    torch.testing.assert_close(latent, theirs.quant_conv(expected.last_hidden_state), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.encode(pictures).flatten(), expected.image_tokens.flatten())
     assert len(ours.encode(pictures).unique()) > 5
 
 
@@ -154,7 +154,7 @@ def test_released_configuration_has_the_released_shapes() -> None:
         network = VQGAN(VQGANConfig())
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert network.config.grid == (32, 32)
-    wanted = {
+    expected = {
         "encoder.conv_in.weight": (128, 3, 3, 3),
         "encoder.down.0.block.1.conv2.weight": (128, 128, 3, 3),
         "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
@@ -173,7 +173,7 @@ def test_released_configuration_has_the_released_shapes() -> None:
         "decoder.norm_out.weight": (128,),
         "decoder.conv_out.weight": (3, 128, 3, 3),
     }
-    assert wanted.items() <= shapes.items()
+    assert expected.items() <= shapes.items()
     assert "decoder.up.0.upsample.conv.weight" not in shapes
     assert "encoder.down.4.downsample.conv.weight" not in shapes
     # Hugging Face's model has the same names for all but the decoder.
@@ -295,8 +295,8 @@ def test_hinge_loss_by_hand() -> None:
 def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
     layer = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     first, second = (3 * layer).sum(), (layer**2).sum()
-    wanted = (3 * 2**0.5) / (20**0.5 + 1e-4)
-    assert adaptive_weight(first, second, layer).item() == pytest.approx(wanted, rel=1e-5)
+    expected = (3 * 2**0.5) / (20**0.5 + 1e-4)
+    assert adaptive_weight(first, second, layer).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_discriminator_judges_patches() -> None:
