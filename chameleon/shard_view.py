@@ -74,11 +74,11 @@ def evenly_spaced_documents(shards: Sequence[TokenShard], count: int) -> list[tu
     first_documents = list(accumulate(map(len, shards), initial=0))
     total = first_documents[-1]
     count = min(count, total)
-    chosen = [index * total // count for index in range(count)]
+    document_indices = [index * total // count for index in range(count)]
     return [
         (shard, document - first)
         for shard, (first, end) in zip(shards, pairwise(first_documents), strict=True)
-        for document in chosen
+        for document in document_indices
         if first <= document < end
     ]
 

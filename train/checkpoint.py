@@ -396,6 +396,7 @@ class CheckpointCallback(Callback):
                 self.write_description(partial, trainer, module, step)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
+                self.remove_old_checkpoints(trainer)
 
         try:
             run_on_all_processes(create_folder)
@@ -406,8 +407,6 @@ class CheckpointCallback(Callback):
             if trainer.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             raise BadInput(error.reason, where=folder, remedy="free some space; earlier checkpoints are kept") from None
-        self.remove_old_checkpoints(trainer)
-        trainer.strategy.barrier()
 
     def check_disk_space(self, tensors: dict[str, Tensor]) -> None:
         """Raise `BadInput` where this process's shard does not fit on the disk, before anything is written."""

@@ -44,13 +44,13 @@ def bind_task(shard: RawShard) -> Callable[[], Iterable[Document | Conversation]
     if split not in ("train", "validation"):
         raise BadInput(f"no split {split!r}", where=where, remedy="use train or validation")
     try:
-        numbers = {key: int(value) for key, value in options.items()}
+        integer_options = {key: int(value) for key, value in options.items()}
     except ValueError as error:
         raise BadInput(f"option is not a number ({error})", where=where) from None
-    num_concepts = numbers.pop("concepts", None)
+    num_concepts = integer_options.pop("concepts", None)
 
     def run() -> Iterable[Document | Conversation]:
-        return task(emoji.subset(split, num_concepts) if shows_pictures else split, **numbers)
+        return task(emoji.subset(split, num_concepts) if shows_pictures else split, **integer_options)
 
     return run
 

@@ -163,7 +163,7 @@ class Decoder:
         self, requests: Sequence[ActiveRequest], hidden: Tensor, hidden_index: HiddenIndex
     ) -> tuple[Tensor, HiddenIndex]:
         """Keep the hidden states of sequences whose guidance branches are not prefilled yet, and use those kept before."""
-        kept: list[Tensor] = []
+        kept_states: list[Tensor] = []
         for request in requests:
             is_complete = all(s in hidden_index or s.last_hidden is not None for s in request.sequences)
             if not is_complete:
@@ -172,10 +172,10 @@ class Decoder:
                 if not is_complete and sequence in hidden_index:
                     sequence.last_hidden = hidden[hidden_index.pop(sequence)].clone()
                 elif is_complete and sequence.last_hidden is not None:
-                    hidden_index[sequence] = len(hidden) + len(kept)
-                    kept.append(sequence.last_hidden)
+                    hidden_index[sequence] = len(hidden) + len(kept_states)
+                    kept_states.append(sequence.last_hidden)
                     sequence.last_hidden = None
-        return (torch.cat([hidden, torch.stack(kept)]) if kept else hidden), hidden_index
+        return (torch.cat([hidden, torch.stack(kept_states)]) if kept_states else hidden), hidden_index
 
     def forward(
         self,
