@@ -28,6 +28,16 @@ def supports_packed_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_fbgemm() -> bool:
+    """Return whether PyTorch was built with FBGEMM and this processor runs it (x86 with AVX2)."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def is_apple_gpu(device: torch.device | str) -> bool:
+    """Return whether a device is Apple's, for which PyTorch has no float64 and only some kernels in bfloat16."""
+    return torch.device(device).type == "mps"
+
+
 def fast_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Return whether matrix products in bfloat16 are fast.
 

@@ -121,6 +121,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of damaged data may have lone surrogates
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is measured or compiled once: $CHAMELEON_CACHE, or open-chameleon in the user's cache."""
+    own = os.environ.get("CHAMELEON_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-chameleon"
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:

@@ -116,32 +116,48 @@ class VectorQuantizer(nn.Module):
 class PlainCodebook(VectorQuantizer):
     """Codes trained by gradient; dead codes are reset to latents of the batch.
 
-    `revive_below`: a code whose moving average of uses per step falls below this is dead; 0 never revives.
+    `revive_below`: a code is dead when the moving average of its uses is below this share of all codes' mean; 0 never
+    revives. `decay`: that of the moving averages after many steps. The first steps have (1 + n) / (10 + n), so that what
+    the untrained encoder used is soon forgotten.
     """
 
     uses: Tensor
+    """float32 [size]: moving average of the uses per step."""
+    num_updates: Tensor
+    """int64 scalar."""
 
-    def __init__(self, size: int, width: int, *, decay: float = 0.99, revive_below: float = 0.03) -> None:
+    def __init__(self, size: int, width: int, *, decay: float = 0.99, revive_below: float = 0.1) -> None:
         super().__init__(size, width)
         self.decay, self.revive_below = decay, revive_below
         self.register_buffer("uses", torch.ones(size), persistent=True)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64), persistent=True)
         self.num_revived = 0
         """Dead codes that were reset in the last step."""
 
+    @torch.no_grad()
     def update(self, latent: Tensor, codes: Tensor) -> None:
+        self.num_updates += 1
+        count = int(self.num_updates)
+        decay = min(self.decay, (1 + count) / (10 + count))
         counts = all_reduce_sum(torch.bincount(codes, minlength=len(self.uses)).to(self.uses.dtype))
-        self.uses.lerp_(counts, 1 - self.decay)
-        dead = (self.uses < self.revive_below).nonzero().flatten()
+        mean_uses = counts.mean()
+        self.uses.lerp_(counts, 1 - decay)
+        is_dead = self.uses < self.revive_below * mean_uses
+        self.update_codes(latent, codes, decay, ~is_dead)
+        dead = is_dead.nonzero().flatten()
         self.num_revived = len(dead)
         if len(dead):
             chosen = torch.randint(len(latent), (len(dead),), device=latent.device)
-            self.set_codes(dead, broadcast_from_first(latent[chosen]))
-            self.uses[dead] = 1.0
+            self.set_codes(dead, broadcast_from_first(latent[chosen]), mean_uses)
+
+    def update_codes(self, latent: Tensor, codes: Tensor, decay: float, is_alive: Tensor) -> None:
+        """Update the codes that are alive, bool [size], from latents [N, width] and their codes [N]."""
 
     @torch.no_grad()
-    def set_codes(self, indices: Tensor, values: Tensor) -> None:
-        """Set the codes at `indices` [n] to `values` [n, width]."""
+    def set_codes(self, indices: Tensor, values: Tensor, uses: Tensor | float = 1.0) -> None:
+        """Set the codes at `indices` [n] to `values` [n, width], as if each were used `uses` times a step."""
         self.embedding.weight[indices] = values
+        self.uses[indices] = uses
 
     @torch.no_grad()
     def init_from_latents(self, latent: Tensor, iterations: int = 10) -> None:
@@ -160,24 +176,21 @@ class MovingAverageCodebook(PlainCodebook):
     """Codes that are moving averages of the latents assigned to them."""
 
     sums: Tensor
+    """float32 [size, width]: moving average of the sums, per step, of the latents assigned to each code."""
 
-    def __init__(self, size: int, width: int, *, decay: float = 0.99, revive_below: float = 0.03) -> None:
+    def __init__(self, size: int, width: int, *, decay: float = 0.99, revive_below: float = 0.1) -> None:
         super().__init__(size, width, decay=decay, revive_below=revive_below)
         self.embedding.weight.requires_grad_(False)
         self.register_buffer("sums", self.embedding.weight.detach().clone(), persistent=True)
 
-    @torch.no_grad()
-    def update(self, latent: Tensor, codes: Tensor) -> None:
-        self.sums.lerp_(all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, codes, latent)), 1 - self.decay)
-        super().update(latent, codes)
-        used = self.uses >= self.revive_below
-        self.embedding.weight[used] = self.sums[used] / self.uses[used].unsqueeze(1)
+    def update_codes(self, latent: Tensor, codes: Tensor, decay: float, is_alive: Tensor) -> None:
+        self.sums.lerp_(all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, codes, latent)), 1 - decay)
+        self.embedding.weight[is_alive] = self.sums[is_alive] / self.uses[is_alive].unsqueeze(1)
 
     @torch.no_grad()
-    def set_codes(self, indices: Tensor, values: Tensor) -> None:
-        super().set_codes(indices, values)
-        self.sums[indices] = values
-        self.uses[indices] = 1.0
+    def set_codes(self, indices: Tensor, values: Tensor, uses: Tensor | float = 1.0) -> None:
+        super().set_codes(indices, values, uses)
+        self.sums[indices] = values * uses
 
 
 class LinearCodebook(VectorQuantizer):

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
 from chameleon.files import EVENTS_FILE, RUN_FILE, atomic_folder, read_json, sha256_of, write_json
+from chameleon.train.muon import Muon
 from chameleon.train.recipe import RunConfig
 from chameleon.train.step_module import StepModule
 
@@ -55,7 +56,7 @@ RESUMABLE_KEYS = (
 )
 """Prefixes of the recipe keys that may change when a run is resumed, apart from `FIXED_KEYS`."""
 FIXED_KEYS = ("run.max_steps", "run.seed", "run.precision")
-OPTIMIZER_STATE_KEYS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+OPTIMIZER_STATE_KEYS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 """Keys of an optimiser's state of each parameter."""
 
 

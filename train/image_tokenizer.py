@@ -38,6 +38,10 @@ CODEBOOK_INIT_BATCH_SIZE = 8
 CODEBOOK_INIT_PICTURES = 512
 USAGE_SETTLES_AFTER_STEPS = 200
 """Steps after which the usage of the codebook is meaningful."""
+USAGE_WINDOW = 16
+"""Latents for each code over which uses are counted."""
+MIN_RECENT_USES = 0.5
+"""Decayed count of uses below which a code is not in use."""
 VALIDATION_BATCH_SIZE = 64
 
 
@@ -146,7 +150,7 @@ class ImageTokenizerModule(StepModule):
         """Batches whose latents initialise the codebook; none where a run is resumed."""
 
     code_counts: Tensor
-    """float32 [codebook_size]: decaying counts of the codes' uses."""
+    """float32 [codebook_size]: counts of the codes' uses that decay by half over some `USAGE_WINDOW` latents a code."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -198,9 +202,9 @@ class ImageTokenizerModule(StepModule):
         """Forward, losses, backward, gradient norm, clipping, optimiser steps, log."""
         step, recipe, loss_config = self.completed_steps, self.recipe, self.recipe.loss
         max_steps = recipe.run.max_steps
-        network_optimizer, *discriminator_optimizers = self.optimizer_list()
+        optimizers = self.optimizer_list()
+        network_optimizers = optimizers[: len(optimizers) - (self.discriminator is not None)]
         lr = lr_at(step, max_steps, recipe.optimizer)
-        set_lr(network_optimizer.optimizer, lr)
         metrics: dict[str, float | Tensor] = {}
 
         reconstruction, quantized = self.network(pictures)
@@ -219,7 +223,8 @@ class ImageTokenizerModule(StepModule):
             loss = loss + loss_config.adversarial * weight * adversarial_loss
             metrics |= {"train/adversarial": adversarial_loss, "train/adaptive_weight": weight}
 
-        network_optimizer.zero_grad()
+        for optimizer in network_optimizers:
+            optimizer.zero_grad()
         self.manual_backward(loss)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         grad_norm = global_grad_norm(parameters)
@@ -227,18 +232,19 @@ class ImageTokenizerModule(StepModule):
         mean_loss, mean_psnr = all_reduce_mean(torch.stack((loss.detach().float(), mean_psnr)))
         if not self.should_skip_step(mean_loss, grad_norm):
             clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
-            network_optimizer.step()
+            for optimizer in network_optimizers:
+                set_lr(optimizer.optimizer, lr)
+                optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.network)
             if is_adversarial:
-                metrics["train/discriminator"] = self.discriminator_step(
-                    discriminator_optimizers[0], pictures, reconstruction.detach()
-                )
+                metrics["train/discriminator"] = self.discriminator_step(optimizers[-1], pictures, reconstruction.detach())
 
-        codes = torch.bincount(quantized.codes.flatten(), minlength=len(self.code_counts))
-        self.code_counts.mul_(0.99).add_(all_reduce_sum(codes))
-        usage = float((self.code_counts > 0.01).float().mean())
-        self.check_collapse(usage)
+        counts = all_reduce_sum(torch.bincount(quantized.codes.flatten(), minlength=len(self.code_counts)))
+        window = USAGE_WINDOW * len(self.code_counts)
+        self.code_counts.mul_(torch.exp(-counts.sum() / window)).add_(counts)
+        code_perplexity = perplexity(self.code_counts)
+        self.check_collapse(float(code_perplexity) / len(self.code_counts))
         if self.is_logged_step:
             quantizer = self.network.quantize
             metrics |= {
@@ -246,8 +252,8 @@ class ImageTokenizerModule(StepModule):
                 "train/psnr": mean_psnr,
                 "train/commitment": quantized.commitment_loss,
                 "train/grad_norm": grad_norm,
-                "train/codebook_usage": usage,
-                "train/codebook_perplexity": perplexity(self.code_counts),
+                "train/codebook_usage": (self.code_counts >= MIN_RECENT_USES).float().mean(),
+                "train/codebook_perplexity": code_perplexity,
                 "train/revived_codes": quantizer.num_revived if isinstance(quantizer, PlainCodebook) else 0,
                 "stability/skipped_steps": self.guard.skipped_steps,
                 "lr": lr,
@@ -282,14 +288,15 @@ class ImageTokenizerModule(StepModule):
         return loss.detach()
 
     def check_collapse(self, usage: float) -> None:
-        """Warn once where hardly any code is used any more."""
+        """Warn once where hardly any code is used any more. usage: perplexity of the codes / size of the codebook."""
         is_settled = self.completed_steps >= USAGE_SETTLES_AFTER_STEPS
         if is_settled and usage < self.recipe.min_codebook_usage and not self.collapse_reported:
             self.collapse_reported = True
             self.events.add(
                 self.current_step,
                 "alarm",
-                f"{usage:.0%} of the codebook is in use: it collapses (lower the lr, or use codebook=moving_average)",
+                f"the codebook collapses: its perplexity is {usage:.1%} of its size (lower the lr, or use "
+                "codebook=moving_average)",
             )
 
     # --- validation and result -------------------------------------------------------------------------------------

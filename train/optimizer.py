@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
+from chameleon.train.muon import Muon
+
+HIDDEN_PREFIXES = ("blocks.", "encoder.", "decoder.")
+OUTER_LAYERS = (".conv_in.", ".conv_out.")
 
 
 @dataclass
@@ -19,7 +23,8 @@ class OptimizerConfig:
     """The optimiser and its learning-rate schedule. Defaults: pretraining in arXiv 2405.09818, section 2.3."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices of the blocks (arXiv 2502.16982, scaled to use AdamW's lr), AdamW for the rest."""
+    """`muon`: Muon for the matrices and kernels of hidden layers (arXiv 2502.16982, scaled to use AdamW's lr), AdamW for
+    the rest."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -53,28 +58,27 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "_norm." not in name and not name.startswith("quantize.")
 
 
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a matrix or kernel of a hidden layer, which Muon can train."""
+    is_outer = any(layer in f".{name}" for layer in OUTER_LAYERS)
+    return name.startswith(HIDDEN_PREFIXES) and not is_outer and has_weight_decay(name, parameter)
+
+
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Return the optimisers over all trainable parameters of `module`: AdamW, preceded by Muon where the config says so.
 
-    Muon takes the matrices of `module.blocks` as they are stored (q, k, v are one, gate and up another); embedding, head,
-    norms and biases stay with AdamW. Raises `BadInput` for Muon without blocks.
+    Muon takes the matrices of a Transformer's blocks as they are stored (q, k, v are one, gate and up another), and the
+    kernels of a VQGAN's encoder and decoder but for the first and last; embedding, head, codebook, norms and biases stay
+    with AdamW. Raises `BadInput` for Muon where there are none.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    muon_names = [
-        n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and has_weight_decay(n, p)
-    ]
+    muon_names = [n for n, p in named.items() if config.kind == "muon" and is_hidden_matrix(n, p)]
     optimizers: list[torch.optim.Optimizer] = []
     if config.kind == "muon" and not muon_names:
-        raise BadInput("muon is for Transformers", where="recipe.optimizer.kind", remedy="use adamw")
+        raise BadInput("there is no hidden layer for muon", where="recipe.optimizer.kind", remedy="use adamw")
     if muon_names:
-        optimizers.append(
-            torch.optim.Muon(
-                [named.pop(name) for name in muon_names],
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        muon_parameters = [named.pop(name) for name in muon_names]
+        optimizers.append(Muon(muon_parameters, lr=config.lr, weight_decay=config.weight_decay))
     groups = [
         {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0}
         for decay in (True, False)

@@ -19,6 +19,7 @@ SHOWN_METRICS = {
     "train/image_loss": "image",
     "train/psnr": "PSNR",
     "train/codebook_usage": "codes used",
+    "train/codebook_perplexity": "perplexity",
     "validation/text_loss": "validation text",
     "validation/image_loss": "validation image",
     "validation/psnr": "validation PSNR",

@@ -95,7 +95,7 @@ class FitImageRecipe:
     weight_field: str | None = None
     """Field of the records with an image's sampling weight, such as 2 for faces (arXiv 2405.09818, section 2.1)."""
     min_codebook_usage: float = 0.1
-    """Warn of codebook collapse where a smaller share of the codes is in use."""
+    """Warn of codebook collapse where the perplexity of the codes is a smaller share of the codebook's size."""
     global_batch_size: int = 32
     """Pictures of a step, over all devices."""
     num_workers: int = 0

@@ -109,8 +109,13 @@ class Decoder:
         self.compiled_decode_step: Callable[..., Tensor] | None = None
         if not self.compile:
             return
-        if on_cpu and self.weight_format == "packed":
-            raise BadInput("compiled decoding packs plain weights itself", where="weights", remedy="use plain or int8")
+        is_int8_product = self.weight_format == "int8" and self.dtype == torch.float32
+        if on_cpu and (self.weight_format in ("packed", "float16") or is_int8_product):
+            raise BadInput(
+                f"compiled decoding packs plain weights itself, not {self.weight_format} ones under {self.dtype}",
+                where="weights",
+                remedy="use plain, or int8 and bfloat16",
+            )
         torch.compiler.reset()  # frozen graphs contain the weights that they were compiled with
         compiled: Callable[..., Tensor] = torch.compile(
             self.decode_step, mode="reduce-overhead" if self.device.type == "cuda" else None

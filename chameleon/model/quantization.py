@@ -1,29 +1,40 @@
 """Inference-only weight formats: layouts of a model's matrices that are faster or smaller than plain ones.
 
-* packed: bfloat16 in the memory layout of oneDNN's kernels, on CPUs; lossless;
-* int8: symmetric, one scale a row; int4: asymmetric, a scale and a zero point for each 32 columns of a row, chosen by
-  HQQ; both quantised by torchao, activations stay as they are. Norms, embedding and, with int4, the head stay wider.
+* packed: the memory layout of oneDNN's kernels, on CPUs, in bfloat16 or float32; lossless;
+* float16: float16 weights in FBGEMM's layout, on CPUs; inputs, outputs and sums are float32;
+* int8: symmetric, one scale a row. With float32 inputs on CPUs that have FBGEMM, these are quantised too, to 8 bits and one
+  scale per token, and products are integer ones; else inputs stay as they are, and torchao quantises the weights;
+* int4: asymmetric, a scale and a zero point for each 32 columns of a row, chosen by HQQ, by torchao; inputs stay.
+
+Norms, embedding and, with int4, the head stay wider. `packed`, `float16` and the integer products of `int8` ship with
+PyTorch. Which format is fastest depends on the processor: see `chameleon.model.fastest_format`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chameleon.device import supports_packed_bfloat16
+from chameleon.device import has_fbgemm, supports_packed_bfloat16
 from chameleon.errors import BadInput
 from chameleon.model.transformer import Transformer
 
-WeightFormat = Literal["plain", "packed", "int8", "int4"]
+WeightFormat = Literal["plain", "packed", "float16", "int8", "int4"]
 INT4_GROUP_SIZE = 32
 """Columns of a row that share a scale in int4."""
 MAX_INT8_KERNEL_TOKENS = 32
-"""Up to this many tokens the int8 kernel, which converts each weight as it reads it, is faster than converting the whole
-matrix first."""
+"""Up to this many tokens the int8 kernel of bfloat16 inputs, which converts each weight as it reads it, is faster than
+converting the whole matrix first."""
+MAX_FLOAT16 = torch.finfo(torch.float16).max
+MAX_INT8 = 127
+MIN_LARGEST_INPUT = 1e-30
+"""Inputs of a token that are all smaller count as 0."""
 BLOCK_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
@@ -49,17 +60,87 @@ class PackedLinear(nn.Module):
 class QuantizedLinear(nn.Module):
     """Base class of the quantised layers, which cannot be saved."""
 
-    quantized: Tensor
-    scales: Tensor
-
     def _save_to_state_dict(self, *_: Any) -> None:
         raise BadInput(
             "quantised weights are for inference only", where="weights", remedy="load the bundle as plain to save it"
         )
 
 
+class Float16Linear(QuantizedLinear):
+    """A linear layer of float16 weights in FBGEMM's layout; float32 in and out.
+
+    It sums in one order, so that a token's output is the same in any batch.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the matrix, float32."""
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Int8ProductLinear(QuantizedLinear):
+    """A linear layer of int8 weights and integer products by FBGEMM; float32 in and out.
+
+    Each token has a scale of its own, and integer sums are exact, so that its output is the same in any batch.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / MAX_INT8
+        self.packed = pack_int8(weight, scales)
+        self.max_input = max_int8_input()
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the matrix as it is multiplied, float32."""
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=MIN_LARGEST_INPUT)
+        return int8_product(x / largest, self.packed, self.max_input).mul_(largest)
+
+
+def pack_int8(weight: Tensor, scales: Tensor) -> Any:
+    """Return the matrix [out, in], quantised with a scale for each row, in FBGEMM's layout."""
+    zero_points = torch.zeros(len(weight), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*deprecated.*")  # PyTorch 2.14: its tensors of quantised dtypes will go
+        quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def int8_product(x: Tensor, packed: Any, max_input: int) -> Tensor:
+    """Return the product of x [..., in], within [-1, 1], quantised to −max_input … max_input, with packed int8 weights."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / max_input, max_input + 1, packed)
+
+
+@functools.cache
+def max_int8_input() -> int:
+    """Return the largest quantised input for which this processor's integer sums are exact: 127, or 63 in 7 bits.
+
+    Without VNNI instructions, the sum of two products of 8 bits each saturates at 16 bits.
+    """
+    extreme = torch.full((1, 256), float(MAX_INT8))
+    packed = pack_int8(extreme, torch.ones(1))
+    for max_input in (MAX_INT8, MAX_INT8 // 2):
+        if torch.allclose(int8_product(torch.ones(1, 256), packed, max_input), extreme.sum()):
+            break
+    return max_input
+
+
 class Int8Linear(QuantizedLinear):
-    """A linear layer of int8 weights on a CPU."""
+    """A linear layer of int8 weights on a CPU, whose inputs stay in bfloat16."""
+
+    quantized: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -78,6 +159,9 @@ class Int8Linear(QuantizedLinear):
 
 class Int4Linear(QuantizedLinear):
     """A linear layer of int4 weights on a CPU."""
+
+    quantized: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -122,23 +206,58 @@ def plain_linear(weight: Tensor) -> nn.Linear:
 
 def make_linear(weight: Tensor, weight_format: WeightFormat) -> nn.Module:
     """Return a linear layer of the matrix [out, in] in a weight format. Raise `BadInput` where that is not possible."""
-    if weight_format == "plain":
-        return plain_linear(weight)
     rows, columns = weight.shape
     if weight_format == "int4" and (rows % 16 or columns % INT4_GROUP_SIZE):
         weight_format = "int8"  # a slice of the head
-    if weight.dtype != torch.bfloat16:
-        raise BadInput(f"{weight_format} weights need dtype bfloat16, not {weight.dtype}", where="weights")
+    if weight_format == "plain":
+        return plain_linear(weight)
+    check_weight_format(weight_format, weight.dtype, weight.device)
     if weight.device.type != "cpu":
-        if weight_format == "packed":
-            raise BadInput("packed weights are for CPUs", where="weights", remedy="use plain, int8 or int4")
         layer = plain_linear(weight)
         quantized = quantize_with_torchao(weight, 8 if weight_format == "int8" else 4)
         layer.weight = nn.Parameter(quantized, requires_grad=False)
         return layer
-    if weight_format == "packed" and not supports_packed_bfloat16():
-        raise BadInput("this processor does not support packed bfloat16", where="weights", remedy="use plain or int8")
-    return {"packed": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}[weight_format](weight)
+    if weight_format == "packed":
+        return PackedLinear(weight)
+    if weight_format == "float16":
+        check_float16_range(weight)
+        return Float16Linear(weight)
+    if weight_format == "int8":
+        return Int8ProductLinear(weight) if weight.dtype == torch.float32 else Int8Linear(weight)
+    return Int4Linear(weight)
+
+
+def check_weight_format(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `BadInput` where a weight format other than plain does not go with the dtype, device or processor."""
+    on_cpu = device.type == "cpu"
+    if not on_cpu and weight_format in ("packed", "float16"):
+        raise BadInput(f"{weight_format} weights are for CPUs", where="weights", remedy="use plain, int8 or int4")
+    dtypes = {
+        "packed": (torch.bfloat16, torch.float32),
+        "float16": (torch.float32,),
+        "int8": (torch.bfloat16, torch.float32) if on_cpu and has_fbgemm() else (torch.bfloat16,),
+        "int4": (torch.bfloat16,),
+    }[weight_format]
+    if dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise BadInput(f"{weight_format} weights need dtype {names}, not {dtype}", where="weights")
+    if weight_format == "packed" and dtype == torch.bfloat16 and not supports_packed_bfloat16():
+        raise BadInput("this processor does not support packed bfloat16", where="weights", remedy="use float16 or int8")
+    if weight_format == "float16" and not has_fbgemm():
+        raise BadInput("this build of PyTorch has no FBGEMM", where="weights", remedy="use plain or packed")
+
+
+def fits_float16(model: Transformer) -> bool:
+    """Return whether no matrix of the model has a weight that is too large for float16."""
+    matrices = (p for name, p in model.named_parameters() if p.ndim == 2 and "_norm." not in name)
+    return all(float(matrix.abs().max()) <= MAX_FLOAT16 for matrix in matrices)
+
+
+def check_float16_range(weight: Tensor) -> None:
+    """Raise `BadInput` where a weight is too large for float16."""
+    largest = float(weight.abs().max())
+    if not largest <= MAX_FLOAT16:
+        raise BadInput(f"a weight of {largest:.3g} exceeds float16", where="weights", remedy="use packed or plain")
 
 
 def convert_weights(model: Transformer, weight_format: WeightFormat) -> None:
