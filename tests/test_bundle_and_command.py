@@ -24,6 +24,7 @@ from chameleon.errors import BadInput
 from chameleon.evaluation.captions import cider_d, exact_match
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.streaming import complete_utf8_length
+from chameleon.model.fastest_format import candidates
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.optimizer import OptimizerConfig, lr_at
 from chameleon.train.recipe import (
@@ -111,9 +112,11 @@ def test_a_full_disk_leaves_what_was_there(bundle: Bundle, bundle_folder: Path, 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_is_used_where_it_is_fast(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    for place in ("chameleon.generation.chameleon", "chameleon.train.trainer"):
+    for place in ("chameleon.model.fastest_format", "chameleon.train.trainer"):
         monkeypatch.setattr(f"{place}.fast_bfloat16", lambda *_: fast)
-    assert Chameleon.load(bundle_folder).model.head.weight.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert ("bfloat16" in {form.dtype for form in candidates()}) == fast
+    compiled = Chameleon.load(bundle_folder, compile=True)  # of plain weights, whose dtype is not measured
+    assert compiled.model.head.weight.dtype == (torch.bfloat16 if fast else torch.float32)
     assert Chameleon.load(bundle_folder, dtype="bfloat16").model.head.weight.dtype == torch.bfloat16
     run = RunConfig(out=str(bundle_folder.parent / "run"), accelerator="cpu")
     if fast:

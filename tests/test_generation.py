@@ -119,6 +119,7 @@ def test_times_are_exponential() -> None:
     actual = exponential_noise(torch.tensor([3]), torch.tensor([9]), torch.arange(50_000))[0]
     assert kstest(actual.numpy(), "expon").pvalue > 1e-3
     assert bool((actual > 0).all()) and bool(actual.isfinite().all())
+    assert len(actual[actual < 0.01].unique()) == (actual < 0.01).sum()  # small ones are not rounded together
 
 
 def test_similar_distributions_mostly_draw_the_same() -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.errors": 0,
     "chameleon.device": 1,
+    "chameleon.threads": 1,
     "chameleon.progress": 0,
     "chameleon.files": 1,
     "chameleon.config_reader": 1,

@@ -13,9 +13,10 @@ import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from chameleon.errors import BadInput, as_bad_input
 from chameleon.files import atomic_update, read_json, write_json
 from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress, write_safetensors
+from chameleon.threads import ThreadPolicy
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 Fit = Literal["crop", "pad"]
@@ -38,6 +40,8 @@ MAX_PIXELS = 64_000_000
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels; scale it down"
 BATCH_SIZE = 64
 """Images that go through the network together."""
+KERNEL_SIZE = 9
+"""Weights of a kernel for each pair of channels."""
 CODE_CACHE_SIZE = 50_000
 """Images whose codes are kept."""
 STEM = "image_tokenizer"
@@ -268,6 +272,8 @@ class ImageTokenizer:
     def __init__(self, network: VQGAN) -> None:
         self.network = network.eval().requires_grad_(False)
         self.cache = CodeCache(self.config.grid)
+        self.threads: ThreadPolicy | None = None
+        """Chooses the number of threads; None leaves it, so that the same pictures always give the same codes."""
 
     @property
     def config(self) -> VQGANConfig:
@@ -303,7 +309,8 @@ class ImageTokenizer:
             codes = {key: self.cache[key] for key in keys if key not in new}
             if new:
                 values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
-                new_codes = self.network.encode(values).cpu()
+                with self.threads_for(len(values)):
+                    new_codes = self.network.encode(values).cpu()
                 codes.update(zip(new, new_codes, strict=True))
                 self.cache.add(new, new_codes)
             for index, key in enumerate(keys, start):
@@ -320,8 +327,16 @@ class ImageTokenizer:
             raise BadInput(f"codes outside 0…{self.config.codebook_size - 1}", where="image tokenizer")
         pictures: list[PILImage.Image] = []
         for batch in codes.to(self.device).split(batch_size) if len(codes) else ():
-            pictures += to_pictures(self.network.decode(batch))
+            with self.threads_for(len(batch)):
+                pictures += to_pictures(self.network.decode(batch))
         return pictures
+
+    def threads_for(self, num_pictures: int) -> AbstractContextManager[Any]:
+        """Return a context with as many threads as the convolutions of so many pictures keep busy."""
+        if self.threads is None or self.device.type != "cpu":
+            return nullcontext()
+        work = num_pictures * self.config.resolution**2 * KERNEL_SIZE * self.config.channels**2
+        return self.threads.apply(work)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `image_tokenizer.json` and `image_tokenizer.safetensors`, with names and shapes as in Meta's release.

@@ -86,6 +86,7 @@ def show_run(arguments: argparse.Namespace, folder: Path) -> None:
 
 def describe_bundle(folder: Path) -> dict[str, Any]:
     from chameleon.bundle import Bundle
+    from chameleon.model.fastest_format import choose_weight_form
 
     bundle = Bundle.load(folder)
     model, image = bundle.model.config, bundle.tokenizer.image.config
@@ -100,6 +101,7 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
         "image codes": bundle.vocabulary.num_image_codes,
         "image": f"{image.resolution} pixels, {image.grid[0]}×{image.grid[1]} codes",
         "prompting": bundle.prompting,
+        "fastest on this processor": str(choose_weight_form("auto", "auto", "cpu")),
         "tokenizers": bundle.tokenizer.fingerprint[:12],
         "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
     }

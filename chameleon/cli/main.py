@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from chameleon.cli import convert, data, evaluate, generate, inspect, train
@@ -18,6 +19,7 @@ def build_parser() -> Parser:
     """Return the parser of all verbs."""
     parser = Parser(prog="chameleon", description=DESCRIPTION)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen here, such as the form of the weights")
     verbs = Verbs(parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser))
     for module in (train, data, generate, evaluate, inspect, convert):
         module.add_verbs(verbs)
@@ -39,6 +41,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with 2 for invalid input and 130 for an interrupt, on whichever rank it happens."""
     arguments = parse_arguments(argv)
+    if arguments.verbose:
+        logging.basicConfig(format="chameleon: %(message)s")
+        logging.getLogger("chameleon").setLevel(logging.INFO)
     try:
         arguments.run(arguments)
     except BadInput as error:

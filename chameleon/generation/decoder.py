@@ -24,7 +24,7 @@ from chameleon.generation.kv_cache_manager import LENGTH_MULTIPLE, CachedSequenc
 from chameleon.generation.request import ActiveRequest
 from chameleon.generation.sampling import BatchSampling, sample
 from chameleon.model.kv_cache import BatchLayout, KVCache
-from chameleon.model.quantization import WeightFormat, make_linear
+from chameleon.model.quantization import WeightFormat, make_linear, with_exact_products
 from chameleon.model.transformer import Transformer
 from chameleon.vocabulary import Vocabulary
 
@@ -90,21 +90,31 @@ class Decoder:
         *,
         weight_format: WeightFormat = "plain",
         compile: bool = False,
+        exact: bool = False,
     ) -> None:
-        """weight_format: that of the blocks, for the slices of the head. compile: compile the decode step."""
+        """weight_format: that of the blocks, for the slices of the head. compile: compile the decode step.
+
+        exact: shapes of operations do not depend on other requests, nor on drafts.
+        """
         self.model, self.vocabulary, self.manager = model, vocabulary, manager
         self.device, self.dtype = model.head.weight.device, model.head.weight.dtype
-        self.weight_format, self.compile = weight_format, compile
+        self.weight_format, self.compile, self.is_exact = weight_format, compile, exact
         self.num_forward_passes = 0
         self.build()
 
     def build(self) -> None:
-        """Slice the head and compile the decode step, from the model's current weights."""
+        """Slice the head, join norms and compile the decode step, from the model's current weights."""
+        self.model.join_qk_norms()
         on_cpu, head_format = self.device.type == "cpu", self.weight_format
         packs_plain_weights = self.compile and on_cpu and self.dtype == torch.bfloat16 and supports_packed_bfloat16()
         if head_format == "plain" and packs_plain_weights:
             head_format = "packed"
-        self.heads = HeadSlices(self.model.head, self.vocabulary, lambda rows: make_linear(rows, head_format))
+
+        def make_head(rows: Tensor) -> torch.nn.Module:
+            layer = make_linear(rows, head_format)
+            return with_exact_products(layer) if self.is_exact else layer
+
+        self.heads = HeadSlices(self.model.head, self.vocabulary, make_head)
         self.text_column = {token_id: column for column, token_id in enumerate(self.heads.text.token_ids.tolist())}
         self.compiled_decode_step: Callable[..., Tensor] | None = None
         if not self.compile:
@@ -126,6 +136,10 @@ class Decoder:
         self.compiled_decode_step = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
 
     # --- forward passes ---
+
+    def num_pending(self) -> int:
+        """Return the number of tokens that the next pass processes, without drafts."""
+        return min(MAX_TOKENS_PER_STEP, sum(sequence.num_pending for sequence in self.manager.sequences))
 
     def forward_step(self, requests: Sequence[ActiveRequest]) -> tuple[Tensor, HiddenIndex]:
         """Run one ragged pass over the pending tokens of all active sequences, drafted tokens included.
@@ -196,6 +210,8 @@ class Decoder:
         cache = self.manager.cache
         assert cache is not None
         self.num_forward_passes += 1
+        if self.is_exact:
+            return self.model(token_ids, layout=BatchLayout.exact(cache, cached_lengths, new_lengths))[0]
         if self.compiled_decode_step is None or any(new != 1 for new in new_lengths):
             layout = BatchLayout.ragged(cache, cached_lengths, new_lengths, positions)
             return self.model(token_ids, layout=layout)[0]
@@ -236,15 +252,19 @@ class Decoder:
     def sampling_groups(
         self, requests: Sequence[ActiveRequest], hidden_index: HiddenIndex, num_steps: int = 1
     ) -> list[SamplingGroup]:
-        """Group the positions to sample, each request's next token and one after each drafted token, by head slice."""
-        positions: dict[HeadSlice, list[tuple[int, ActiveRequest, AllowedNext, int]]] = {}
+        """Group the positions to sample, each request's next token and one after each drafted token, by head slice.
+
+        In exact mode each is a group of its own.
+        """
+        groups: dict[tuple[HeadSlice, int], list[tuple[int, ActiveRequest, AllowedNext, int]]] = {}
         count = 0
         for request in requests:
             allowed = request.output.allowed_next()
             for ahead in range(1 + len(request.draft_tokens)):
-                positions.setdefault(self.heads.slice_for(allowed), []).append((count, request, allowed, ahead))
+                key = (self.heads.slice_for(allowed), count if self.is_exact else 0)
+                groups.setdefault(key, []).append((count, request, allowed, ahead))
                 count += 1
-        return [self.sampling_group(head, group, hidden_index, num_steps) for head, group in positions.items()]
+        return [self.sampling_group(head, group, hidden_index, num_steps) for (head, _), group in groups.items()]
 
     def sampling_group(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Literal, overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from chameleon.generation.speculative import accept_draft, propose_draft
 from chameleon.model.nonfinite import first_nonfinite_layer
 from chameleon.model.quantization import WeightFormat
 from chameleon.model.transformer import Transformer
+from chameleon.threads import THREADS, ThreadPolicy, matrix_work
 from chameleon.vocabulary import Vocabulary
 
 MAX_BATCH_SIZE = 32
@@ -50,12 +52,14 @@ class Engine:
         draft_length: int = 1,
         weight_format: WeightFormat = "plain",
         compile: bool = False,
+        exact: bool = False,
     ) -> None:
         """max_batch_size: sequences that run at a time; further requests wait. A guided request takes several sequences.
 
         draft_length: image codes verified in one forward pass; 1 decodes one at a time. weight_format: that of the
         model's blocks. compile: compile the decode step, which takes about a minute; on GPUs it becomes a CUDA graph, on
-        CPUs it uses a packed copy of plain weights. Passes with drafted codes are not compiled.
+        CPUs it uses a packed copy of plain weights. Passes with drafted codes are not compiled. exact: a request's output
+        is the same to the bit in any batch and with any draft length; the model is one that `make_exact` has changed.
         """
         if max_batch_size < 1 or draft_length < 1:
             raise BadInput(
@@ -64,6 +68,11 @@ class Engine:
         self.model, self.vocabulary, self.draft_length = model, vocabulary, draft_length
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
+        if exact and (compile or self.device.type != "cpu"):
+            raise BadInput("exact generation is for uncompiled models on CPUs", where="exact", remedy="leave it out")
+        self.is_exact = exact
+        self.threads = ThreadPolicy(threads=1) if exact else THREADS
+        self.largest_matrix = max(p.numel() for p in model.blocks[0].parameters())
         self.manager = KVCacheManager(
             model.config,
             max_batch_size,
@@ -71,7 +80,7 @@ class Engine:
             device=self.device,
             static_address=compile and self.device.type == "cuda",
         )
-        self.decoder = Decoder(model, vocabulary, self.manager, weight_format=weight_format, compile=compile)
+        self.decoder = Decoder(model, vocabulary, self.manager, weight_format=weight_format, compile=compile, exact=exact)
         self.scheduler = Scheduler(self.manager, vocabulary, model.config.context_length, max_batch_size)
         self.lock = FairLock()
         self.cancelled: deque[int] = deque()
@@ -233,16 +242,18 @@ class Engine:
             if not self.manager.sequences:
                 return
             running = self.scheduler.running
-            hidden, hidden_index = self.decoder.forward_step(running)
+            with self.threads_for(self.decoder.num_pending()):
+                hidden, hidden_index = self.decoder.forward_step(running)
             ready = [entry for entry in running if all(s in hidden_index for s in entry.sequences)]
             if not ready:
                 return
             num_steps = self.steps_without_host_sync(ready, max_buffered_codes)
-            if num_steps > 1:
-                # The next line is the only one at which the host waits for the device.
-                rows = self.decoder.decode_image_block(ready, hidden, hidden_index, num_steps).tolist()
-            else:
-                rows = self.group_by_request(ready, self.decoder.sample_next(ready, hidden, hidden_index))
+            with self.threads_for(len(self.manager.sequences)):
+                if num_steps > 1:
+                    # The next line is the only one at which the host waits for the device.
+                    rows = self.decoder.decode_image_block(ready, hidden, hidden_index, num_steps).tolist()
+                else:
+                    rows = self.group_by_request(ready, self.decoder.sample_next(ready, hidden, hidden_index))
             for entry, token_ids in zip(ready, rows, strict=True):
                 self.add_tokens(entry, token_ids)
             self.manager.compact()
@@ -251,6 +262,12 @@ class Engine:
         except BaseException:
             self.scheduler.fail_all(BadInput("generation was interrupted", where="engine"))
             raise
+
+    def threads_for(self, num_tokens: int) -> AbstractContextManager[Any]:
+        """Return a context with as many threads as a pass over so many tokens keeps busy."""
+        if self.device.type != "cpu":
+            return nullcontext()
+        return self.threads.apply(matrix_work(num_tokens, self.largest_matrix))
 
     def steps_without_host_sync(self, ready: Sequence[ActiveRequest], max_buffered_codes: int | None) -> int:
         """Return how many tokens can be decoded before the host needs to see one: several if all requests are in images."""

@@ -17,12 +17,14 @@ from torch import Tensor
 from chameleon.model.config import ModelConfig
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+EXACT_MULTIPLE = 64
+"""In the exact layout, the numbers of keys that are attended to are multiples of this."""
 MAX_LENGTH_RATIO = 2
 """Sequences share one attention call while the longest is at most this many times as long as the shortest."""
 
 
 class KVCache:
-    """For each layer a buffer [sequences, kv_heads, length, head_width] of keys and one of values.
+    """For each layer a buffer [sequences, length, kv_heads, head_width] of keys and one of values.
 
     Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read.
     """
@@ -31,7 +33,7 @@ class KVCache:
         self, config: ModelConfig, num_slots: int, length: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """num_slots: sequences that fit; length: tokens that fit in each slot."""
-        shape = (num_slots, config.kv_heads, length, config.head_width)
+        shape = (num_slots, length, config.kv_heads, config.head_width)
         self.device = torch.device(device)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
@@ -48,13 +50,13 @@ class KVCache:
     @property
     def length(self) -> int:
         """Tokens that fit in each slot."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[1]
 
     @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for buffer in (*self.keys, *self.values):
-            buffer[target, :, :length] = buffer[source, :, :length]
+            buffer[target, :length] = buffer[source, :length]
 
     @torch.inference_mode()
     def zero_slot(self, slot: int) -> None:
@@ -66,7 +68,7 @@ class KVCache:
     def copy_from(self, other: KVCache) -> None:
         """Copy all slots of a smaller cache."""
         for target, source in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
-            target[: source.shape[0], :, : source.shape[2]] = source
+            target[: source.shape[0], : source.shape[1]] = source
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class AttentionGroup:
 
     tokens: slice
     """Range of their new tokens in the batch."""
+    new_length: int
+    """New tokens of each slot; 1 too where each token of a single slot attends by itself."""
     slots: slice
     """Range of their slots in the cache."""
     kv_length: int
@@ -88,7 +92,9 @@ class BatchLayout:
 
     def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, groups: Sequence[AttentionGroup]) -> None:
         """slots, positions: int64 [N], the cache slot and the position in it of each token of the batch."""
-        self.cache, self.slots, self.positions, self.groups = cache, slots, positions, groups
+        self.cache, self.positions, self.groups = cache, positions, groups
+        self.rows = slots * cache.length + positions
+        """int64 [N]: where the tokens are among the entries of all slots."""
 
     @classmethod
     def ragged(
@@ -129,10 +135,35 @@ class BatchLayout:
                 if any(cached != kv_length - new for cached in lengths) or (new > 1 and kv_length > new):
                     query_positions = positions[0, tokens].view(count, new)
                     mask = (torch.arange(kv_length, device=device) <= query_positions.unsqueeze(-1)).unsqueeze(1)
-                groups.append(AttentionGroup(tokens, slice(first_slot, end_slot), kv_length, mask))
+                groups.append(AttentionGroup(tokens, new, slice(first_slot, end_slot), kv_length, mask))
                 first_token = tokens.stop
             first_slot = end_slot
         return cls(cache, slots, positions[0], groups)
+
+    @classmethod
+    def exact(cls, cache: KVCache, cached_lengths: Sequence[int], new_lengths: Sequence[int]) -> BatchLayout:
+        """Create the layout of a pass like `ragged`, in which each token attends by itself.
+
+        The number of keys follows from the token's position alone, so that shapes do not depend on other tokens.
+        """
+        slots = [slot for slot, new in enumerate(new_lengths) for _ in range(new)]
+        positions = [
+            position
+            for cached, new in zip(cached_lengths, new_lengths, strict=True)
+            for position in range(cached, cached + new)
+        ]
+        flat_positions = torch.tensor(positions, device=cache.device)
+        kv_lengths = [min(cache.length, (p // EXACT_MULTIPLE + 1) * EXACT_MULTIPLE) for p in positions]
+        groups, first = [], 0
+        while first < len(slots):
+            end = first + 1
+            while end < len(slots) and kv_lengths[end] == kv_lengths[first] and slots[end] == slots[first]:
+                end += 1
+            mask = torch.arange(kv_lengths[first], device=cache.device) <= flat_positions[first:end, None]
+            slot_range = slice(slots[first], slots[first] + 1)
+            groups.append(AttentionGroup(slice(first, end), 1, slot_range, kv_lengths[first], mask[:, None, None]))
+            first = end
+        return cls(cache, torch.tensor(slots, device=cache.device), flat_positions, groups)
 
     @classmethod
     def one_token_each(cls, cache: KVCache, positions: Tensor, kv_length: int) -> BatchLayout:
@@ -143,17 +174,25 @@ class BatchLayout:
         count = positions.shape[0]
         mask = (torch.arange(kv_length, device=positions.device) <= positions.unsqueeze(1))[:, None, None]
         slots = torch.arange(count, device=positions.device)
-        return cls(cache, slots, positions, [AttentionGroup(slice(0, count), slice(0, count), kv_length, mask)])
+        return cls(cache, slots, positions, [AttentionGroup(slice(0, count), 1, slice(0, count), kv_length, mask)])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
         """Write keys and values to the cache and attend: q [1, N, H, C], k and v [1, N, K, C] to [1, N, H, C]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots, :, self.positions], values[self.slots, :, self.positions] = k[0], v[0]
+        keys.flatten(0, 1).index_copy_(0, self.rows, k[0])
+        values.flatten(0, 1).index_copy_(0, self.rows, v[0])
         outputs = []
         for group in self.groups:
-            count = group.slots.stop - group.slots.start
-            queries = q[0, group.tokens].unflatten(0, (count, -1)).transpose(1, 2)  # [slots, H, new tokens, C]
-            kv_range = slice(None, group.kv_length)
-            output = attention(queries, keys[group.slots, :, kv_range], values[group.slots, :, kv_range], group.mask)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
+            queries = q[0, group.tokens]  # [slots · new tokens, H, C]
+            if group.new_length == 1:
+                queries = queries.unsqueeze(2)  # [slots, H, new tokens, C]
+            else:
+                queries = queries.unflatten(0, (-1, group.new_length)).transpose(1, 2)
+            group_keys = keys[group.slots, : group.kv_length].transpose(1, 2)  # [slots, K, S, C]
+            group_values = values[group.slots, : group.kv_length].transpose(1, 2)
+            if len(group_keys) < len(queries):  # several tokens of a slot, each by itself
+                group_keys = group_keys.expand(len(queries), -1, -1, -1)
+                group_values = group_values.expand(len(queries), -1, -1, -1)
+            output = attention(queries, group_keys, group_values, group.mask)
+            outputs.append(output.squeeze(2) if group.new_length == 1 else output.transpose(1, 2).flatten(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)

@@ -35,6 +35,7 @@ MAX_FLOAT16 = torch.finfo(torch.float16).max
 MAX_INT8 = 127
 MIN_LARGEST_INPUT = 1e-30
 """Inputs of a token that are all smaller count as 0."""
+FIXED_ROWS = 8
 BLOCK_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
@@ -104,7 +105,7 @@ class Int8ProductLinear(QuantizedLinear):
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=MIN_LARGEST_INPUT)
+        largest = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_LARGEST_INPUT)
         return int8_product(x / largest, self.packed, self.max_input).mul_(largest)
 
 
@@ -173,6 +174,42 @@ class Int4Linear(QuantizedLinear):
         flat = x.reshape(-1, x.shape[-1])
         output = torch._weight_int4pack_mm_for_cpu(flat, self.quantized, INT4_GROUP_SIZE, self.scales)
         return output.unflatten(0, x.shape[:-1])
+
+
+class FixedRowsLinear(nn.Module):
+    """A linear layer that is always given `FIXED_ROWS` tokens at a time, so that a token's output is the same in any batch.
+
+    Kernels may sum in an order that depends on the number of rows; the row that a token has among them does not matter.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Any = self.layer.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        padded = F.pad(flat, (0, 0, 0, -len(flat) % FIXED_ROWS))
+        outputs = [self.layer(rows.clone()) for rows in padded.split(FIXED_ROWS)]  # memory is aligned alike
+        return torch.cat(outputs)[: len(flat)].unflatten(0, x.shape[:-1])
+
+
+def with_exact_products(layer: nn.Module) -> nn.Module:
+    """Return a layer whose products of a token are the same in any batch: itself where its kernel is made so."""
+    return layer if isinstance(layer, (Float16Linear, Int8ProductLinear)) else FixedRowsLinear(layer)
+
+
+def make_exact(model: Transformer) -> None:
+    """Make the outputs of a token the same in any batch, in place."""
+    for block in model.blocks:
+        for part in (block.attention, block.ffn):
+            for name in BLOCK_MATRICES:
+                if hasattr(part, name):
+                    setattr(part, name, with_exact_products(getattr(part, name)))
 
 
 def quantize_with_torchao(weight: Tensor, bits: int) -> Any:

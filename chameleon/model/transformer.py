@@ -30,6 +30,8 @@ from chameleon.model.kv_cache import BatchLayout
 
 Rope = tuple[Tensor, Tensor]
 AttentionMask = Tensor | BlockMask
+MAX_WIDENED_QUERIES = 8
+"""Queries of a sequence up to which attention is computed in float32 on CPUs."""
 
 
 def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
@@ -46,7 +48,7 @@ def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, T, H, C] by the rotary angles, in x's dtype."""
     x_float = x.float()
-    return torch.addcmul(x_float * cos, x_float.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    return (x_float * cos).addcmul_(x_float.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def block_diagonal_causal_mask(document_ids: Tensor) -> Tensor:
@@ -88,7 +90,11 @@ class ScaledDotProductAttention(nn.Module):
         if isinstance(mask, BlockMask):
             return flex_attention_for(q.device.type)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
         is_causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        dtype = q.dtype
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] <= MAX_WIDENED_QUERIES:
+            q, k, v = q.float(), k.float(), v.float()  # the kernel of bfloat16 takes 2 to 6 times as long for few queries
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        return output.to(dtype)
 
 
 class QKNorm(nn.Module):
@@ -109,6 +115,11 @@ class QKNorm(nn.Module):
         normed = F.layer_norm(x, (width,), eps=self.eps).unflatten(2, (shards, -1))
         return (normed * weight + bias).flatten(2, 3)
 
+    def expanded(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of each head, [heads, C]."""
+        repeats = heads // len(self.weight)
+        return self.weight.repeat_interleave(repeats, dim=0), self.bias.repeat_interleave(repeats, dim=0)
+
 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries, QK-norm and rotary positions."""
@@ -122,14 +133,29 @@ class Attention(nn.Module):
             self.q_norm = QKNorm(config.qk_norm_shards, config.head_width, config.norm_eps)
             self.k_norm = QKNorm(config.k_norm_shards, config.head_width, config.norm_eps)
         self.sdpa = ScaledDotProductAttention()
+        self.joint_norm: tuple[Tensor, Tensor] | None = None
+        """Weight and bias [H + K, C] of the norms of queries and keys in one, see `join_qk_norms`."""
+
+    @torch.no_grad()
+    def join_qk_norms(self) -> None:
+        """Prepare for generation: from the norms' current weights, one operation norms queries and keys."""
+        if hasattr(self, "q_norm"):
+            norms = (self.q_norm.expanded(self.heads), self.k_norm.expanded(self.kv_heads))
+            self.joint_norm = torch.cat((norms[0][0], norms[1][0])), torch.cat((norms[0][1], norms[1][1]))
 
     def forward(self, x: Tensor, rope: Rope, mask: AttentionMask | None, layout: BatchLayout | None) -> Tensor:
         batch_size, length, _ = x.shape
         qkv = self.qkv(x).view(batch_size, length, self.heads + 2 * self.kv_heads, self.head_width)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if layout is not None and self.joint_norm is not None:
+            qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+            weight, bias = self.joint_norm
+            qk = torch.addcmul(bias, F.layer_norm(qk, (self.head_width,), eps=self.q_norm.eps), weight)
+            q, k = apply_rope(qk, *rope).split((self.heads, self.kv_heads), dim=2)
+        else:
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # each [B, T, heads, C]
+            if hasattr(self, "q_norm"):
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if layout is None:
             output = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         else:
@@ -217,6 +243,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, rope, mask, layout)
         return self.norm(x)
+
+    def join_qk_norms(self) -> None:
+        """Prepare for generation, see `Attention.join_qk_norms`."""
+        for block in self.blocks:
+            block.attention.join_qk_norms()  # type: ignore[operator, union-attr]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states [..., D] to logits [..., vocab_size]. Generation uses slices of the head instead."""
