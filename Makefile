@@ -3,6 +3,9 @@ BIN := .venv/bin
 # torch first and by itself: on machines that keep its wheels on disk nothing is downloaded.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# Tests of one file run in one process, since some of them use a port.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test test-all bench lint docs
 
 .venv/installed: pyproject.toml
@@ -15,10 +18,10 @@ demo: .venv/installed
 	$(BIN)/chameleon demo --out runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py

@@ -15,8 +15,8 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from chameleon.generation.prefix_index import PrefixIndex
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
 from chameleon.model.config import named_size
-from chameleon.model.quantization import BLOCK_MATRICES, WeightFormat, convert_weights
+from chameleon.model.fastest_format import WeightForm
+from chameleon.model.quantization import BLOCK_MATRICES, convert_weights
 from chameleon.model.transformer import Transformer
 from chameleon.vocabulary import Vocabulary
 
@@ -66,46 +67,60 @@ def compare(name: str, sides: dict[str, Side], work: float, unit: str, options: 
 
 
 def models(options: Any) -> tuple[Vocabulary, Transformer, Any]:
-    """Ours, 12 layers × 768 with 16,384 ids, in bfloat16, and Hugging Face's with the same weights."""
+    """Ours, 12 layers × 768 with 16,384 ids, in float32, and Hugging Face's with the same weights in its best dtype."""
     vocabulary = Vocabulary.build(image_codes=8186, text_pieces=8192, grid=(32, 32))
     ours = Transformer(named_size("base", vocab_size=vocabulary.size, context_length=4096))
     ours.init_weights()
-    ours = ours.bfloat16().eval().requires_grad_(False)
+    ours = ours.eval().requires_grad_(False)
     ours.head.weight[vocabulary.eos] = 0  # nothing ends early
     config = config_of(ours.config, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
-    theirs = ChameleonForConditionalGeneration(config).bfloat16().eval().requires_grad_(False)
+    theirs = ChameleonForConditionalGeneration(config).eval().requires_grad_(False)
     state = {f"model.{name}": value for name, value in state_of(ours).items()} | {"lm_head.weight": ours.head.weight}
     pictures = {name: value for name, value in theirs.state_dict().items() if "vqmodel." in name}  # not asked here
     theirs.load_state_dict(state | pictures)
-    return vocabulary, ours.to(options.device), theirs.to(options.device)
+    return vocabulary, ours.to(options.device), theirs.to(options.device, best_dtype(options))
 
 
-def engine_of(model: Transformer, vocabulary: Vocabulary, weight_format: WeightFormat, *, compile: bool = False) -> Engine:
-    mine = copy.deepcopy(model)
-    convert_weights(mine, weight_format)
-    return Engine(mine, vocabulary, weight_format=weight_format, compile=compile)
+def best_dtype(options: Any) -> torch.dtype:
+    """The dtype in which plain products are fastest."""
+    return torch.bfloat16 if fast_bfloat16(options.device) else torch.float32
 
 
-def default_weight_format(options: Any) -> WeightFormat:
-    """Return the weight format that `Chameleon.load` chooses."""
-    return "packed" if options.device.type == "cpu" and fast_bfloat16() else "plain"
+def engine_of(model: Transformer, vocabulary: Vocabulary, form: WeightForm, *, compile: bool = False) -> Engine:
+    mine = copy.deepcopy(model).to(getattr(torch, form.dtype))
+    convert_weights(mine, form.weight_format)
+    return Engine(mine, vocabulary, weight_format=form.weight_format, compile=compile)
+
+
+def forms_of(options: Any) -> dict[str, tuple[WeightForm, bool]]:
+    """The forms that are compared: name → form, and whether the decode step is compiled."""
+    dtype = str(best_dtype(options)).removeprefix("torch.")
+    if options.device.type != "cpu":
+        return {
+            "plain": (WeightForm(dtype, "plain"), False),
+            "compiled": (WeightForm(dtype, "plain"), True),
+            "int8": (WeightForm(dtype, "int8"), False),
+            "int4": (WeightForm(dtype, "int4"), False),
+        }
+    forms: dict[str, tuple[WeightForm, bool]] = {
+        "packed": (WeightForm(dtype, "packed"), False),
+        "float16": (WeightForm("float32", "float16"), False),
+        "int8": (WeightForm("float32", "int8"), False),
+        "compiled": (WeightForm(dtype, "plain"), True),
+    }
+    if dtype == "bfloat16":
+        forms["int4"] = (WeightForm(dtype, "int4"), False)
+        forms["int8, compiled"] = (WeightForm(dtype, "int8"), True)
+        forms["int4, compiled"] = (WeightForm(dtype, "int4"), True)
+    return forms
 
 
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:
     """The ways to run a model that are compared."""
-    usual = default_weight_format(options)
-    ways: dict[str, tuple[WeightFormat, bool]] = {
-        f"ours, {usual}": (usual, False),
-        "ours, compiled": ("plain", True),
-        "ours, int8": ("int8", False),
-        "ours, int8, compiled": ("int8", True),
-        "ours, int4": ("int4", False),
-        "ours, int4, compiled": ("int4", True),
-    }
     return {
-        name: engine_of(model, vocabulary, weight_format, compile=compile)
-        for name, (weight_format, compile) in ways.items()
-        if not options.ways or name.removeprefix("ours, ") in options.ways
+        f"ours, {name}": engine_of(model, vocabulary, form, compile=compile)
+        for name, (form, compile) in forms_of(options).items()
+        if not options.ways or name in options.ways
     }
 
 
@@ -124,15 +139,16 @@ def matrices(block: Any) -> list[Any]:
     return [getattr(part, name) for part in (block.attention, block.ffn) for name in BLOCK_MATRICES if hasattr(part, name)]
 
 
-def product_seconds(model: Transformer, vocabulary: Vocabulary, weight_format: WeightFormat) -> float:
-    """The least time that the products of one new id take: all matrices once, and the head's rows for text."""
-    mine = copy.deepcopy(model)
-    convert_weights(mine, weight_format)
+def product_seconds(model: Transformer, vocabulary: Vocabulary, form: WeightForm, batch: int) -> float:
+    """The least time that the products of a step take: all matrices once, and the head's rows for text."""
+    dtype = getattr(torch, form.dtype)
+    mine = copy.deepcopy(model).to(dtype)
+    convert_weights(mine, form.weight_format)
     layers = [layer for block in mine.blocks for layer in matrices(block)]
-    layers += Engine(mine, vocabulary, weight_format=weight_format).decoder.heads.text.layers
-    like = model.head.weight
-    inputs = [torch.randn(1, layer.weight.shape[1]).to(like) for block in model.blocks for layer in matrices(block)]
-    inputs += [torch.randn(1, model.config.width).to(like)] * (len(layers) - len(inputs))
+    layers += Engine(mine, vocabulary, weight_format=form.weight_format).decoder.heads.text.layers
+    widths = [layer.weight.shape[1] for block in model.blocks for layer in matrices(block)]
+    widths += [model.config.width] * (len(layers) - len(widths))
+    inputs = [torch.randn(batch, width, dtype=dtype, device=model.head.weight.device) for width in widths]
 
     @torch.inference_mode()
     def products() -> None:
@@ -164,19 +180,33 @@ def decoding(options: Any) -> dict[str, Any]:
         sides: dict[str, Side] = {"Hugging Face": their_side}
         sides |= {name: fresh(engine, requests, NEW) for name, engine in ways.items()}
         results[str(batch)] = compare(f"decoding, batch {batch}", sides, batch * NEW, "ids/s", options)
-    prompt = tuple(torch.randint(vocabulary.text_start, vocabulary.size, (PROMPT,)).tolist())
-    short, whole = ([Request(prompt, OutputConstraints(new), text_sampling=GREEDY)] for new in (1, NEW))
-    plain = default_weight_format(options)
-    for name, weight_format in ((f"ours, {plain}", plain), ("ours, compiled", plain), ("ours, int8, compiled", "int8")):
-        if name in ways:
-            least = product_seconds(ours, vocabulary, weight_format)  # type: ignore[arg-type]
+    results["of the products"] = products_share(options, ours, vocabulary, ways)
+    return results
+
+
+def products_share(options: Any, ours: Transformer, vocabulary: Vocabulary, ways: dict[str, Engine]) -> dict[str, Any]:
+    """The time of a step behind the first, and what its products alone take in the same run."""
+    results: dict[str, Any] = {}
+    for batch in (1, 8):
+        prompts = torch.randint(vocabulary.text_start, vocabulary.size, (batch, PROMPT)).tolist()
+        short, whole = (
+            [Request(tuple(prompt), OutputConstraints(new), text_sampling=GREEDY) for prompt in prompts] for new in (1, NEW)
+        )
+        for name, (form, _) in forms_of(options).items():
+            if (engine := ways.get(f"ours, {name}")) is None:
+                continue
+            least = product_seconds(ours, vocabulary, form, batch)
             one, all_ = (
-                statistics.median(seconds(fresh(ways[name], requests, new), options.device) for _ in range(options.rounds))
+                statistics.median(seconds(fresh(engine, requests, new), options.device) for _ in range(options.rounds))
                 for requests, new in ((short, 1), (whole, NEW))
             )
-            step = (all_ - one) / (NEW - 1)  # of an id behind the first
-            results[f"{name}: an id"] = {"seconds": step, "of the products": least, "share": least / step}
-            print(f"{name}: {step * 1e3:.2f} ms an id, its products alone {least * 1e3:.2f}", file=sys.stderr)
+            step = (all_ - one) / (NEW - 1)
+            results[f"{name}, batch {batch}"] = {"seconds": step, "products": least, "share": least / step}
+            print(
+                f"batch {batch}, {name}: {step * 1e3:.2f} ms a step, its products {least * 1e3:.2f}, {least / step:.0%}",
+                file=sys.stderr,
+                flush=True,
+            )
     return results
 
 
@@ -310,9 +340,9 @@ def weight_formats(options: Any) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
-    kinds: tuple[WeightFormat, ...] = ("plain", "int8", "int4")
-    for weight_format in kinds:
-        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weight_format=weight_format)
+    forms = [WeightForm("float32", "plain"), *(form for form, compile in forms_of(options).values() if not compile)]
+    for form in dict.fromkeys(forms):
+        model = Chameleon.load(device=str(options.device), dtype=form.dtype, weight_format=form.weight_format)
         v, heads = model.vocabulary, model.engine.decoder.heads
         sums = {"text": [0.0, 0], "image": [0.0, 0]}
         for entry in entries:
@@ -329,11 +359,12 @@ def weight_formats(options: Any) -> dict[str, Any]:
                     columns = torch.searchsorted(head.token_ids, torch.tensor(ids[start:], device=options.device))
                     sums[kind][0] -= float(shares.gather(1, columns.unsqueeze(1)).sum())
                     sums[kind][1] += len(columns)
-        result[weight_format] = {kind: total / count for kind, (total, count) in sums.items()}
-        result[weight_format]["all"] = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
-        changes = {kind: result[weight_format][kind] / result["plain"][kind] - 1 for kind in result[weight_format]}
-        shown = ", ".join(f"{kind} {result[weight_format][kind]:.4f} ({change:+.2%})" for kind, change in changes.items())
-        print(f"{weight_format:8} nats an id: {shown}", file=sys.stderr, flush=True)
+        values = {kind: total / count for kind, (total, count) in sums.items()}
+        values["all"] = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+        result[str(form)] = values
+        plain = result[str(forms[0])]
+        shown = ", ".join(f"{kind} {value:.4f} ({value / plain[kind] - 1:+.3%})" for kind, value in values.items())
+        print(f"{form!s:26} nats an id: {shown}", file=sys.stderr, flush=True)
     return result
 
 
@@ -364,28 +395,40 @@ def admission(options: Any) -> dict[str, Any]:
 
 
 def batches(options: Any) -> dict[str, Any]:
-    """Share of requests that come out otherwise in a batch than alone, in bfloat16: captions and drawings."""
-    result = {}
-    for weight_format in dict.fromkeys(("plain", default_weight_format(options))):
-        model = Chameleon.load(device=str(options.device), dtype="bfloat16", weight_format=weight_format)  # type: ignore[arg-type]
-        prompts = prompts_of(48)
-        one = OutputConstraints(model.vocabulary.image_block_length, format=("image",))
-        for name, sampling, constraints in (
-            ("drawings, as released", IMAGE_SAMPLING, one),
-            ("drawings, temperature 1", Sampling(1.0, 1.0), one),
-            ("text, temperature 0.7", IMAGE_SAMPLING, OutputConstraints(20)),
-        ):
-            drawn = drawings(model, prompts, sampling, 1.0)
-            requests = [replace(request, constraints=constraints) for request in drawn]
-            alone = []
-            for request in requests:
-                model.engine.clear()
-                alone += model.engine.generate([request])
-            model.engine.clear()
-            together = model.engine.generate(requests)
-            share = sum(one != other for one, other in zip(alone, together, strict=True)) / len(requests)
-            result[f"{weight_format}: {name}"] = share
-            print(f"{weight_format}: {name}: {share:.1%} of rows differ", file=sys.stderr, flush=True)
+    """Share of requests that come out otherwise in a batch, or with drafts, than alone; and what exact generation costs."""
+    result: dict[str, Any] = {}
+    forms = {name: form for name, (form, compile) in forms_of(options).items() if not compile and name != "int4"}
+    prompts = prompts_of(48)
+    for name, form in forms.items():
+        for exact in (False, True):
+            load = partial(
+                Chameleon.load, device=str(options.device), dtype=form.dtype, weight_format=form.weight_format, exact=exact
+            )
+            model, drafting = load(), load(draft_length=4)
+            for kind, sampling in (
+                ("drawings, as released", IMAGE_SAMPLING),
+                ("drawings, temperature 1", Sampling(1.0, 1.0)),
+            ):
+                requests = drawings(model, prompts, sampling, 1.5)
+                times = []
+                outputs: list[list[list[int]]] = []
+                for engine, size in ((model.engine, 1), (model.engine, len(requests)), (drafting.engine, len(requests))):
+                    start, output = time.perf_counter(), []
+                    for first in range(0, len(requests), size):
+                        engine.clear()
+                        output += engine.generate(requests[first : first + size])
+                    times.append(time.perf_counter() - start)
+                    outputs.append(output)
+                alone, *others = outputs
+                shares = [sum(a != b for a, b in zip(alone, other, strict=True)) / len(alone) for other in others]
+                key = f"{name}{', exact' if exact else ''}: {kind}"
+                result[key] = {"batch": shares[0], "drafts": shares[1], "alone_s": times[0], "together_s": times[1]}
+                print(
+                    f"{key}: {shares[0]:.1%} differ in a batch, {shares[1]:.1%} with drafts; "
+                    f"one at a time {times[0]:.2f} s, all together {times[1]:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return result
 
 

@@ -33,7 +33,7 @@ from chameleon.bundle import Bundle
 from chameleon.data import emoji
 from chameleon.data.mixture import PackedBatch, PackedSource, SourceConfig
 from chameleon.data.token_shards import write_shard
-from chameleon.device import matmul_peak
+from chameleon.device import fast_bfloat16, matmul_peak
 from chameleon.model.config import named_size
 from chameleon.model.loss import chunked_cross_entropy
 from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
@@ -105,7 +105,7 @@ def their_model(vocabulary: Vocabulary, options: Any) -> Any:
 
 
 def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
-    """A step of 4×512 ids: forward, loss, backward, clipping, AdamW; bf16 autocast over float32 weights.
+    """A step of 4×512 ids: forward, loss, backward, clipping, AdamW over float32 weights; bf16 autocast where that is fast.
 
     Ours as training has it: blocks compiled (`compile: true`), memory kept between steps (`keep_freed_memory`), packed rows
     whose attention stays inside documents (two a row), weighted targets, z-loss, logits in chunks. Theirs in the usual
@@ -114,7 +114,7 @@ def training(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     result = in_turn("training step", ("ours", "theirs", "theirs, memory kept"), ROWS * LENGTH, options)
     result["ratio, memory kept on both sides"] = result["ours"] / result["theirs, memory kept"]
     flops = flops_per_token(named_size("base", vocab_size=vocabulary.size, context_length=1024), LENGTH // 2)
-    peak = matmul_peak(options.device)
+    peak = matmul_peak(options.device, torch.bfloat16 if fast_bfloat16(options.device) else torch.float32)
     for side in ("ours", "theirs"):
         result[f"{side}_share_of_matmul_peak"] = result[side] * flops / peak
     return result
@@ -133,7 +133,7 @@ def in_turn(name: str, sides: Sequence[str], work: float, options: Any) -> dict[
     for side, values in times.items():
         result[side] = work / statistics.median(values)
         result[f"{side}_range"] = [work / max(values), work / min(values)]
-    result["ratio"] = result["ours"] / result["theirs"]
+    result["ratio"] = result["ours"] / result[next(side for side in sides if side.startswith("theirs"))]
     shown = (f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
     print(f"{name:24}", *shown, file=sys.stderr, flush=True)
     return result
@@ -170,7 +170,11 @@ def serve(name: str, side: str, vocabulary: Vocabulary, options: Any) -> None:
     if name == "training step":
         call = our_step(vocabulary, options) if side == "ours" else their_step(vocabulary, options)
     else:
-        call = our_tiny(options, compiled=side.endswith("compiled")) if side.startswith("ours") else their_tiny(options)
+        size = name.split(",")[0]
+        compiled = side.endswith("compiled")
+        call = (
+            our_documents(size, options, compiled=compiled) if side.startswith("ours") else their_documents(size, options)
+        )
     for _ in range(3):
         call()
     print(0.0, flush=True)
@@ -189,8 +193,8 @@ def our_step(vocabulary: Vocabulary, options: Any) -> Side:
     weights = torch.full((ROWS * LENGTH,), 1 / (ROWS * LENGTH), device=options.device)
 
     def step() -> None:
-        with torch.autocast(options.device.type, torch.bfloat16):
-            hidden = model(ids[:, :-1], positions, block_diagonal_causal_mask(documents)).bfloat16()
+        with mixed_precision(options):
+            hidden = in_product_dtype(model(ids[:, :-1], positions, block_diagonal_causal_mask(documents)), options)
             result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, ids[:, 1:].flatten(), weights)
         finish(model, optimizers, result.loss)
 
@@ -204,11 +208,21 @@ def their_step(vocabulary: Vocabulary, options: Any) -> Side:
     ids = torch.randint(vocabulary.text_start, vocabulary.size, (ROWS, LENGTH), device=options.device)
 
     def step() -> None:
-        with torch.autocast(options.device.type, torch.bfloat16):
+        with mixed_precision(options):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         finish(model, optimizers, loss)
 
     return step
+
+
+def mixed_precision(options: Any) -> torch.autocast:
+    """bf16 autocast where bfloat16 is fast, for both sides; else none."""
+    return torch.autocast(options.device.type, torch.bfloat16, enabled=fast_bfloat16(options.device))
+
+
+def in_product_dtype(hidden: Tensor, options: Any) -> Tensor:
+    """Hidden states in the dtype of products, as training hands them to the loss."""
+    return hidden.bfloat16() if fast_bfloat16(options.device) else hidden
 
 
 def finish(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
@@ -227,14 +241,28 @@ def tiny(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
     its blocks compiled. The plain loop pads 16 documents drawn at random to the longest of them, in float32 with whole
     logits and PyTorch's own loss, which leaves padding out.
     """
-    _, batches = tiny_documents()
+    _, batches = documents_of("tiny")
     work = sum(len(document) - 1 for batch in batches for document in batch)
     result = in_turn("tiny, ids of documents", ("ours", "ours, compiled", "theirs"), work, options)
     result["ratio, compiled"] = result["ours, compiled"] / result["theirs"]
     return result
 
 
-def tiny_documents() -> tuple[Vocabulary, list[list[Tensor]]]:
+def base(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """The size of `training`, 12 × 768, on the first 48 of the same documents, beside Hugging Face's padded loop.
+
+    Theirs is eager, with attention mask and labels that leave padding out, batches of 16 documents drawn at random; both
+    sides in the dtype that is fast, with memory kept.
+    """
+    _, batches = documents_of("base")
+    work = sum(len(document) - 1 for batch in batches for document in batch)
+    sides = ("ours", "ours, compiled", "theirs, memory kept")
+    result = in_turn("base, ids of documents", sides, work, options)
+    result["ratio, compiled"] = result["ours, compiled"] / result["theirs, memory kept"]
+    return result
+
+
+def documents_of(size: str) -> tuple[Vocabulary, list[list[Tensor]]]:
     """Batches of 16 documents each: words, code, and pictures with a few words."""
     tokenizer = Bundle.load().tokenizer
     v = tokenizer.vocabulary
@@ -246,13 +274,15 @@ def tiny_documents() -> tuple[Vocabulary, list[list[Tensor]]]:
         text = torch.randint(v.text_start, v.size, (1 + words % 12,))
         ids.append(torch.cat([torch.tensor([v.bos, v.boi]), codes, torch.tensor([v.eoi]), text, torch.tensor([v.eos])]))
     order = torch.randperm(len(ids)).tolist()
-    return v, [[ids[place] for place in order[start : start + 16]] for start in range(0, len(order) - 15, 16)][:40]
+    return v, [[ids[place] for place in order[start : start + 16]] for start in range(0, len(order) - 15, 16)][
+        : 40 if size == "tiny" else 3
+    ]
 
 
-def our_tiny(options: Any, *, compiled: bool) -> Side:
-    v, batches = tiny_documents()
+def our_documents(size: str, options: Any, *, compiled: bool) -> Side:
+    v, batches = documents_of(size)
     rows = packed_rows([document for batch in batches for document in batch], 256, v)
-    model = Transformer(named_size("tiny", vocab_size=v.size)).to(options.device)
+    model = Transformer(named_size(size, vocab_size=v.size)).to(options.device)
     model.init_weights()
     for block in model.blocks if compiled else []:
         block.compile()
@@ -261,25 +291,39 @@ def our_tiny(options: Any, *, compiled: bool) -> Side:
     def call() -> None:
         for batch in rows:
             weights = (batch.loss_weights / batch.loss_weights.sum()).flatten()
-            with torch.autocast(options.device.type, torch.bfloat16):
-                hidden = model(batch.input_ids, batch.positions, block_diagonal_causal_mask(batch.document_ids)).bfloat16()
+            with mixed_precision(options):
+                mask = block_diagonal_causal_mask(batch.document_ids)
+                hidden = in_product_dtype(model(batch.input_ids, batch.positions, mask), options)
                 result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights)
             finish(model, optimizers, result.loss)
 
     return call
 
 
-def their_tiny(options: Any) -> Side:
-    v, batches = tiny_documents()
-    model = Transformer(named_size("tiny", vocab_size=v.size)).to(options.device)
-    model.init_weights()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def their_documents(size: str, options: Any) -> Side:
+    v, batches = documents_of(size)
+    shape = named_size(size, vocab_size=v.size)
+    if size == "tiny":
+        model: Any = Transformer(shape).to(options.device)
+        model.init_weights()
+    else:
+        config = config_of(shape, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
+        model = ChameleonForConditionalGeneration(config).to(options.device)
+        model.model.vqmodel.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def call() -> None:
         for batch in batches:
             whole = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
-            logits = model.logits(model(whole[:, :-1].clamp(min=0)))
-            finish(model, [optimizer], torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten()))
+            if size == "tiny":
+                logits = model.logits(model(whole[:, :-1].clamp(min=0)))
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten())
+            else:
+                with mixed_precision(options):
+                    mask = (whole >= 0).long()
+                    inputs = whole.clamp(min=0)
+                    loss = model(input_ids=inputs, attention_mask=mask, labels=whole, use_cache=False).loss
+            finish(model, [optimizer], loss)
 
     return call
 
@@ -405,7 +449,7 @@ def ceilings(vocabulary: Vocabulary, options: Any) -> dict[str, float]:
     return result
 
 
-PARTS = {part.__name__: part for part in (ceilings, training, tiny, loss, images, text)}
+PARTS = {part.__name__: part for part in (ceilings, training, base, tiny, loss, images, text)}
 
 
 def main() -> None:

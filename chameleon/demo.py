@@ -8,13 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from chameleon import gallery
-from chameleon.bundle import SHIPPED
+from chameleon.bundle import SHIPPED, read_header
 from chameleon.config_reader import read_config
 from chameleon.data.sources import texts_of
 from chameleon.data.tokenize import tokenize
+from chameleon.device import fast_bfloat16, matmul_peak
 from chameleon.evaluation.emoji import evaluate
 from chameleon.generation.chameleon import Chameleon
+from chameleon.model.config import ModelConfig
+from chameleon.plan import flops_per_token
+from chameleon.tokenizers.image import ImageTokenizer
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.train.image_tokenizer import fit_image
@@ -29,55 +36,107 @@ from chameleon.train.recipe import (
 )
 from chameleon.train.run import train
 
+MIN_SHARE_OF_PEAK = 0.01
+"""A stage of training or tokenisation below this share of the peak is reported as slow."""
+
+
+class StageLog:
+    """Prints stages with their times, and how their arithmetic compares with the peak of matrix products measured here.
+
+    A stage far below the others is one that runs in a slow kernel, such as bfloat16 where the processor has none.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.start_time = say, time.monotonic()
+        self.stage_start = self.start_time
+        dtypes = [torch.float32, *([torch.bfloat16] if fast_bfloat16() else [])]
+        self.peak = max(matmul_peak(dtype=dtype) for dtype in dtypes)
+        say(f"peak of matrix products here: {self.peak / 1e12:.2f} TFLOP/s")
+
+    def begin(self, title: str) -> None:
+        self.stage_start = time.monotonic()
+        self.note(title)
+
+    def note(self, text: str) -> None:
+        self.say(f"[{time.monotonic() - self.start_time:5.0f} s] {text}")
+
+    def end(self, operations: float) -> None:
+        """operations: floating-point operations of the stage."""
+        seconds = time.monotonic() - self.stage_start
+        share = operations / seconds / self.peak
+        slow = " (slow: is a kernel missing for its dtype, or is the machine busy?)" if share < MIN_SHARE_OF_PEAK else ""
+        self.note(f"  {seconds:.0f} s at {share:.1%} of the peak{slow}")
+
+
+def picture_operations(tokenizer: ImageTokenizer) -> tuple[float, float]:
+    """Return the floating-point operations of encoding and of decoding one picture."""
+    network, resolution = tokenizer.network, tokenizer.config.resolution
+    counts = []
+    with FlopCounterMode(display=False) as counter:
+        codes = network.encode(torch.zeros(1, 3, resolution, resolution))
+        counts.append(float(counter.get_total_flops()))
+        network.decode(codes)
+        counts.append(float(counter.get_total_flops()) - counts[0])
+    return counts[0], counts[1]
+
+
+def training_operations(recipe: TrainRecipe, config: ModelConfig) -> float:
+    """Return the floating-point operations of a training run."""
+    context_length = recipe.context_length or config.context_length
+    tokens = recipe.run.max_steps * recipe.global_batch_size * context_length
+    return tokens * flops_per_token(config, context_length)
+
 
 def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
     """Run the pipeline of recipe `name` in folder `out`; return the path of the gallery page."""
     pipeline = read_config(PipelineRecipe, find_recipe(name))
-    start_time = time.monotonic()
-
-    def begin_stage(title: str) -> None:
-        say(f"[{time.monotonic() - start_time:5.0f} s] {title}")
-
+    log = StageLog(say)
     tokenizers_folder, shards_folder = out / "tokenizers", out / "shards"
-    begin_stage("training the text tokenizer")
+    log.begin("training the text tokenizer")
     text = SentencePieceTokenizer.fit(texts_of(pipeline.text_sources), pipeline.text_pieces)
     text.save(tokenizers_folder)
 
-    begin_stage("training the image tokenizer")
+    log.begin("training the image tokenizer")
     image_recipe = read_recipe(FitImageRecipe, pipeline.image)
     image_recipe.run.out, image_recipe.run.devices = str(tokenizers_folder), 1
     image, _ = fit_image(image_recipe)
+    encoding, decoding = picture_operations(image)
+    log.end(3 * (encoding + decoding) * image_recipe.global_batch_size * image_recipe.run.max_steps)
 
-    begin_stage("tokenizing documents to token shards")
+    log.begin("tokenizing documents to token shards")
     shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
     tokenizer = MixedTokenizer(text, image)
     for task, source in pipeline.shards.items():
         report = tokenize([source], tokenizer, shards_folder / task)
-        begin_stage(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
+        log.note(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
+    log.end(encoding * len(image.cache.rows))
 
-    begin_stage("pretraining")
+    log.begin("pretraining")
     pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
     set_folders(pretrain, out / "pretrain", shards_folder)
     pretrain.tokenizers = str(tokenizers_folder)
     train(pretrain)
+    model_config = read_header(out / "pretrain" / "bundle").model
+    log.end(training_operations(pretrain, model_config))
 
-    begin_stage("fine-tuning on conversations")
+    log.begin("fine-tuning on conversations")
     finetune = read_recipe(FinetuneRecipe, pipeline.finetune)
     set_folders(finetune, out / "finetune", shards_folder)
     finetune.bundle = str(out / "pretrain" / "bundle")
     train(finetune)
+    log.end(training_operations(finetune, model_config))
 
-    begin_stage("evaluating")
+    log.begin("evaluating")
     model = Chameleon.load(out / "finetune" / "bundle")
     figures = evaluate(model, concepts=pipeline.concepts, drawings=pipeline.drawings)
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     runs = {"Image tokenizer": tokenizers_folder, "Pretraining": out / "pretrain", "Fine-tuning": out / "finetune"}
     curves = "".join(gallery.curves_section(title, folder) for title, folder in runs.items())
-    minutes = (time.monotonic() - start_time) / 60
+    minutes = (time.monotonic() - log.start_time) / 60
     note = f"Trained here in {minutes:.0f} minutes by recipe {name}."
     sections = [gallery.model_section(model, "The model of this run", note, pipeline.concepts, figures, curves)]
     if SHIPPED.is_dir():
-        begin_stage("the shipped model's results")
+        log.begin("the shipped model's results")
         shipped = Chameleon.load()
         sections.append(
             gallery.model_section(
@@ -90,7 +149,7 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
         )
     page = out / "gallery.html"
     page.write_text(gallery.page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
-    begin_stage("done")
+    log.begin("done")
     return page
 
 

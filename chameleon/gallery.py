@@ -30,9 +30,10 @@ h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 44px 0 4p
 p { color: var(--soft); margin: 0 0 12px; max-width: 75ch; }
 section.model { background: white; border: 1px solid var(--line); border-radius: 12px; padding: 8px 24px 24px; margin-top: 24px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
+.grid.wide { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 10px; background: white; }
 figure img { width: 64px; height: 64px; image-rendering: auto; }
-figure .big { width: 96px; height: 96px; }
+figure .big { width: 128px; height: 128px; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; }
 .answer { font-weight: 600; } .reference { color: var(--soft); }
 .right { color: var(--good); } .wrong { color: var(--bad); }
@@ -68,8 +69,8 @@ def figure(pictures: Iterable[str], lines: Iterable[str]) -> str:
     return f"<figure>{''.join(pictures)}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
+def grid(figures: Iterable[str], css_class: str = "") -> str:
+    return f'<div class="grid {css_class}">{"".join(figures)}</div>'
 
 
 def answer_lines(answer: str, reference: str) -> list[str]:
@@ -92,18 +93,30 @@ def page(sections: Sequence[str], title: str, note: str) -> str:
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
-    """Return nested metrics as a table."""
+    """Return the metrics of the suite as a table, each with the base rate beside it: that of guessing without looking."""
     rows = []
 
-    def add_rows(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add_rows(f"{name} / {key}" if name else key, inner)
-        else:
-            rows.append(f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{value:.4g}</td></tr>")
+    def add(name: str, value: str, base_rate: float | None = None) -> None:
+        base = "" if base_rate is None else f"{base_rate:.0%}"
+        rows.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td><td>{base}</td></tr>")
 
-    add_rows("", metrics)
-    return f"<table>{''.join(rows)}</table>"
+    if drawings := metrics.get("drawings"):
+        names = drawings["base_emoji"]
+        add(f"drawings whose emoji is among the 10 nearest of {names}", f"{drawings['right_among_10']:.0%}", 10 / names)
+        add("drawings whose emoji is the nearest", f"{drawings['right_nearest']:.0%}", 1 / names)
+    if captions := metrics.get("captions"):
+        add("captions: exact name", f"{captions['exact_name']:.0%}", captions.get("commonest_name"))
+        add("captions: CIDEr-D", f"{captions['cider_d']:.2f}")
+    for family, scores in metrics.get("questions", {}).items():
+        add(f"question: {family}", f"{scores['right']:.0%}", scores["commonest_answer"])
+    if reconstruction := metrics.get("reconstruction"):
+        add("reconstruction: PSNR", f"{reconstruction['psnr_db']:.1f} dB")
+        used = f"{reconstruction['codebook_used']:.0%} used, perplexity {reconstruction['codebook_perplexity']:.0f}"
+        add("reconstruction: codes", used)
+    for kind in ("text", "code"):
+        if f"{kind}_bits_per_byte" in metrics:
+            add(f"{'words' if kind == 'text' else kind}: bits per byte", f"{metrics[f'{kind}_bits_per_byte']:.2f}")
+    return f"<table><tr><th></th><td>this model</td><td>base rate</td></tr>{''.join(rows)}</table>"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -149,15 +162,12 @@ def model_section(
     prompts = [entry.caption for entry in drawable[:: max(1, len(drawable) // NUM_PICTURES)][:NUM_PICTURES]]
     drawings = model.draw_batch(prompts)
     all_codes = tokenizer.encode([entry.picture for entry in held_out])
+    compared = list(zip(pictures, reconstructions, shown, strict=True))[:NUM_RECONSTRUCTIONS]
     parts = {
-        "Metrics on held-out styles": metrics_table(metrics),
-        "Pictures and their reconstructions from codes": grid(
-            figure([picture_tag(original), " ", picture_tag(reconstruction)], [html.escape(entry.name)])
-            for original, reconstruction, entry in list(zip(pictures, reconstructions, shown, strict=True))[
-                :NUM_RECONSTRUCTIONS
-            ]
+        "Drawings by prompt": grid(
+            figure([picture_tag(drawing, "big")], [html.escape(prompt)])
+            for prompt, drawing in zip(prompts, drawings, strict=True)
         ),
-        "Use of the codebook": codebook_plot(all_codes, tokenizer.config.codebook_size),
         "Captions": "<p>The model's caption, and the name. No picture was seen in this style during training.</p>"
         + grid(
             figure([picture_tag(entry.picture)], answer_lines(caption, entry.caption))
@@ -167,10 +177,15 @@ def model_section(
             figure([picture_tag(entry.picture)], [html.escape(question.question), *answer_lines(answer, question.answer)])
             for (entry, question), answer in zip(questions, answers, strict=True)
         ),
-        "Drawings by prompt": grid(
-            figure([picture_tag(drawing, "big")], [html.escape(prompt)])
-            for prompt, drawing in zip(prompts, drawings, strict=True)
+        "Pictures and their reconstructions from codes": grid(
+            (
+                figure([picture_tag(original, "big"), " ", picture_tag(reconstruction, "big")], [html.escape(entry.name)])
+                for original, reconstruction, entry in compared
+            ),
+            "wide",
         ),
+        "Metrics on held-out styles": metrics_table(metrics),
+        "Use of the codebook": codebook_plot(all_codes, tokenizer.config.codebook_size),
     }
     body = "".join(f"<h3>{heading}</h3>{content}" for heading, content in parts.items())
     return f'<section class="model"><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{body}{extra}</section>'

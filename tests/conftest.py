@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before PyTorch is imported: tests run beside each other, and what they compute is small. Processes that they start too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

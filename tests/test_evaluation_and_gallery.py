@@ -130,10 +130,21 @@ def check_page(text: str) -> Tags:
 
 
 def test_the_gallery_is_one_self_contained_page(model: Chameleon) -> None:
-    section = model_section(model, "A <model>", "note & more", 16, {"captions": {"exact_name": 0.25}})
+    metrics = {
+        "captions": {"exact_name": 0.25, "cider_d": 1.0, "commonest_name": 0.03},
+        "questions": {"kind": {"asked": 80, "right": 0.65, "commonest_answer": 0.17}},
+        "drawings": {"drawings": 40, "right_among_10": 0.45, "right_nearest": 0.2, "base_emoji": 200},
+        "reconstruction": {"psnr_db": 21.5, "codebook_used": 0.9, "codebook_perplexity": 300.0},
+        "text_bits_per_byte": 3.5,
+    }
+    section = model_section(model, "A <model>", "note & more", 16, metrics)
     text = page([section], "Gallery", "here")
     tags = check_page(text)
-    assert "A &lt;model&gt;" in text and "note &amp; more" in text and "0.25" in text
+    assert "A &lt;model&gt;" in text and "note &amp; more" in text
+    for values in (("25%", "3%"), ("65%", "17%"), ("45%", "5%"), ("20%", "0%"), ("21.5 dB", ""), ("3.50", "")):
+        assert "<td>{}</td><td>{}</td>".format(*values) in text  # each figure beside its base rate
+    headings = re.findall("<h3>(.*?)</h3>", text)
+    assert headings.index("Drawings by prompt") == 0 and headings.index("Metrics on held-out styles") == 4
     shown = len(emoji.representatives(emoji.subset("validation", 16))[:24])
     assert tags.counts["img"] >= 2 * min(12, shown) + 2 * shown
     assert text.count('class="plot"') == 1

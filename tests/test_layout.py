@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {  # a module imports from lower layers only, or from its own package
@@ -121,6 +122,21 @@ def test_links_and_free_names() -> None:
 
 def test_hugging_face_tokenizers_is_importable_from_the_root() -> None:
     code = "import tokenizers; tokenizers.Tokenizer; import chameleon.tokenizers.text as t; print(t.SentencePieceTokenizer)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_captioning_loads_no_compiler(bundle_folder: Path, tmp_path: Path) -> None:
+    """PyTorch's compiler takes a second and more to import; it is only for those who ask for it."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "p.png")
+    code = (
+        "import sys\n"
+        "from chameleon.cli import main\n"
+        f"main(['caption', {str(tmp_path / 'p.png')!r}, '--model', {str(bundle_folder)!r}])\n"
+        "assert 'torch' in sys.modules\n"
+        "slow = {'torch._dynamo', 'torch._inductor', 'lightning', 'transformers', 'matplotlib', 'torchvision'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

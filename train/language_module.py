@@ -27,7 +27,7 @@ from chameleon.train.parallel import copy_full_tensor, fill_parameters, fused_ro
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe
 from chameleon.train.stability import DivergenceAlarm
 from chameleon.train.step_module import StepModule
-from chameleon.train.trainer import fsdp_param_dtype
+from chameleon.train.trainer import effective_precision, fsdp_param_dtype
 from chameleon.train.training_start import TrainingStart, add_adapters
 from chameleon.vocabulary import Modality, Vocabulary
 
@@ -150,8 +150,13 @@ class LanguageModule(StepModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.matmul_peak = matmul_peak(self.device)
+        self.matmul_peak = matmul_peak(self.device, self.product_dtype)
         self.wait_clock = (time.perf_counter(), self.loader.seconds_waited if self.loader else 0.0)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of matrix products in training."""
+        return torch.float32 if effective_precision(self.recipe.run) == "32-true" else torch.bfloat16
 
     # --- monitoring ------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
         "image codes": bundle.vocabulary.num_image_codes,
         "image": f"{image.resolution} pixels, {image.grid[0]}×{image.grid[1]} codes",
         "prompting": bundle.prompting,
-        "fastest on this processor": str(choose_weight_form("auto", "auto", "cpu")),
+        "fastest here": str(choose_weight_form("auto", "auto", "cpu")),
         "tokenizers": bundle.tokenizer.fingerprint[:12],
         "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
     }

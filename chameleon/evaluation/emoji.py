@@ -71,6 +71,7 @@ def captions(model: Chameleon, held_out: Sequence[Emoji], progress: Progress = n
     return {
         "pictures": len(held_out),
         "exact_name": exact_match(generated, [entry.caption for entry in held_out]),
+        "commonest_name": Counter(entry.caption for entry in held_out).most_common(1)[0][1] / len(held_out),
         "cider_d": cider_d(generated, references),
     }
 

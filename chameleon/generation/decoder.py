@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from torch import Tensor
 
 from chameleon.device import supports_packed_bfloat16
@@ -126,14 +124,17 @@ class Decoder:
                 where="weights",
                 remedy="use plain, or int8 and bfloat16",
             )
+        from torch._dynamo import config as dynamo_config  # here, since they take long to import
+        from torch._inductor import config as inductor_config
+
         torch.compiler.reset()  # frozen graphs contain the weights that they were compiled with
         compiled: Callable[..., Tensor] = torch.compile(
             self.decode_step, mode="reduce-overhead" if self.device.type == "cuda" else None
         )
         # Both options apply when the function is called. All decoders of a process share the limit of shapes.
         if on_cpu:
-            compiled = torch._inductor.config.patch(CPU_COMPILE_OPTIONS)(compiled)
-        self.compiled_decode_step = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
+            compiled = inductor_config.patch(CPU_COMPILE_OPTIONS)(compiled)
+        self.compiled_decode_step = dynamo_config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
 
     # --- forward passes ---
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from chameleon.device import free_memory
@@ -105,8 +104,10 @@ class KVCacheManager:
                 return False
             raise self.out_of_memory(num_slots, length, free_memory(self.device)) from None
         if self.static_address:
+            from torch._dynamo import mark_static_address  # here, since it takes long to import
+
             for buffer in (*cache.keys, *cache.values):
-                torch._dynamo.mark_static_address(buffer)
+                mark_static_address(buffer)
         if old is not None:
             cache.copy_from(old)
         self.cache = cache

@@ -18,18 +18,20 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from chameleon.model.config import ModelConfig
 from chameleon.model.kv_cache import BatchLayout
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 Rope = tuple[Tensor, Tensor]
-AttentionMask = Tensor | BlockMask
+AttentionMask: TypeAlias = "Tensor | BlockMask"
 MAX_WIDENED_QUERIES = 8
 """Queries of a sequence up to which attention is computed in float32 on CPUs."""
 
@@ -63,6 +65,7 @@ def block_diagonal_causal_mask(document_ids: Tensor) -> Tensor:
 
 def block_diagonal_causal_block_mask(document_ids: Tensor) -> BlockMask:
     """Return the same mask for FlexAttention (arXiv 2412.05496), which skips blocks that are masked completely."""
+    from torch.nn.attention.flex_attention import create_block_mask  # here, since it takes long to import
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
@@ -77,6 +80,8 @@ def flex_attention_for(device: str) -> Callable[..., Any]:
 
     On CPUs the compiled version has no backward pass.
     """
+    from torch.nn.attention.flex_attention import flex_attention
+
     function: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
     return function
 
@@ -87,7 +92,7 @@ class ScaledDotProductAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q [B, H, T, C], k and v [B, K, S, C] to [B, H, T, C]; without a mask, attention is causal."""
         enable_gqa = q.shape[1] != k.shape[1]
-        if isinstance(mask, BlockMask):
+        if mask is not None and not isinstance(mask, Tensor):
             return flex_attention_for(q.device.type)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
         is_causal = mask is None and q.shape[2] > 1
         dtype = q.dtype
@@ -202,13 +207,21 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
+class Embedding(nn.Embedding):
+    """An embedding that is not initialised on the meta device, where PyTorch would load its compiler to do so."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """token ids [B, T] → hidden states [B, T, D] → logits [B, T, vocab_size]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)

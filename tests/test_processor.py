@@ -1,4 +1,4 @@
-"""Weight formats against the products they stand for, how the fastest is chosen, and exact generation."""
+"""What runs on this processor: weight formats against the products they stand for, the fastest form, exact generation."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_weight_formats_are_near_the_weights(dtype: torch.dtype, weight_format: 
         assert torch.equal(layer.weight, weight)
 
 
-def test_int8_is_the_product_with_what_was_stored() -> None:
+def test_quantised_products_are_with_what_was_stored() -> None:
     torch.manual_seed(0)
     weight, inputs = torch.randn(48, 64).bfloat16(), torch.randn(3, 64).bfloat16()
     layer = Int8Linear(weight)
