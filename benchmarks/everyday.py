@@ -104,7 +104,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
             name = f"drawing, {others} busy processes, threads {threads}"
             results[name] = summary(name, [float(line) for line in output.split()])
     idle = results["drawing, 0 busy processes, threads chosen"]["median"]
-    for name, result in results.items():
+    for result in results.values():
         result["times idle"] = result["median"] / idle
     return results
 
