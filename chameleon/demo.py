@@ -106,10 +106,12 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
     log.begin("tokenizing documents to token shards")
     shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
     tokenizer = MixedTokenizer(text, image)
+    num_pictures = 0
     for task, source in pipeline.shards.items():
         report = tokenize([source], tokenizer, shards_folder / task)
+        num_pictures += report.pictures
         log.note(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
-    log.end(encoding * len(image.cache.rows))
+    log.end(encoding * num_pictures)  # at most: pictures that tasks share are encoded once
 
     log.begin("pretraining")
     pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
