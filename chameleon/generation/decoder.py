@@ -7,14 +7,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from chameleon.device import supports_packed_bfloat16
+from chameleon.device import processor_name, supports_packed_bfloat16
 from chameleon.errors import BadInput
+from chameleon.files import cache_folder
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.guidance import combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
@@ -127,6 +130,7 @@ class Decoder:
         from torch._dynamo import config as dynamo_config  # here, since they take long to import
         from torch._inductor import config as inductor_config
 
+        keep_compiled_code()
         torch.compiler.reset()  # frozen graphs contain the weights that they were compiled with
         compiled: Callable[..., Tensor] = torch.compile(
             self.decode_step, mode="reduce-overhead" if self.device.type == "cuda" else None
@@ -323,3 +327,12 @@ class Decoder:
         for group in groups:
             result[torch.tensor(group.order, device=self.device)] = group(hidden, step)
         return result
+
+
+def keep_compiled_code() -> None:
+    """Keep compiled code in the cache folder, by processor, unless TORCHINDUCTOR_CACHE_DIR says where.
+
+    PyTorch's own cache does not tell apart which instructions it may use, and the wrong ones compute NaN.
+    """
+    processor = hashlib.sha256(processor_name().encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled" / processor))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from chameleon.device import fast_bfloat16, has_fbgemm, is_apple_gpu
+from chameleon.device import fast_bfloat16, has_fbgemm, is_apple_gpu, processor_name, supports_packed_bfloat16
 from chameleon.files import cache_folder, write_json
 from chameleon.model.quantization import WeightFormat, make_linear
 
@@ -70,7 +69,7 @@ def candidates() -> list[WeightForm]:
         found.append(WeightForm("float32", "packed"))
     if has_fbgemm():
         found.append(WeightForm("float32", "float16"))
-    if fast_bfloat16():
+    if supports_packed_bfloat16():
         found.append(WeightForm("bfloat16", "packed"))
     return found
 
@@ -117,17 +116,6 @@ def read_tables(path: Path) -> dict[str, dict[str, list[float]]]:
     except (OSError, ValueError, AttributeError, TypeError, AssertionError):
         return {}
     return dict(tables)
-
-
-def processor_name() -> str:
-    """Return the name of the processor and the instructions that PyTorch uses."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @torch.inference_mode()
