@@ -16,6 +16,7 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.engine import Engine
 from chameleon.generation.request import Request
+from chameleon.model.quantization import convert_weights
 from chameleon.threads import (
     LOAD,
     THREADS,
@@ -142,11 +143,13 @@ def test_passes_use_what_their_tokens_are_worth(
     v = tokenizer.vocabulary
     model = random_model(v.size)
     largest = max(p.numel() for p in model.blocks[0].parameters())  # type: ignore[union-attr]
+    assert model.config.largest_matrix == largest
+    convert_weights(model, "packed")  # whose matrices are no parameters any more
     monkeypatch.setattr("chameleon.threads.WORK_PER_THREAD", matrix_work(20, largest) / 2)
     THREADS.meter, THREADS.maximum = meter(others, monkeypatch), 4
     seen = watch_threads(model)
     prompt = (v.bos, *[v.text_start] * 40, v.sep)
-    Engine(model, v).generate([Request(prompt, OutputConstraints(5))])
+    Engine(model, v, weight_format="packed").generate([Request(prompt, OutputConstraints(5))])
     assert seen[0] == (42, 3 if others == 0 else 1)
     assert set(seen[1:]) == {(1, 1)}
 

@@ -72,7 +72,7 @@ class Engine:
             raise BadInput("exact generation is for uncompiled models on CPUs", where="exact", remedy="leave it out")
         self.is_exact = exact
         self.threads = ThreadPolicy(threads=1) if exact else THREADS
-        self.largest_matrix = max(p.numel() for p in model.blocks[0].parameters())
+        self.largest_matrix = model.config.largest_matrix
         self.manager = KVCacheManager(
             model.config,
             max_batch_size,

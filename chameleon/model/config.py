@@ -68,6 +68,11 @@ class ModelConfig:
         return min(self.qk_norm_shards, self.kv_heads)
 
     @property
+    def largest_matrix(self) -> int:
+        """Number of weights of a block's largest matrix: that of queries, keys and values, or of gate and up."""
+        return self.width * max((self.heads + 2 * self.kv_heads) * self.head_width, 2 * self.ffn_width)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the model."""
         kv = self.kv_heads * self.head_width
