@@ -8,6 +8,7 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
 from chameleon.data import emoji
-from chameleon.demo import run_pipeline
+from chameleon.demo import StageLog, picture_operations, run_pipeline
 from chameleon.document import Document, Text
 from chameleon.evaluation.emoji import evaluate, question_accuracy, suite_questions
 from chameleon.evaluation.likelihood import bits_per_byte
@@ -148,6 +149,38 @@ def test_the_gallery_is_one_self_contained_page(model: Chameleon) -> None:
     shown = len(emoji.representatives(emoji.subset("validation", 16))[:24])
     assert tags.counts["img"] >= 2 * min(12, shown) + 2 * shown
     assert text.count('class="plot"') == 1
+
+
+def test_the_demos_log_names_slow_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage's arithmetic beside the peak that was measured."""
+    monkeypatch.setattr("chameleon.demo.matmul_peak", lambda **_: 1e12)
+    lines: list[str] = []
+    log = StageLog(lines.append)
+    for seconds, operations in ((10.0, 5e12), (10.0, 5e10)):
+        log.begin("a stage")
+        log.stage_start -= seconds
+        log.end(operations)
+    assert lines[0] == "peak of matrix products here: 1.00 TFLOP/s"
+    assert "10 s at 50.0% of the peak" in lines[2] and "slow" not in lines[2]
+    assert "10 s at 0.5% of the peak (slow: is a kernel missing" in lines[4]
+
+
+def test_operations_of_a_picture_are_those_of_its_convolutions(model: Chameleon) -> None:
+    """Counted from the shapes that each convolution sees."""
+    tokenizer, counts = model.tokenizer.image, [0.0]
+    encoding, decoding = picture_operations(tokenizer)
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        counts[0] += 2 * output.numel() * module.weight[0].numel()
+
+    hooks = [m.register_forward_hook(count) for m in tokenizer.network.modules() if isinstance(m, torch.nn.Conv2d)]
+    codes = tokenizer.network.encode(torch.zeros(1, 3, tokenizer.config.resolution, tokenizer.config.resolution))
+    assert 0.8 < counts[0] / encoding <= 1.0  # the rest is attention and the search for the nearest code
+    counts[0] = 0
+    tokenizer.network.decode(codes)
+    assert 0.8 < counts[0] / decoding <= 1.0
+    for hook in hooks:
+        hook.remove()
 
 
 def test_curves_show_what_was_logged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from chameleon.document import Document, Text
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
+from chameleon.generation.decoder import keep_compiled_code
 from chameleon.generation.engine import Engine
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, Sampling
@@ -285,6 +287,21 @@ def test_other_devices_and_compiled_passes_use_plain_weights() -> None:
     assert choose_weight_form("auto", "int4", "cpu") == WeightForm("bfloat16", "int4")
     assert choose_weight_form("auto", "int8", "cpu") == WeightForm("float32" if has_fbgemm() else "bfloat16", "int8")
     assert choose_weight_form("float64", "auto", "cpu") == WeightForm("float64", "plain")
+
+
+def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAMELEON_CACHE", str(tmp_path))
+    folders = []
+    for name in ("one", "one", "another"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr("chameleon.generation.decoder.processor_name", lambda name=name: name)
+        keep_compiled_code()
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folders[0] == folders[1] != folders[2]
+    assert all(Path(folder).is_relative_to(tmp_path) for folder in folders)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 
 # --- exact generation ---

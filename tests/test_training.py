@@ -32,6 +32,7 @@ from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.adapters import add_codebook_rows, fold_adapters
 from chameleon.train.image_tokenizer import ImageBatchDataset, ImageTokenizerModule, fit_image
+from chameleon.train.muon import Muon, orthogonalize
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
 from chameleon.train.run import train
@@ -286,6 +287,48 @@ def teach(rank: int, folder: str) -> None:
         quantizer.update(half, nearest(half, quantizer.codebook()))
     torch.save(quantizer.state_dict(), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_muon_is_pytorchs_in_either_dtype(monkeypatch: pytest.MonkeyPatch, is_fast: bool) -> None:
+    """PyTorch orthogonalises in bfloat16 everywhere; where that is slow, ours differs by bfloat16's rounding alone."""
+    monkeypatch.setattr("chameleon.train.muon.fast_bfloat16", lambda *_: is_fast)
+    torch.manual_seed(0)
+    for shape in ((12, 40), (40, 12), (16, 16)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        mine = Muon([ours], lr=0.1, weight_decay=0.1)
+        other = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            ours.grad = theirs.grad = torch.randn(shape)
+            mine.step()
+            other.step()
+        tolerance = 1e-6 if is_fast else 0.02
+        torch.testing.assert_close(ours.detach(), theirs.detach(), atol=tolerance, rtol=tolerance)
+
+
+def test_orthogonal_matrices_have_singular_values_near_1() -> None:
+    torch.manual_seed(0)
+    for shape in ((20, 60), (60, 20)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape) * 1e-3, torch.float32))
+        assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+    assert not orthogonalize(torch.zeros(3, 4), torch.float32).any()
+
+
+def test_muon_takes_the_kernels_of_hidden_layers() -> None:
+    network = VQGAN(SMALL_VQGAN, build_quantizer("plain", 32, 4))
+    muon, adamw = build_optimizers(network, OptimizerConfig(kind="muon"))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert taken | rest == set(names.values()) and not taken & rest
+    assert "encoder.mid.block_1.conv1.weight" in taken
+    assert {"encoder.conv_in.weight", "decoder.conv_out.weight", "quantize.embedding.weight"} <= rest
+    assert all(network.get_parameter(name).ndim == 4 for name in taken)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    network(torch.rand(2, 3, 16, 16))[0].square().mean().backward()
+    muon.step()
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == taken
 
 
 @pytest.mark.slow
