@@ -12,8 +12,6 @@ import torch
 from PIL import Image as PILImage
 from rich.console import Console
 from rich.live import Live
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from chameleon.document import Image, Part, Text
 from chameleon.generation.streaming import PartialImage
@@ -110,6 +108,9 @@ def image_grid(images: Sequence[PILImage.Image]) -> PILImage.Image:
     """Return images of one size as an approximately square grid; a single one unchanged."""
     if len(images) == 1:
         return images[0]
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image  # here, since they take long to import
+    from torchvision.utils import make_grid
+
     num_columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
     tensors = torch.stack([pil_to_tensor(image.convert("RGB")) for image in images])
     return to_pil_image(make_grid(tensors, nrow=num_columns, padding=2, pad_value=255))

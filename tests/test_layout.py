@@ -126,13 +126,14 @@ def test_hugging_face_tokenizers_is_importable_from_the_root() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_captioning_loads_no_compiler(bundle_folder: Path, tmp_path: Path) -> None:
+def test_captions_and_drawings_load_no_compiler(bundle_folder: Path, tmp_path: Path) -> None:
     """PyTorch's compiler takes a second and more to import; it is only for those who ask for it."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "p.png")
     code = (
         "import sys\n"
         "from chameleon.cli import main\n"
         f"main(['caption', {str(tmp_path / 'p.png')!r}, '--model', {str(bundle_folder)!r}])\n"
+        f"main(['draw', 'heart', '--out', {str(tmp_path / 'd.png')!r}, '--model', {str(bundle_folder)!r}])\n"
         "assert 'torch' in sys.modules\n"
         "slow = {'torch._dynamo', 'torch._inductor', 'lightning', 'transformers', 'matplotlib', 'torchvision'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
