@@ -44,14 +44,11 @@ class Sample(NamedTuple):
 
 
 def read_clocks() -> Sample:
+    """Read the clocks of the system and of this process."""
     times, own = psutil.cpu_times(), os.times()
-    idle = times.idle + getattr(times, "iowait", 0.0)
-    return Sample(time.monotonic(), sum(times[: len(times)]) - idle - guest_time(times), own.user + own.system)
-
-
-def guest_time(times: object) -> float:
-    """Return the time of virtual machines, which the user time contains already."""
-    return getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    # The time of guests, where the system counts it, is contained in that of users already.
+    not_busy = times.idle + sum(getattr(times, kind, 0.0) for kind in ("iowait", "guest", "guest_nice"))
+    return Sample(time.monotonic(), sum(times) - not_busy, own.user + own.system)
 
 
 class LoadMeter:
@@ -87,24 +84,24 @@ class ThreadPolicy:
         """Return the number of threads for operations of `work` multiplications each."""
         if self.threads is not None:
             return self.threads
-        wanted = min(self.maximum, work / WORK_PER_THREAD)
-        if wanted < 2:
+        useful_threads = int(min(self.maximum, work / WORK_PER_THREAD))
+        if useful_threads < 2:
             return 1
-        free = int(self.meter.free_processors() + 1 - ROUND_UP_FROM)
-        return max(1, min(int(wanted), free))
+        free_processors = int(self.meter.free_processors() + 1 - ROUND_UP_FROM)
+        return max(1, min(useful_threads, free_processors))
 
     @contextmanager
     def apply(self, work: float = float("inf")) -> Iterator[int]:
         """Use the chosen number of threads in the block, in this thread of Python."""
-        before, chosen = torch.get_num_threads(), self.choose(work)
-        if chosen == before:
-            yield chosen
+        previous_threads, num_threads = torch.get_num_threads(), self.choose(work)
+        if num_threads == previous_threads:
+            yield num_threads
             return
-        torch.set_num_threads(chosen)
+        torch.set_num_threads(num_threads)
         try:
-            yield chosen
+            yield num_threads
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(previous_threads)
 
 
 def available_processors() -> int:
@@ -120,11 +117,11 @@ THREADS = ThreadPolicy()
 """That of all models of this process, see `set_threads`."""
 
 
-def set_threads(count: int | None) -> None:
-    """Use `count` threads for everything that models of this process do; None: as many as are of use.
+def set_threads(num_threads: int | None) -> None:
+    """Use `num_threads` threads for everything that models of this process do; None: as many as are of use.
 
     Raises `BadInput` for fewer than 1. Training uses PyTorch's number, which OMP_NUM_THREADS sets.
     """
-    if count is not None and count < 1:
-        raise BadInput(f"{count} threads", where="threads", remedy="use 1 or more")
-    THREADS.threads = count
+    if num_threads is not None and num_threads < 1:
+        raise BadInput(f"{num_threads} threads", where="threads", remedy="use 1 or more")
+    THREADS.threads = num_threads

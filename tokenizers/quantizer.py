@@ -137,8 +137,8 @@ class PlainCodebook(VectorQuantizer):
     @torch.no_grad()
     def update(self, latent: Tensor, codes: Tensor) -> None:
         self.num_updates += 1
-        count = int(self.num_updates)
-        decay = min(self.decay, (1 + count) / (10 + count))
+        step = int(self.num_updates)
+        decay = min(self.decay, (1 + step) / (10 + step))
         counts = all_reduce_sum(torch.bincount(codes, minlength=len(self.uses)).to(self.uses.dtype))
         mean_uses = counts.mean()
         self.uses.lerp_(counts, 1 - decay)

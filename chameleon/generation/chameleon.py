@@ -86,8 +86,8 @@ class Chameleon:
         lossless format; for a format, its fastest dtype.
         max_batch_size: sequences that run at a time. draft_length: image codes verified in one forward pass (speculative
         decoding). compile: compile the decode step. exact: a seed alone determines a request's output, to the bit, in any
-        batch and with any draft length; on CPUs alone, where it uses one thread and takes some 1.2 times as long for one
-        request and three times for many.
+        batch and with any draft length; on CPUs alone, where it uses one thread and takes 1 to 1.5 times as long for one
+        request and 2 to 3 times for many (the shipped model).
 
         Raises `BadInput` for files that are missing, altered or incompatible, and for weight formats that do not go with
         the dtype or device.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from chameleon.device import fast_bfloat16, has_fbgemm, is_apple_gpu, processor_name, supports_packed_bfloat16
-from chameleon.files import cache_folder, write_json
+from chameleon.errors import BadInput
+from chameleon.files import atomic_file, cache_folder, write_json
 from chameleon.model.quantization import WeightFormat, make_linear
 
 TOKENS = (1, 8, 256)
@@ -64,14 +64,14 @@ def choose_weight_form(
 
 def candidates() -> list[WeightForm]:
     """Return the forms that can be compared on this processor."""
-    found = [WeightForm("float32", "plain")]
+    forms = [WeightForm("float32", "plain")]
     if torch.backends.mkldnn.is_available():
-        found.append(WeightForm("float32", "packed"))
+        forms.append(WeightForm("float32", "packed"))
     if has_fbgemm():
-        found.append(WeightForm("float32", "float16"))
+        forms.append(WeightForm("float32", "float16"))
     if supports_packed_bfloat16():
-        found.append(WeightForm("bfloat16", "packed"))
-    return found
+        forms.append(WeightForm("bfloat16", "packed"))
+    return forms
 
 
 def fastest(forms: Sequence[WeightForm]) -> WeightForm:
@@ -99,10 +99,9 @@ def format_table() -> dict[str, list[float]]:
         tables[key] = measure()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".partial-{os.getpid()}")
-            write_json(partial, tables)
-            partial.replace(path)  # another process may read it
-        except OSError:  # it is measured again next time
+            with atomic_file(path) as partial:  # another process may read it
+                write_json(partial, tables)
+        except (OSError, BadInput):  # it is measured again next time
             pass
     return tables[key]
 

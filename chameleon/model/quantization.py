@@ -75,7 +75,6 @@ class Float16Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.shape = tuple(weight.shape)
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     @property
