@@ -106,13 +106,10 @@ def forms_of(options: Any) -> dict[str, tuple[WeightForm, bool]]:
         "packed": (WeightForm(dtype, "packed"), False),
         "float16": (WeightForm("float32", "float16"), False),
         "int8": (WeightForm("float32", "int8"), False),
-        "compiled": (WeightForm(dtype, "plain"), True),
     }
     if dtype == "bfloat16":
         forms["int4"] = (WeightForm(dtype, "int4"), False)
-        forms["int8, compiled"] = (WeightForm(dtype, "int8"), True)
-        forms["int4, compiled"] = (WeightForm(dtype, "int4"), True)
-    return forms
+    return forms | {f"{name}, compiled": (form, True) for name, (form, _) in forms.items()}
 
 
 def engines(options: Any, model: Transformer, vocabulary: Vocabulary) -> dict[str, Engine]:

@@ -28,7 +28,7 @@ from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.model import fastest_format, quantization
 from chameleon.model.fastest_format import WeightForm, candidates, choose_weight_form, format_table
-from chameleon.model.kv_cache import BatchLayout, KVCache
+from chameleon.model.kv_cache import BatchLayout, KVCache, cache_dtype
 from chameleon.model.quantization import (
     Float16Linear,
     Int4Linear,
@@ -169,10 +169,7 @@ def test_engines_run_on_every_weight_format(tokenizer: MixedTokenizer, form: Wei
 
 
 def test_weight_formats_that_do_not_fit_are_named(bundle_folder: Path) -> None:
-    if supports_packed_bfloat16():
-        with pytest.raises(BadInput, match="compiled decoding packs plain weights itself"):
-            Chameleon.load(bundle_folder, dtype="bfloat16", weight_format="packed", compile=True)
-    else:
+    if not supports_packed_bfloat16():
         with pytest.raises(BadInput, match="does not support packed bfloat16; use float16 or int8"):
             Chameleon.load(bundle_folder, dtype="bfloat16", weight_format="packed")
     with pytest.raises(BadInput, match=r"int4 weights need dtype bfloat16, not torch\.float32"):
@@ -279,11 +276,10 @@ def test_the_choice_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastest_format.request_seconds(new[str(forms[0])]) == pytest.approx(4e-3 + 25.6 * (1 + 1 / 8) / 2)
 
 
-def test_other_devices_and_compiled_passes_use_plain_weights() -> None:
+def test_other_devices_use_plain_weights() -> None:
     assert choose_weight_form("auto", "auto", "cuda") == WeightForm("bfloat16", "plain")
     assert choose_weight_form("auto", "auto", "mps") == WeightForm("float32", "plain")
-    assert choose_weight_form("auto", "auto", "cpu", compile=True).weight_format == "plain"
-    assert choose_weight_form("auto", "int8", "cpu", compile=True) == WeightForm("bfloat16", "int8")
+
     assert choose_weight_form("auto", "int4", "cpu") == WeightForm("bfloat16", "int4")
     assert choose_weight_form("auto", "int8", "cpu") == WeightForm("float32" if has_fbgemm() else "bfloat16", "int8")
     assert choose_weight_form("float64", "auto", "cpu") == WeightForm("float64", "plain")
@@ -304,12 +300,39 @@ def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
+def test_a_second_model_of_the_same_shape_compiles_nothing(tokenizer: MixedTokenizer, form: WeightForm) -> None:
+    """Compiled code gets weights of any format as inputs: it is the other model's, kept on disk, and gives this one's ids."""
+    from torch._dynamo.utils import counters
+
+    v = tokenizer.vocabulary
+    sampling = {"text_sampling": GREEDY, "image_sampling": GREEDY}
+    requests = [
+        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), **sampling)
+        for n in range(2)
+    ]
+    outputs = []
+    for seed in (1, 2):
+        engines = []
+        for compile in (False, True):
+            model = random_model(v.size, seed, layers=1, width=64, ffn_width=96)
+            convert_weights(model, form.weight_format)
+            engines.append(Engine(model, v, weight_format=form.weight_format, compile=compile))
+        counters.clear()
+        torch.compiler.reset()  # as in a new process
+        plain, compiled = (engine.generate(requests) for engine in engines)
+        assert compiled == plain
+        outputs.append(compiled)
+    assert outputs[0] != outputs[1]
+    assert counters["inductor"]["fxgraph_cache_hit"] > 0 and not counters["inductor"]["fxgraph_cache_miss"]
+
+
 # --- exact generation ---
 
 
 def hidden_states(model: Any, sequences: list[list[int]], passes: list[list[int]]) -> list[Tensor]:
     """Return the hidden states of each sequence; in pass p, sequence s gets its next passes[p][s] tokens."""
-    cache = KVCache(model.config, len(sequences), 128, dtype=model.norm.weight.dtype)
+    cache = KVCache(model.config, len(sequences), 128, dtype=cache_dtype(model.norm.weight.dtype, "cpu"))
     cached, parts = [0] * len(sequences), [list[Tensor]() for _ in sequences]
     for counts in passes:
         token_ids = [i for s, n, c in zip(sequences, counts, cached, strict=True) for i in s[c : c + n]]

@@ -95,7 +95,7 @@ class Chameleon:
         if dtype not in ("auto", *DTYPES):
             raise BadInput(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", where="dtype")
         check_device(device)
-        form = choose_weight_form(dtype, weight_format, device, compile=compile)
+        form = choose_weight_form(dtype, weight_format, device)
         bundle = Bundle.load(path, device=device, dtype=DTYPES[form.dtype])
         if weight_format == "auto" and form.weight_format == "float16" and not fits_float16(bundle.model):
             form = form._replace(weight_format="packed")

@@ -11,6 +11,9 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +24,17 @@ from chameleon.files import cache_folder
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.guidance import combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
-from chameleon.generation.kv_cache_manager import LENGTH_MULTIPLE, CachedSequence, KVCacheManager
+from chameleon.generation.kv_cache_manager import CachedSequence, KVCacheManager
 from chameleon.generation.request import ActiveRequest
 from chameleon.generation.sampling import BatchSampling, sample
-from chameleon.model.kv_cache import BatchLayout, KVCache
+from chameleon.model.kv_cache import LENGTH_MULTIPLE, BatchLayout, KVCache
 from chameleon.model.quantization import WeightFormat, make_linear, with_exact_products
 from chameleon.model.transformer import Transformer
 from chameleon.vocabulary import Vocabulary
 
 MAX_TOKENS_PER_STEP = 2048
 """Tokens of one forward pass at most; longer prompts are prefilled in chunks while other sequences go on."""
-CPU_COMPILE_OPTIONS = {"freezing": True, "cpp_wrapper": True}
-"""Plain weights are packed for oneDNN, in a copy, and no Python runs between the kernels."""
+
 MAX_COMPILED_SHAPES = 64
 """Shapes of a decode step that are compiled before further ones run uncompiled."""
 NONFINITE = -1
@@ -106,13 +108,9 @@ class Decoder:
     def build(self) -> None:
         """Slice the head, join norms and compile the decode step, from the model's current weights."""
         self.model.join_qk_norms()
-        on_cpu, head_format = self.device.type == "cpu", self.weight_format
-        packs_plain_weights = self.compile and on_cpu and self.dtype == torch.bfloat16 and supports_packed_bfloat16()
-        if head_format == "plain" and packs_plain_weights:
-            head_format = "packed"
 
         def make_head(rows: Tensor) -> torch.nn.Module:
-            layer = make_linear(rows, head_format)
+            layer = make_linear(rows, self.weight_format)
             return with_exact_products(layer) if self.is_exact else layer
 
         self.heads = HeadSlices(self.model.head, self.vocabulary, make_head)
@@ -120,24 +118,18 @@ class Decoder:
         self.compiled_decode_step: Callable[..., Tensor] | None = None
         if not self.compile:
             return
-        is_int8_product = self.weight_format == "int8" and self.dtype == torch.float32
-        if on_cpu and (self.weight_format in ("packed", "float16") or is_int8_product):
-            raise BadInput(
-                f"compiled decoding packs plain weights itself, not {self.weight_format} ones under {self.dtype}",
-                where="weights",
-                remedy="use plain, or int8 and bfloat16",
-            )
-        from torch._dynamo import config as dynamo_config  # here, since they take long to import
-        from torch._inductor import config as inductor_config
+        from torch._dynamo import config as dynamo_config  # here, since it takes long to import
 
         keep_compiled_code()
-        torch.compiler.reset()  # frozen graphs contain the weights that they were compiled with
-        compiled: Callable[..., Tensor] = torch.compile(
-            self.decode_step, mode="reduce-overhead" if self.device.type == "cuda" else None
-        )
-        # Both options apply when the function is called. All decoders of a process share the limit of shapes.
-        if on_cpu:
-            compiled = inductor_config.patch(CPU_COMPILE_OPTIONS)(compiled)
+        # The model of this decoder does not change, so that nothing of it has to be checked at each step. PyTorch keeps
+        # compiled code by the function's code object: a decoder has its own.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if self.device.type == "cuda":
+            options["triton.cudagraphs"] = True  # as in the mode "reduce-overhead"
+        function = Decoder.decode_step
+        decode_step = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        compiled = torch.compile(partial(decode_step, self), options=options)
+        # The limit applies when the function is called.
         self.compiled_decode_step = dynamo_config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
 
     # --- forward passes ---
@@ -222,11 +214,14 @@ class Decoder:
             return self.model(token_ids, layout=layout)[0]
         kv_length = min(cache.length, -(-(max(cached_lengths) + 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         flat_positions = torch.tensor(cached_lengths, device=self.device) if positions is None else positions[0]
-        return self.compiled_decode_step(token_ids, cache, flat_positions, kv_length).clone()
+        key_positions = torch.arange(kv_length, device=self.device)
+        if self.device.type == "cpu":
+            torch._dynamo.maybe_mark_dynamic(key_positions, 0)  # one code for all lengths; CUDA graphs need fixed ones
+        return self.compiled_decode_step(token_ids, cache, flat_positions, key_positions).clone()
 
-    def decode_step(self, token_ids: Tensor, cache: KVCache, positions: Tensor, kv_length: int) -> Tensor:
-        """Process one token of each sequence, token ids [1, N] at positions [N]: the pass that is compiled."""
-        return self.model(token_ids, layout=BatchLayout.one_token_each(cache, positions, kv_length))[0]
+    def decode_step(self, token_ids: Tensor, cache: KVCache, positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Process one token of each sequence: the pass that is compiled. See `BatchLayout.one_token_each`."""
+        return self.model(token_ids, layout=BatchLayout.one_token_each(cache, positions, key_positions))[0]
 
     # --- sampling ---
 

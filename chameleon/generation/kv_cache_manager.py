@@ -12,10 +12,9 @@ from chameleon.device import free_memory
 from chameleon.errors import BadInput
 from chameleon.generation.prefix_index import PrefixIndex
 from chameleon.model.config import ModelConfig
-from chameleon.model.kv_cache import KVCache
+from chameleon.model.kv_cache import LENGTH_MULTIPLE, KVCache, cache_dtype
 
-LENGTH_MULTIPLE = 64
-"""The cache's length is a multiple of this."""
+
 MIN_TOKENS_TO_WAIT_FOR = 16
 """A sequence waits for another one's prefill of the same prefix where that saves it at least so many tokens."""
 
@@ -57,8 +56,9 @@ class KVCacheManager:
         device: torch.device,
         static_address: bool = False,
     ) -> None:
-        """max_sequences: slots at most. static_address: for CUDA graphs, which read the cache where it lies."""
-        self.config, self.max_sequences, self.dtype, self.device = config, max_sequences, dtype, device
+        """max_sequences: slots at most. dtype: that of the model. static_address: for CUDA graphs, which read the cache where it lies."""
+        self.config, self.max_sequences, self.device = config, max_sequences, device
+        self.dtype = cache_dtype(dtype, device)
         self.static_address = static_address
         self.clear()
 

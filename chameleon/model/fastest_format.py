@@ -40,11 +40,9 @@ class WeightForm(NamedTuple):
         return f"{self.weight_format} weights, {self.dtype}"
 
 
-def choose_weight_form(
-    dtype: str, weight_format: WeightFormat | Literal["auto"], device: str, *, compile: bool = False
-) -> WeightForm:
+def choose_weight_form(dtype: str, weight_format: WeightFormat | Literal["auto"], device: str) -> WeightForm:
     """Return the form to load a model in, where dtype, weight format or both may be "auto". See `Chameleon.load`."""
-    if torch.device(device).type != "cpu" or compile or weight_format == "int4":  # a compiled pass packs plain weights
+    if torch.device(device).type != "cpu" or weight_format == "int4":
         if dtype == "auto":
             is_fast = fast_bfloat16(device) and not is_apple_gpu(device)
             dtype = "bfloat16" if is_fast or weight_format in ("int8", "int4") else "float32"

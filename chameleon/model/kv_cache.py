@@ -17,8 +17,8 @@ from torch import Tensor
 from chameleon.model.config import ModelConfig
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-EXACT_MULTIPLE = 64
-"""In the exact layout, the numbers of keys that are attended to are multiples of this."""
+LENGTH_MULTIPLE = 64
+"""The cache's length is a multiple of this, and so are the numbers of keys that compiled and exact passes attend to."""
 MAX_LENGTH_RATIO = 2
 """Sequences share one attention call while the longest is at most this many times as long as the shortest."""
 
@@ -32,7 +32,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_slots: int, length: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        """num_slots: sequences that fit; length: tokens that fit in each slot."""
+        """num_slots: sequences that fit; length: tokens that fit in each slot; dtype: see `cache_dtype`."""
         shape = (num_slots, length, config.kv_heads, config.head_width)
         self.device = torch.device(device)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
@@ -153,7 +153,7 @@ class BatchLayout:
             for position in range(cached, cached + new)
         ]
         flat_positions = torch.tensor(positions, device=cache.device)
-        kv_lengths = [min(cache.length, (p // EXACT_MULTIPLE + 1) * EXACT_MULTIPLE) for p in positions]
+        kv_lengths = [min(cache.length, (p // LENGTH_MULTIPLE + 1) * LENGTH_MULTIPLE) for p in positions]
         groups, first = [], 0
         while first < len(slots):
             end = first + 1
@@ -166,33 +166,46 @@ class BatchLayout:
         return cls(cache, torch.tensor(slots, device=cache.device), flat_positions, groups)
 
     @classmethod
-    def one_token_each(cls, cache: KVCache, positions: Tensor, kv_length: int) -> BatchLayout:
+    def one_token_each(cls, cache: KVCache, positions: Tensor, key_positions: Tensor) -> BatchLayout:
         """Create the layout of a decode step: one new token for each of the first slots, at positions [N].
 
-        All slots attend to `kv_length` keys through a mask, so that the shapes are those of a compiled step.
+        All slots attend to the keys at `key_positions`, 0 … S − 1, through a mask, so that the shapes are those of a compiled
+        step.
         """
-        count = positions.shape[0]
-        mask = (torch.arange(kv_length, device=positions.device) <= positions.unsqueeze(1))[:, None, None]
+        count, kv_length = positions.shape[0], key_positions.shape[0]
+        mask = (key_positions <= positions.unsqueeze(1))[:, None, None]
         slots = torch.arange(count, device=positions.device)
         return cls(cache, slots, positions, [AttentionGroup(slice(0, count), 1, slice(0, count), kv_length, mask)])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
         """Write keys and values to the cache and attend: q [1, N, H, C], k and v [1, N, K, C] to [1, N, H, C]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.rows, k[0])
-        values.flatten(0, 1).index_copy_(0, self.rows, v[0])
+        keys.flatten(0, 1).index_copy_(0, self.rows, k[0].to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, self.rows, v[0].to(values.dtype))
         outputs = []
         for group in self.groups:
-            queries = q[0, group.tokens]  # [slots · new tokens, H, C]
-            if group.new_length == 1:
-                queries = queries.unsqueeze(2)  # [slots, H, new tokens, C]
+            # [slots, heads, tokens, C] each
+            queries = q[0, group.tokens].unflatten(0, (-1, group.new_length)).transpose(1, 2)
+            if group.new_length == group.kv_length:  # nothing is cached: attend in the dtype of the model
+                group_keys, group_values = (
+                    part[0, group.tokens].unflatten(0, (-1, group.new_length)).transpose(1, 2) for part in (k, v)
+                )
             else:
-                queries = queries.unflatten(0, (-1, group.new_length)).transpose(1, 2)
-            group_keys = keys[group.slots, : group.kv_length].transpose(1, 2)  # [slots, K, S, C]
-            group_values = values[group.slots, : group.kv_length].transpose(1, 2)
-            if len(group_keys) < len(queries):  # several tokens of a slot, each by itself
-                group_keys = group_keys.expand(len(queries), -1, -1, -1)
-                group_values = group_values.expand(len(queries), -1, -1, -1)
+                queries = queries.to(keys.dtype)
+                group_keys = keys[group.slots, : group.kv_length].transpose(1, 2)
+                group_values = values[group.slots, : group.kv_length].transpose(1, 2)
+                if len(group_keys) < len(queries):  # several tokens of a slot, each by itself
+                    group_keys = group_keys.expand(len(queries), -1, -1, -1)
+                    group_values = group_values.expand(len(queries), -1, -1, -1)
             output = attention(queries, group_keys, group_values, group.mask)
-            outputs.append(output.squeeze(2) if group.new_length == 1 else output.transpose(1, 2).flatten(0, 1))
+            outputs.append(output.to(q.dtype).transpose(1, 2).flatten(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """Return the dtype of keys and values in the cache of a model of this dtype.
+
+    On CPUs it is at least float32: attention of a few queries in bfloat16 takes 2 to 5 times as long there.
+    """
+    is_narrow = dtype.itemsize < torch.float32.itemsize
+    return torch.float32 if is_narrow and torch.device(device).type == "cpu" else dtype

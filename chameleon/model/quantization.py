@@ -13,8 +13,10 @@ PyTorch. Which format is fastest depends on the processor: see `chameleon.model.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import warnings
+import weakref
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,11 +41,49 @@ FIXED_ROWS = 8
 BLOCK_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
-class PackedLinear(nn.Module):
+class OpaqueLinear(nn.Module):
+    """Base class of layers whose weights are no tensors that PyTorch's compiler can read: it sees one operation.
+
+    Compiled code gets the layer's number as an input, like a weight, so that it is the same for all layers of a shape and
+    in every process, and can be kept on disk.
+    """
+
+    number: Tensor
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        number = next(LAYER_NUMBERS)
+        LAYERS[number] = self
+        self.register_buffer("number", torch.tensor([number]), persistent=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply x [..., columns] with the matrix: [..., rows]."""
+        raise NotImplementedError
+
+    def opaque_product(self, x: Tensor) -> Tensor:
+        """The same, as one operation where it is compiled."""
+        if torch.compiler.is_compiling():
+            return torch.ops.chameleon.opaque_product(x, self.number, self.rows)
+        return self.product(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.opaque_product(x)
+
+
+LAYERS: weakref.WeakValueDictionary[int, OpaqueLinear] = weakref.WeakValueDictionary()
+LAYER_NUMBERS = itertools.count()
+LIBRARY = torch.library.Library("chameleon", "DEF")
+LIBRARY.define("opaque_product(Tensor x, Tensor layer, int rows) -> Tensor")
+LIBRARY.impl("opaque_product", lambda x, layer, rows: LAYERS[layer.item()].product(x), "CPU")
+LIBRARY.impl("opaque_product", lambda x, layer, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
+
+
+class PackedLinear(OpaqueLinear):
     """A linear layer whose matrix is in oneDNN's own layout."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
+        super().__init__(len(weight))
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
     @property
@@ -54,7 +94,7 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
@@ -67,14 +107,14 @@ class QuantizedLinear(nn.Module):
         )
 
 
-class Float16Linear(QuantizedLinear):
+class Float16Linear(QuantizedLinear, OpaqueLinear):
     """A linear layer of float16 weights in FBGEMM's layout; float32 in and out.
 
     It sums in one order, so that a token's output is the same in any batch.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
+        super().__init__(len(weight))
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     @property
@@ -82,18 +122,18 @@ class Float16Linear(QuantizedLinear):
         """A copy of the matrix, float32."""
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-class Int8ProductLinear(QuantizedLinear):
+class Int8ProductLinear(QuantizedLinear, OpaqueLinear):
     """A linear layer of int8 weights and integer products by FBGEMM; float32 in and out.
 
     Each token has a scale of its own, and integer sums are exact, so that its output is the same in any batch.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
+        super().__init__(len(weight))
         scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / MAX_INT8
         self.packed = pack_int8(weight, scales)
         self.max_input = max_int8_input()
@@ -103,9 +143,13 @@ class Int8ProductLinear(QuantizedLinear):
         """A copy of the matrix as it is multiplied, float32."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
 
+    def product(self, x: Tensor) -> Tensor:
+        """x within [-1, 1]."""
+        return int8_product(x, self.packed, self.max_input)
+
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True).clamp_(min=MIN_LARGEST_INPUT)
-        return int8_product(x / largest, self.packed, self.max_input).mul_(largest)
+        return self.opaque_product(x / largest).mul_(largest)
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> Any:

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 Rope = tuple[Tensor, Tensor]
 AttentionMask: TypeAlias = "Tensor | BlockMask"
-MAX_WIDENED_QUERIES = 8
-"""Queries of a sequence up to which attention is computed in float32 on CPUs."""
+
 
 
 def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
@@ -95,11 +94,7 @@ class ScaledDotProductAttention(nn.Module):
         if mask is not None and not isinstance(mask, Tensor):
             return flex_attention_for(q.device.type)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
         is_causal = mask is None and q.shape[2] > 1
-        dtype = q.dtype
-        if q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] <= MAX_WIDENED_QUERIES:
-            q, k, v = q.float(), k.float(), v.float()  # the kernel of bfloat16 takes 2 to 6 times as long for few queries
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
-        return output.to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
 class QKNorm(nn.Module):
