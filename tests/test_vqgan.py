@@ -229,6 +229,17 @@ def test_moving_average_converges_to_cluster_means() -> None:
     torch.testing.assert_close(quantizer.codebook(), centres, atol=0.05, rtol=0)
 
 
+def test_a_code_without_uses_stays_where_it_is() -> None:
+    """Even after so many steps that the moving average of its uses is 0 in float32."""
+    torch.manual_seed(0)
+    quantizer = MovingAverageCodebook(2, 2, decay=0.5, revive_below=0.0)
+    quantizer.set_codes(torch.arange(2), torch.tensor([[0.0, 0.0], [5.0, 5.0]]))
+    for _ in range(200):
+        quantizer(0.1 * torch.randn(1, 2, 8, 8))
+    assert float(quantizer.uses[1]) == 0
+    torch.testing.assert_close(quantizer.codebook()[1], torch.tensor([5.0, 5.0]))
+
+
 @pytest.mark.parametrize("kind", ["plain", "moving_average"])
 def test_dead_codes_come_back_to_life(kind: str) -> None:
     torch.manual_seed(0)

@@ -23,6 +23,8 @@ from torch import Tensor, distributed, nn
 MAX_DISTANCES = 2**27
 """Distances between latents and codes that exist at one time."""
 CodebookKind = Literal["plain", "moving_average", "linear"]
+MIN_USES = 1e-6
+"""A code with a smaller moving average of its uses stays where it is; much smaller ones have too few digits to divide by."""
 
 
 class Quantized(NamedTuple):
@@ -185,7 +187,8 @@ class MovingAverageCodebook(PlainCodebook):
 
     def update_codes(self, latent: Tensor, codes: Tensor, decay: float, is_alive: Tensor) -> None:
         self.sums.lerp_(all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, codes, latent)), 1 - decay)
-        self.embedding.weight[is_alive] = self.sums[is_alive] / self.uses[is_alive].unsqueeze(1)
+        moving = is_alive & (self.uses > MIN_USES)
+        self.embedding.weight[moving] = self.sums[moving] / self.uses[moving].unsqueeze(1)
 
     @torch.no_grad()
     def set_codes(self, indices: Tensor, values: Tensor, uses: Tensor | float = 1.0) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Decoder:
             return
         from torch._dynamo import config as dynamo_config  # here, since it takes long to import
 
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
         keep_compiled_code()
         # The model of this decoder does not change, so that nothing of it has to be checked at each step. PyTorch keeps
         # compiled code by the function's code object: a decoder has its own.
