@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,17 @@ MAX_LENGTH_RATIO = 2
 
 
 class KVCache:
-    """For each layer a buffer [sequences, length, kv_heads, head_width] of keys and one of values.
+    """For each layer a buffer [sequences, kv_heads, length, head_width] of keys and one of values.
 
-    Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read.
+    Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read. What a head
+    attends to lies in one piece of memory.
     """
 
     def __init__(
         self, config: ModelConfig, num_slots: int, length: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """num_slots: sequences that fit; length: tokens that fit in each slot; dtype: see `cache_dtype`."""
-        shape = (num_slots, length, config.kv_heads, config.head_width)
+        shape = (num_slots, config.kv_heads, length, config.head_width)
         self.device = torch.device(device)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
@@ -50,13 +52,13 @@ class KVCache:
     @property
     def length(self) -> int:
         """Tokens that fit in each slot."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
     @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for buffer in (*self.keys, *self.values):
-            buffer[target, :length] = buffer[source, :length]
+            buffer[target, :, :length] = buffer[source, :, :length]
 
     @torch.inference_mode()
     def zero_slot(self, slot: int) -> None:
@@ -68,7 +70,17 @@ class KVCache:
     def copy_from(self, other: KVCache) -> None:
         """Copy all slots of a smaller cache."""
         for target, source in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
-            target[: source.shape[0], : source.shape[1]] = source
+            target[: source.shape[0], :, : source.shape[2]] = source
+
+
+class Run(NamedTuple):
+    """New tokens of one slot, which are stored one after the other."""
+
+    slot: int
+    positions: slice
+    """Where they go in the slot."""
+    tokens: slice
+    """Range of them in the batch."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,16 @@ class AttentionGroup:
 class BatchLayout:
     """Where the tokens of one ragged forward pass are stored in the cache and what they attend to."""
 
-    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, groups: Sequence[AttentionGroup]) -> None:
-        """slots, positions: int64 [N], the cache slot and the position in it of each token of the batch."""
-        self.cache, self.positions, self.groups = cache, positions, groups
-        self.rows = slots * cache.length + positions
-        """int64 [N]: where the tokens are among the entries of all slots."""
+    def __init__(
+        self, cache: KVCache, positions: Tensor, groups: Sequence[AttentionGroup], runs: Sequence[Run] | None = None
+    ) -> None:
+        """positions: int64 [N], each token's position in its slot. runs: where tokens are stored; None: one in each slot."""
+        self.cache, self.positions, self.groups, self.runs = cache, positions, groups, runs
+        if runs is None:
+            _, kv_heads, length, _ = cache.keys[0].shape
+            heads = torch.arange(len(positions) * kv_heads, device=positions.device).unflatten(0, (-1, kv_heads))
+            self.rows = (heads * length + positions.unsqueeze(1)).flatten()
+            """int64 [N · K]: where each head of each token is among the entries of all slots and heads."""
 
     @classmethod
     def ragged(
@@ -113,10 +130,6 @@ class BatchLayout:
         if positions is None:
             flat = [p for cached, new in zip(cached_lengths, new_lengths, strict=True) for p in range(cached, cached + new)]
             positions = torch.tensor([flat], device=device)
-        if all(new == 1 for new in new_lengths):
-            slots = torch.arange(len(new_lengths), device=device)  # created on the device: no transfer from the host
-        else:
-            slots = torch.tensor([slot for slot, new in enumerate(new_lengths) for _ in range(new)], device=device)
         groups = []
         first_slot, first_token = 0, 0
         while first_slot < len(cached_lengths):
@@ -138,7 +151,7 @@ class BatchLayout:
                 groups.append(AttentionGroup(tokens, new, slice(first_slot, end_slot), kv_length, mask))
                 first_token = tokens.stop
             first_slot = end_slot
-        return cls(cache, slots, positions[0], groups)
+        return cls(cache, positions[0], groups, runs_of(cached_lengths, new_lengths))
 
     @classmethod
     def exact(cls, cache: KVCache, cached_lengths: Sequence[int], new_lengths: Sequence[int]) -> BatchLayout:
@@ -163,7 +176,7 @@ class BatchLayout:
             slot_range = slice(slots[first], slots[first] + 1)
             groups.append(AttentionGroup(slice(first, end), 1, slot_range, kv_lengths[first], mask[:, None, None]))
             first = end
-        return cls(cache, torch.tensor(slots, device=cache.device), flat_positions, groups)
+        return cls(cache, flat_positions, groups, runs_of(cached_lengths, new_lengths))
 
     @classmethod
     def one_token_each(cls, cache: KVCache, positions: Tensor, key_positions: Tensor) -> BatchLayout:
@@ -174,14 +187,13 @@ class BatchLayout:
         """
         count, kv_length = positions.shape[0], key_positions.shape[0]
         mask = (key_positions <= positions.unsqueeze(1))[:, None, None]
-        slots = torch.arange(count, device=positions.device)
-        return cls(cache, slots, positions, [AttentionGroup(slice(0, count), 1, slice(0, count), kv_length, mask)])
+        return cls(cache, positions, [AttentionGroup(slice(0, count), 1, slice(0, count), kv_length, mask)])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction) -> Tensor:
         """Write keys and values to the cache and attend: q [1, N, H, C], k and v [1, N, K, C] to [1, N, H, C]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.rows, k[0].to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, self.rows, v[0].to(values.dtype))
+        self.store(keys, k[0])
+        self.store(values, v[0])
         outputs = []
         for group in self.groups:
             # [slots, heads, tokens, C] each
@@ -192,14 +204,34 @@ class BatchLayout:
                 )
             else:
                 queries = queries.to(keys.dtype)
-                group_keys = keys[group.slots, : group.kv_length].transpose(1, 2)
-                group_values = values[group.slots, : group.kv_length].transpose(1, 2)
+                group_keys, group_values = keys[group.slots, :, : group.kv_length], values[group.slots, :, : group.kv_length]
                 if len(group_keys) < len(queries):  # several tokens of a slot, each by itself
                     group_keys = group_keys.expand(len(queries), -1, -1, -1)
                     group_values = group_values.expand(len(queries), -1, -1, -1)
             output = attention(queries, group_keys, group_values, group.mask)
             outputs.append(output.to(q.dtype).transpose(1, 2).flatten(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+    def store(self, buffer: Tensor, new: Tensor) -> None:
+        """Write the new tokens' keys or values [N, K, C] to a buffer of the cache."""
+        if self.runs is None:
+            buffer.flatten(0, 2).index_copy_(0, self.rows, new.to(buffer.dtype).flatten(0, 1))
+            return
+        for run in self.runs:
+            buffer[run.slot, :, run.positions] = new[run.tokens].transpose(0, 1)
+
+
+def runs_of(cached_lengths: Sequence[int], new_lengths: Sequence[int]) -> list[Run] | None:
+    """Return the runs of a pass over the first slots of the cache; None where each slot has one new token."""
+    if all(new == 1 for new in new_lengths):
+        return None
+    runs, first = [], 0
+    for slot, (cached, new) in enumerate(zip(cached_lengths, new_lengths, strict=True)):
+        if new:
+            runs.append(Run(slot, slice(cached, cached + new), slice(first, first + new)))
+        first += new
+    return runs
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
