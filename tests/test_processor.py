@@ -302,7 +302,7 @@ def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
 def test_a_second_model_of_the_same_shape_compiles_nothing(tokenizer: MixedTokenizer, form: WeightForm) -> None:
-    """Compiled code gets weights of any format as inputs: it is the other model's, kept on disk, and gives this one's ids."""
+    """Compiled code gets weights of any format as inputs: that of the first model, kept on disk, serves the second."""
     from torch._dynamo.utils import counters
 
     v = tokenizer.vocabulary

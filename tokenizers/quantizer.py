@@ -24,7 +24,7 @@ MAX_DISTANCES = 2**27
 """Distances between latents and codes that exist at one time."""
 CodebookKind = Literal["plain", "moving_average", "linear"]
 MIN_USES = 1e-6
-"""A code with a smaller moving average of its uses stays where it is; much smaller ones have too few digits to divide by."""
+"""A code with a smaller moving average of its uses stays where it is; far smaller ones have too few digits to divide by."""
 
 
 class Quantized(NamedTuple):

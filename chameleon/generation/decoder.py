@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.device import processor_name, supports_packed_bfloat16
-from chameleon.errors import BadInput
+from chameleon.device import processor_name
 from chameleon.files import cache_folder
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.guidance import combine_logits

@@ -14,7 +14,6 @@ from chameleon.generation.prefix_index import PrefixIndex
 from chameleon.model.config import ModelConfig
 from chameleon.model.kv_cache import LENGTH_MULTIPLE, KVCache, cache_dtype
 
-
 MIN_TOKENS_TO_WAIT_FOR = 16
 """A sequence waits for another one's prefill of the same prefix where that saves it at least so many tokens."""
 
@@ -56,7 +55,10 @@ class KVCacheManager:
         device: torch.device,
         static_address: bool = False,
     ) -> None:
-        """max_sequences: slots at most. dtype: that of the model. static_address: for CUDA graphs, which read the cache where it lies."""
+        """max_sequences: slots at most. dtype: that of the model.
+
+        static_address: for CUDA graphs, which read the cache where it lies.
+        """
         self.config, self.max_sequences, self.device = config, max_sequences, device
         self.dtype = cache_dtype(dtype, device)
         self.static_address = static_address

@@ -27,8 +27,8 @@ MAX_LENGTH_RATIO = 2
 class KVCache:
     """For each layer a buffer [sequences, kv_heads, length, head_width] of keys and one of values.
 
-    Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read. What a head
-    attends to lies in one piece of memory.
+    Token t of a sequence is stored at position t of its slot; entries beyond a sequence's length are never read. What one
+    head attends to lies in one piece of memory.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BatchLayout:
     def __init__(
         self, cache: KVCache, positions: Tensor, groups: Sequence[AttentionGroup], runs: Sequence[Run] | None = None
     ) -> None:
-        """positions: int64 [N], each token's position in its slot. runs: where tokens are stored; None: one in each slot."""
+        """positions: int64 [N], each token's position in its slot. runs: where they are stored; None: one in each slot."""
         self.cache, self.positions, self.groups, self.runs = cache, positions, groups, runs
         if runs is None:
             _, kv_heads, length, _ = cache.keys[0].shape
@@ -182,8 +182,8 @@ class BatchLayout:
     def one_token_each(cls, cache: KVCache, positions: Tensor, key_positions: Tensor) -> BatchLayout:
         """Create the layout of a decode step: one new token for each of the first slots, at positions [N].
 
-        All slots attend to the keys at `key_positions`, 0 … S − 1, through a mask, so that the shapes are those of a compiled
-        step.
+        All slots attend to the keys at `key_positions`, 0 … S − 1, through a mask, so that the shapes are those of a
+        compiled step.
         """
         count, kv_length = positions.shape[0], key_positions.shape[0]
         mask = (key_positions <= positions.unsqueeze(1))[:, None, None]
@@ -204,14 +204,14 @@ class BatchLayout:
                 )
             else:
                 queries = queries.to(keys.dtype)
-                group_keys, group_values = keys[group.slots, :, : group.kv_length], values[group.slots, :, : group.kv_length]
+                group_keys = keys[group.slots, :, : group.kv_length]
+                group_values = values[group.slots, :, : group.kv_length]
                 if len(group_keys) < len(queries):  # several tokens of a slot, each by itself
                     group_keys = group_keys.expand(len(queries), -1, -1, -1)
                     group_values = group_values.expand(len(queries), -1, -1, -1)
             output = attention(queries, group_keys, group_values, group.mask)
             outputs.append(output.to(q.dtype).transpose(1, 2).flatten(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
-
 
     def store(self, buffer: Tensor, new: Tensor) -> None:
         """Write the new tokens' keys or values [N, K, C] to a buffer of the cache."""

@@ -34,7 +34,6 @@ Rope = tuple[Tensor, Tensor]
 AttentionMask: TypeAlias = "Tensor | BlockMask"
 
 
-
 def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
     """Return cos and sin [B, T, 1, C] float32 of the rotary angles at positions int64 [B, T] (arXiv 2104.09864).
 
