@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chameleon.bundle import Bundle
-from chameleon.device import has_fbgemm, supports_packed_bfloat16
+from chameleon.device import has_fbgemm, keep_compiled_code, supports_packed_bfloat16
 from chameleon.document import Document, Text
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
-from chameleon.generation.decoder import keep_compiled_code
 from chameleon.generation.engine import Engine
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, Sampling
@@ -286,15 +285,20 @@ def test_other_devices_use_plain_weights() -> None:
 
 
 def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     monkeypatch.setenv("CHAMELEON_CACHE", str(tmp_path))
     folders = []
     for name in ("one", "one", "another"):
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        monkeypatch.setattr("chameleon.generation.decoder.processor_name", lambda name=name: name)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it
+        monkeypatch.setattr("chameleon.device.processor_name", lambda name=name: name)
         keep_compiled_code()
         folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folders[0] == folders[1] != folders[2]
     assert all(Path(folder).is_relative_to(tmp_path) for folder in folders)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folders[2]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from chameleon.device import keep_compiled_code
 from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from chameleon.model.config import ModelConfig
@@ -103,6 +104,8 @@ def parallelize(
     model = objective.model
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
         apply_tensor_parallel(model, mesh["tensor_parallel"])
+    if compile:
+        keep_compiled_code()
     for block in model.blocks:
         assert isinstance(block, Block)
         apply_activation_checkpointing(block, activation_checkpointing)

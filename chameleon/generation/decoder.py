@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.device import processor_name
-from chameleon.files import cache_folder
+from chameleon.device import keep_compiled_code
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.guidance import combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
@@ -323,12 +320,3 @@ class Decoder:
         for group in groups:
             result[torch.tensor(group.order, device=self.device)] = group(hidden, step)
         return result
-
-
-def keep_compiled_code() -> None:
-    """Keep compiled code in the cache folder, by processor, unless TORCHINDUCTOR_CACHE_DIR says where.
-
-    PyTorch's own cache does not tell apart which instructions it may use, and the wrong ones compute NaN.
-    """
-    processor = hashlib.sha256(processor_name().encode()).hexdigest()[:12]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled" / processor))
