@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import psutil
 import torch
 
 from chameleon.errors import BadInput
-from chameleon.files import cache_folder
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
@@ -37,18 +33,6 @@ def processor_name() -> str:
     except OSError:
         pass
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def keep_compiled_code() -> None:
-    """Keep compiled code in the cache folder, by processor, unless TORCHINDUCTOR_CACHE_DIR says where.
-
-    PyTorch's own cache does not tell apart which instructions it may use, and the wrong ones compute NaN. PyTorch sets that
-    variable itself, to torchinductor_USER in the folder of temporary files, when it first needs it.
-    """
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    if folder == Path() or (folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("torchinductor_")):
-        processor = hashlib.sha256(processor_name().encode()).hexdigest()[:12]
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled" / processor)
 
 
 def supports_packed_bfloat16() -> bool:

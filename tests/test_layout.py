@@ -23,6 +23,7 @@ LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.vocabulary": 1,
     "chameleon.document": 1,
     "chameleon.tensor_files": 2,
+    "chameleon.compiled_code": 2,
     "chameleon.model": 3,
     "chameleon.tokenizers": 3,
     "chameleon.data": 4,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chameleon.bundle import Bundle
-from chameleon.device import has_fbgemm, keep_compiled_code, supports_packed_bfloat16
+from chameleon.compiled_code import keep_compiled_code
+from chameleon.device import has_fbgemm, supports_packed_bfloat16
 from chameleon.document import Document, Text
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
@@ -291,7 +292,7 @@ def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.
     folders = []
     for name in ("one", "one", "another"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it
-        monkeypatch.setattr("chameleon.device.processor_name", lambda name=name: name)
+        monkeypatch.setattr("chameleon.compiled_code.processor_name", lambda name=name: name)
         keep_compiled_code()
         folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folders[0] == folders[1] != folders[2]

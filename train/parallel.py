@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from chameleon.device import keep_compiled_code
+from chameleon.compiled_code import keep_compiled_code
 from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from chameleon.model.config import ModelConfig

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.device import keep_compiled_code
+from chameleon.compiled_code import keep_compiled_code
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.guidance import combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
