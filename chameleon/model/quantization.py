@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from chameleon.device import has_fbgemm, supports_packed_bfloat16
 from chameleon.errors import BadInput
@@ -48,14 +48,15 @@ class OpaqueLinear(nn.Module):
     in every process, and can be kept on disk.
     """
 
-    number: Tensor
+    layer_number: Tensor
+    """int64 [1]."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows = rows
-        number = next(LAYER_NUMBERS)
-        LAYERS[number] = self
-        self.register_buffer("number", torch.tensor([number]), persistent=False)
+        layer_number = next(LAYER_NUMBERS)
+        LAYERS[layer_number] = self
+        self.register_buffer("layer_number", torch.tensor([layer_number]), persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply x [..., columns] with the matrix: [..., rows]."""
@@ -64,7 +65,7 @@ class OpaqueLinear(nn.Module):
     def opaque_product(self, x: Tensor) -> Tensor:
         """The same, as one operation where it is compiled."""
         if torch.compiler.is_compiling():
-            return torch.ops.chameleon.opaque_product(x, self.number, self.rows)
+            return torch.ops.chameleon.opaque_product(x, self.layer_number, self.rows)
         return self.product(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,10 +74,10 @@ class OpaqueLinear(nn.Module):
 
 LAYERS: weakref.WeakValueDictionary[int, OpaqueLinear] = weakref.WeakValueDictionary()
 LAYER_NUMBERS = itertools.count()
-LIBRARY = torch.library.Library("chameleon", "DEF")
-LIBRARY.define("opaque_product(Tensor x, Tensor layer, int rows) -> Tensor")
-LIBRARY.impl("opaque_product", lambda x, layer, rows: LAYERS[layer.item()].product(x), "CPU")
-LIBRARY.impl("opaque_product", lambda x, layer, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
+OPERATIONS = library.Library("chameleon", "DEF")
+OPERATIONS.define("opaque_product(Tensor x, Tensor layer, int rows) -> Tensor")
+OPERATIONS.impl("opaque_product", lambda x, layer, rows: LAYERS[layer.item()].product(x), "CPU")
+OPERATIONS.impl("opaque_product", lambda x, layer, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
 
 
 class PackedLinear(OpaqueLinear):
