@@ -28,7 +28,7 @@ from speed import Side, seconds, times_of
 from torch import Tensor
 from transformers import ChameleonForConditionalGeneration, DynamicCache, TopPLogitsWarper
 
-from chameleon.data import emoji
+from chameleon.data import emoji, labelled
 from chameleon.device import fast_bfloat16
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
@@ -278,7 +278,7 @@ def guided(options: Any) -> dict[str, Any]:
 
 
 def prompts_of(count: int) -> list[str]:
-    entries = emoji.representatives(emoji.load("validation"), seed=0)
+    entries = labelled.representatives(emoji.load("validation"), seed=0)
     return [entry.caption for entry in entries[:count]]
 
 
@@ -336,7 +336,7 @@ def weight_formats(options: Any) -> dict[str, Any]:
     Through the engine's own slices of the head, each among the ids that may come.
     """
     result: dict[str, Any] = {}
-    entries = emoji.representatives(emoji.load("validation"), seed=0)[: options.documents]
+    entries = labelled.representatives(emoji.load("validation"), seed=0)[: options.documents]
     forms = [WeightForm("float32", "plain"), *(form for form, compile in forms_of(options).values() if not compile)]
     for form in dict.fromkeys(forms):
         model = Chameleon.load(device=str(options.device), dtype=form.dtype, weight_format=form.weight_format)

@@ -34,7 +34,7 @@ TASKS = {
     "pairs": "emoji:pairs?concepts=160&per_concept=16&seed=1",
     "captioning": "emoji:captioning?concepts=160&per_concept=16&seed=1",
     "answering": "emoji:answering?concepts=160&per_concept=16&seed=1",
-    "drawing": "emoji:drawing?concepts=160&per_concept=16&seed=3&augmented=0",
+    "drawing": "emoji:drawing?concepts=160&per_concept=16&seed=3&view=plain",
     "words": "emoji:words",
     "code": "emoji:code?limit_bytes=300000",
 }

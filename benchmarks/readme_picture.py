@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from chameleon import Chameleon
-from chameleon.data import emoji
+from chameleon.data import emoji, labelled
 
 QUESTION = "what kind of thing is it?"
 COLUMNS, WIDTH, SIDE = 8, 150, 64
@@ -22,13 +22,13 @@ INK, SOFT = (28, 36, 48), (102, 112, 133)
 
 def main() -> None:
     model = Chameleon.load()
-    plain = [entry for entry in emoji.representatives(emoji.load("validation")) if entry.colour]
+    plain = [entry for entry in labelled.representatives(emoji.load("validation")) if entry.colour]
     shown = plain[:: len(plain) // COLUMNS][:COLUMNS]
     pictures = [entry.picture for entry in shown]
     rebuilt = model.tokenizer.image.decode(model.tokenizer.image.encode(pictures))
     captions = model.caption_batch(pictures)
     answers = model.answer_batch([(picture, QUESTION) for picture in pictures])
-    base = emoji.representatives([entry for entry in emoji.load("train") if entry.hexcode == entry.base])
+    base = labelled.representatives([entry for entry in emoji.load("train") if entry.hexcode == entry.base])
     prompts = [entry.caption for entry in base[:: len(base) // COLUMNS][:COLUMNS]]
     drawings = model.draw_batch(prompts)
     sheet = Image.new("RGB", (20 + WIDTH * COLUMNS, 250), "white")

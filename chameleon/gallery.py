@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image as PILImage
 
-from chameleon.data import emoji
+from chameleon.data import emoji, labelled
+from chameleon.data.questions import questions_about
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.run_view import plot_curves
@@ -151,14 +152,14 @@ def model_section(
 ) -> str:
     """Return what one model generates for held-out pictures and for prompts, with its metrics."""
     held_out = emoji.subset("validation", concepts)
-    shown = emoji.representatives(held_out, seed)[:NUM_PICTURES]
+    shown = labelled.representatives(held_out, seed)[:NUM_PICTURES]
     pictures = [entry.picture for entry in shown]
     tokenizer = model.tokenizer.image
     reconstructions = tokenizer.decode(tokenizer.encode(pictures))
     captions = model.caption_batch(pictures)
-    questions = [(entry, choices[i % len(choices)]) for i, entry in enumerate(shown) if (choices := emoji.questions(entry))]
+    questions = [(entry, choices[i % len(choices)]) for i, entry in enumerate(shown) if (choices := questions_about(entry))]
     answers = model.answer_batch([(entry.picture, question.question) for entry, question in questions])
-    drawable = emoji.representatives([e for e in emoji.subset("train", concepts) if e.hexcode == e.base], seed + 1)
+    drawable = labelled.representatives([e for e in emoji.subset("train", concepts) if e.hexcode == e.base], seed + 1)
     prompts = [entry.caption for entry in drawable[:: max(1, len(drawable) // NUM_PICTURES)][:NUM_PICTURES]]
     drawings = model.draw_batch(prompts)
     all_codes = tokenizer.encode([entry.picture for entry in held_out])

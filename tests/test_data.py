@@ -15,7 +15,8 @@ import torch
 from PIL import Image as PILImage
 
 from chameleon.cli import main
-from chameleon.data import emoji, token_shards
+from chameleon.data import colours, emoji, labelled, picture_tasks, token_shards
+from chameleon.data.questions import YES_NO, questions_about
 from chameleon.data.sources import expand, read, read_pictures, texts_of
 from chameleon.data.token_shards import TokenShard, open_shards, write_shard
 from chameleon.data.tokenize import tokenize
@@ -210,7 +211,7 @@ def test_embedded_set_is_complete() -> None:
 
 
 def test_split_holds_out_one_style_of_a_concept() -> None:
-    train, validation = emoji.by_concept(emoji.load("train")), emoji.by_concept(emoji.load("validation"))
+    train, validation = labelled.by_concept(emoji.load("train")), labelled.by_concept(emoji.load("validation"))
     for concept, members in validation.items():
         styles = {entry.style for entry in members}
         assert len(styles) == 1
@@ -222,31 +223,31 @@ def test_split_holds_out_one_style_of_a_concept() -> None:
 def test_questions_are_true_and_balanced() -> None:
     import random
 
-    members = emoji.representatives(emoji.load("train"))
+    members = labelled.representatives(emoji.load("train"))
     answers = []
     for entry in members:
-        for question in emoji.questions(entry, random.Random(entry.key)):
+        for question in questions_about(entry, random.Random(entry.key)):
             if question.family.endswith("yes-no"):
                 answers.append((entry.group, question))
     for group, question in answers:
-        about = next(name for name, text in emoji.YES_NO.items() if text == question.question)
+        about = next(name for name, text in YES_NO.items() if text == question.question)
         assert (question.answer == "yes") == (group == about)
-    queries = [q.answer for group, q in answers if group in emoji.YES_NO]
+    queries = [q.answer for group, q in answers if group in YES_NO]
     assert 0.4 < queries.count("yes") / len(queries) < 0.6
 
 
 def test_names_never_come_before_other_answers() -> None:
-    for conversation in emoji.answering(emoji.subset("train", 40), 2, 0):
+    for conversation in picture_tasks.answering(emoji.subset("train", 40), 2, 0):
         questions = [m.content.text for m in conversation.messages if m.role == "user"]
         assert "what is it?" not in questions[:-1]
 
 
 def test_tasks_with_one_seed_show_the_same_pictures() -> None:
     chosen = emoji.subset("train", 12)
-    pair = [bytes(d.images[0].tobytes()) for d in emoji.pairs(chosen, 2, 5)]  # type: ignore[union-attr]
-    caption = [c.messages[0].content.images[0].tobytes() for c in emoji.captioning(chosen, 2, 5)]  # type: ignore[union-attr]
+    pair = [bytes(d.images[0].tobytes()) for d in picture_tasks.pairs(chosen, 2, 5)]  # type: ignore[union-attr]
+    caption = [c.messages[0].content.images[0].tobytes() for c in picture_tasks.captioning(chosen, 2, 5)]  # type: ignore[union-attr]
     assert pair == caption
-    plain = [c.messages[1].content.images[0].tobytes() for c in emoji.drawing(chosen, 3, 5, augmented=0)]  # type: ignore[union-attr]
+    plain = [c.messages[1].content.images[0].tobytes() for c in picture_tasks.drawing(chosen, 3, 5, labelled.plain_view)]  # type: ignore[union-attr]
     assert set(plain) <= {entry.picture.tobytes() for entry in chosen}
 
 
@@ -257,11 +258,11 @@ def test_colours_are_measured() -> None:
         ("green", (40, 160, 60)),
         ("yellow", (250, 220, 60)),
     ):
-        assert emoji.dominant_colour(PILImage.new("RGBA", (20, 20), (*colour, 255))) == name
+        assert colours.dominant_colour(PILImage.new("RGBA", (20, 20), (*colour, 255))) == name
     mixed = PILImage.new("RGBA", (20, 20), "red")
     mixed.paste((0, 0, 255, 255), (0, 0, 10, 20))
-    assert emoji.dominant_colour(mixed) is None
-    assert emoji.dominant_colour(PILImage.new("RGBA", (20, 20), (255, 0, 0, 0))) is None
+    assert colours.dominant_colour(mixed) is None
+    assert colours.dominant_colour(PILImage.new("RGBA", (20, 20), (255, 0, 0, 0))) is None
 
 
 def test_text_and_code_splits_are_apart() -> None:

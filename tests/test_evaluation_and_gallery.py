@@ -17,7 +17,7 @@ import yaml
 from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
-from chameleon.data import emoji
+from chameleon.data import emoji, labelled
 from chameleon.demo import StageLog, picture_operations, run_pipeline
 from chameleon.document import Document, Text
 from chameleon.evaluation.emoji import evaluate, question_accuracy, suite_questions
@@ -69,10 +69,10 @@ def test_nearest_names_by_hand() -> None:
 
 def test_features_recognise_an_augmented_picture() -> None:
     """The real network: a picture is nearer to itself moved a little than to others."""
-    chosen = [entry for entry in emoji.representatives(emoji.subset("train", 60)) if entry.group != "people-body"][:12]
+    chosen = [entry for entry in labelled.representatives(emoji.subset("train", 60)) if entry.group != "people-body"][:12]
     features = EffNetLite0()
     plain = features([entry.picture for entry in chosen])
-    moved = features([emoji.augment(entry, random.Random(1)) for entry in chosen])
+    moved = features([labelled.augment(entry, random.Random(1)) for entry in chosen])
     assert plain.shape == (12, 1280)
     torch.testing.assert_close(plain.norm(dim=1), torch.ones(12))
     assert int(((moved @ plain.t()).argmax(1) == torch.arange(12)).sum()) >= 9
@@ -146,7 +146,7 @@ def test_the_gallery_is_one_self_contained_page(model: Chameleon) -> None:
         assert "<td>{}</td><td>{}</td>".format(*values) in text  # each figure beside its base rate
     headings = re.findall("<h3>(.*?)</h3>", text)
     assert headings.index("Drawings by prompt") == 0 and headings.index("Metrics on held-out styles") == 4
-    shown = len(emoji.representatives(emoji.subset("validation", 16))[:24])
+    shown = len(labelled.representatives(emoji.subset("validation", 16))[:24])
     assert tags.counts["img"] >= 2 * min(12, shown) + 2 * shown
     assert text.count('class="plot"') == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import recipe_file
 
-from chameleon.data import emoji
+from chameleon.data import emoji, labelled
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.engine import Engine
 from chameleon.generation.image_requests import generated_image_codes, image_request
@@ -32,7 +32,7 @@ def shipped() -> Chameleon:
 
 
 def test_greedy_captions(shipped: Chameleon) -> None:
-    entries = emoji.representatives(emoji.subset("validation", 40))[:6]
+    entries = labelled.representatives(emoji.subset("validation", 40))[:6]
     assert [entry.key for entry in entries] == GOLDEN["pictures"]
     assert shipped.caption_batch([entry.picture for entry in entries]) == GOLDEN["captions"]
 

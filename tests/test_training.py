@@ -53,9 +53,8 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
 
 def test_codebooks_do_not_decay() -> None:
-    network = VQGAN(
-        VQGANConfig(resolution=16, channels=8, multipliers=(1, 2), norm_groups=4), build_quantizer("plain", 8, 4)
-    )
+    config = VQGANConfig(resolution=16, channels=8, multipliers=(1, 2), norm_groups=4)
+    network = VQGAN(config, build_quantizer("plain", *config.codebook_shape))
     (optimizer,) = build_optimizers(network, OptimizerConfig())
     still = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     assert id(network.quantize.embedding.weight) in still
@@ -315,7 +314,7 @@ def test_orthogonal_matrices_have_singular_values_near_1() -> None:
 
 
 def test_muon_takes_the_kernels_of_hidden_layers() -> None:
-    network = VQGAN(SMALL_VQGAN, build_quantizer("plain", 32, 4))
+    network = VQGAN(SMALL_VQGAN, build_quantizer("plain", *SMALL_VQGAN.codebook_shape))
     muon, adamw = build_optimizers(network, OptimizerConfig(kind="muon"))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +15,18 @@ from transformers import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from chameleon.errors import BadInput
-from chameleon.tokenizers.quantizer import LinearCodebook, MovingAverageCodebook, PlainCodebook, build_quantizer, nearest
+from chameleon.tokenizers.quantizer import (
+    CODEBOOKS,
+    AdditiveCodebook,
+    CodebookKind,
+    IndexBackpropCodebook,
+    LevelQuantizer,
+    LinearCodebook,
+    MovingAverageCodebook,
+    PlainCodebook,
+    build_quantizer,
+    nearest,
+)
 from chameleon.tokenizers.vq_loss import (
     BlurPool,
     PatchDiscriminator,
@@ -243,7 +257,7 @@ def test_a_code_without_uses_stays_where_it_is() -> None:
 @pytest.mark.parametrize("kind", ["plain", "moving_average"])
 def test_dead_codes_come_back_to_life(kind: str) -> None:
     torch.manual_seed(0)
-    quantizer = build_quantizer(kind, 32, 2)  # type: ignore[arg-type]
+    quantizer = CODEBOOKS[kind](32, 2)  # type: ignore[index]
     assert isinstance(quantizer, PlainCodebook)
     quantizer.set_codes(torch.arange(32), torch.full((32, 2), 100.0))
     points = torch.randn(1, 2, 16, 16)
@@ -264,25 +278,94 @@ def test_linear_codebook_moves_all_codes_and_folds() -> None:
     assert (moved > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "moving_average", "linear"])
-def test_every_codebook_is_saved_in_the_released_format(kind: str) -> None:
+QUANTIZED = VQGANConfig(
+    resolution=16,
+    channels=8,
+    multipliers=(1, 2),
+    res_blocks=1,
+    latent_channels=8,
+    codebook_size=16,
+    codebook_width=4,
+    norm_groups=4,
+)
+
+
+@pytest.mark.parametrize("kind", get_args(CodebookKind))
+def test_every_codebook_is_saved_and_read_back(kind: CodebookKind) -> None:
     torch.manual_seed(0)
-    config = VQGANConfig(
-        resolution=16,
-        channels=8,
-        multipliers=(1, 2),
-        res_blocks=1,
-        latent_channels=8,
-        codebook_size=16,
-        codebook_width=4,
-        norm_groups=4,
-    )
-    trained = VQGAN(config, build_quantizer(kind, 16, 4))  # type: ignore[arg-type]
-    plain = VQGAN(config)
-    assert set(trained.released_state_dict()) == set(plain.state_dict())
-    plain.load_state_dict(trained.released_state_dict())
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert torch.equal(plain.eval().encode(pictures), trained.eval().encode(pictures))
+    for levels in ((4, 3, 2, 2), (2, 2, 2, 2)) if kind == "levels" else ((),):
+        config = replace(QUANTIZED, levels=levels, codebook_size=math.prod(levels) or 16)
+        trained = VQGAN(config, build_quantizer(kind, *config.codebook_shape))
+        plain = VQGAN(config)
+        assert set(trained.released_state_dict()) == set(plain.state_dict())
+        plain.load_state_dict(trained.released_state_dict())
+        pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+        codes = trained.eval().encode(pictures)
+        assert torch.equal(plain.eval().encode(pictures), codes)
+        # What the decoder sees in training is what it sees when codes are looked up.
+        torch.testing.assert_close(trained.quantize(trained.latent(pictures)).latent, plain.quantize.lookup(codes))
+
+
+def test_levels_and_kind_of_codebook_must_match() -> None:
+    for kind, levels in (("levels", ()), ("plain", (4, 4))):
+        config = replace(QUANTIZED, levels=levels, codebook_width=len(levels) or 4)
+        with pytest.raises(BadInput, match="levels are for codebook=levels"):
+            build_quantizer(kind, *config.codebook_shape)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="set codebook_size to 20"):
+        replace(QUANTIZED, levels=(5, 4), codebook_width=2)
+    with pytest.raises(BadInput, match="set codebook_width to 2"):
+        replace(QUANTIZED, levels=(4, 4))
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5), (3, 2), (2, 2, 2, 2, 2)])
+def test_levels_count_all_combinations_and_round_to_the_nearest(levels: tuple[int, ...]) -> None:
+    quantizer = LevelQuantizer(levels)
+    codebook = quantizer.codebook()
+    grids = [torch.linspace(-1, 1, count) for count in levels]
+    scale = len(levels) ** -0.5 if set(levels) == {2} else 1.0
+    torch.testing.assert_close(codebook, torch.cartesian_prod(*grids) * scale)
+    latent = torch.randn(1, len(levels), 20, 30)
+    result = quantizer(latent)
+    bounded = torch.nn.functional.normalize(latent, dim=1) if scale < 1 else latent.tanh()
+    flat = bounded.movedim(1, -1).flatten(0, 2)
+    assert torch.equal(result.codes.flatten(), nearest(flat, codebook))
+    assert torch.equal(result.latent, quantizer.lookup(result.codes))
+
+
+def test_index_backpropagation_reaches_all_codes_and_keeps_the_nearest() -> None:
+    torch.manual_seed(0)
+    quantizer = IndexBackpropCodebook(16, 4)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    latent = torch.randn(1, 4, 3, 3)
+    result = quantizer(latent)
+    assert torch.equal(result.codes.flatten(), nearest(latent.movedim(1, -1).reshape(9, 4), quantizer.codebook()))
+    torch.testing.assert_close(result.latent, quantizer.lookup(result.codes))
+    (result.latent * torch.randn_like(latent)).sum().backward()
+    assert quantizer.embedding.weight.grad is not None
+    assert (quantizer.embedding.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_additive_codes_are_as_near_as_residual_quantisation() -> None:
+    torch.manual_seed(0)
+    latent = torch.randn(2000, 4)
+    quantizer = AdditiveCodebook(64, 4)
+    quantizer.init_from_latents(latent)
+    coarse = quantizer.coarse[nearest(latent, quantizer.coarse)]
+    residual = coarse + quantizer.fine[nearest(latent - coarse, quantizer.fine)]
+    merged = quantizer.codebook()[nearest(latent, quantizer.codebook())]
+    assert ((latent - merged).square().sum(1) <= (latent - residual).square().sum(1) + 1e-5).all()
+    assert (latent - merged).square().sum(1).mean() < (latent - coarse).square().sum(1).mean() / 2
+
+
+def test_entropy_term_prefers_certain_choices_and_equal_frequencies() -> None:
+    quantizer = LevelQuantizer((2, 2))
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+
+    def term(rows: torch.Tensor) -> float:
+        return float(quantizer.quantize_rows(rows).codebook_loss)
+
+    assert term(corners) < term(corners[:1].expand(4, 2))
+    assert term(corners) < term(torch.tensor([[1.0, 0.01], [0.01, -1.0], [-1.0, 0.01], [0.01, 1.0]]))
 
 
 def test_kmeans_start_lowers_the_distance() -> None:

@@ -1,18 +1,26 @@
-"""Vector quantisation, and three ways to train the codebook.
+"""Vector quantisation, and the ways to train a codebook.
 
-`VectorQuantizer` is what a trained tokenizer needs: nearest code by squared distance, and lookup. Its only tensor is
-`embedding.weight` [codebook_size, width], as in Meta's release. For training it is replaced by one of
+A `Quantizer` maps latents to codes and back. There are two kinds. `VectorQuantizer` has a matrix of codes and takes the
+nearest by squared distance; its only tensor is `embedding.weight` [codebook_size, width], as in Meta's release.
+`LevelQuantizer` has no weights: its codes are all combinations of a few levels in each dimension (FSQ, arXiv 2309.15505;
+with two levels everywhere the corners of a cube on the unit sphere: BSQ, arXiv 2406.07548).
+
+For training, `VectorQuantizer` is replaced by one of
 
 * `PlainCodebook`: codes are trained by gradient (van den Oord et al., arXiv 1711.00937), as in the release;
 * `MovingAverageCodebook`: codes are moving averages of the latents assigned to them (the same paper, appendix A.1);
 * `LinearCodebook`: frozen random codes times one learned matrix (SimVQ, arXiv 2411.02038), so that every step moves every
-  code and none dies.
+  code and none dies;
+* `IndexBackpropCodebook`: gradients flow through the choice of the code to all codes (IBQ, arXiv 2412.02692);
+* `AdditiveCodebook`: sums of a coarse and a fine code (residual quantisation, arXiv 2203.01941, both codes merged to one).
 
 Each returns its codes as one matrix, so that a trained tokenizer is always saved in the released format.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,9 +28,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
+from chameleon.errors import BadInput
+
 MAX_DISTANCES = 2**27
 """Distances between latents and codes that exist at one time."""
-CodebookKind = Literal["plain", "moving_average", "linear"]
+CodebookKind = Literal["plain", "moving_average", "linear", "index_backprop", "additive", "levels"]
+ENTROPY_WEIGHT = 0.1
+"""Weight of the entropy term of binary spherical codes and of index back-propagation, relative to the codebook loss."""
+K_MEANS_ITERATIONS = 10
 MIN_USES = 1e-6
 """A code with a smaller moving average of its uses stays where it is; far smaller ones have too few digits to divide by."""
 
@@ -35,7 +48,8 @@ class Quantized(NamedTuple):
     codes: Tensor
     """[B, h, w] int64."""
     codebook_loss: Tensor
-    """Scalar: mean squared distance that pulls codes towards latents (without gradient where codes are averages)."""
+    """Scalar: mean squared distance that pulls codes towards latents (without gradient where codes are averages), and the
+    entropy term of the kinds that have one."""
     commitment_loss: Tensor
     """Scalar: mean squared distance that pulls latents towards codes."""
 
@@ -49,6 +63,17 @@ def nearest(latent: Tensor, codebook: Tensor) -> Tensor:
     squared_norms = codebook.square().sum(1)  # |latent|² is the same for all codes
     chunk_size = max(1, MAX_DISTANCES // len(codebook))
     return torch.cat([(squared_norms - 2 * chunk @ codebook.t()).argmin(1) for chunk in latent.split(chunk_size)])
+
+
+def k_means(latent: Tensor, size: int, iterations: int) -> Tensor:
+    """Return `size` centres [size, width] of latents [N, width], N ≥ size, after Lloyd's iterations from random latents."""
+    centres = latent[torch.randperm(len(latent), device=latent.device)[:size]].clone()
+    for _ in range(iterations):
+        codes = nearest(latent, centres)
+        counts = torch.bincount(codes, minlength=size).unsqueeze(1)
+        sums = torch.zeros_like(centres).index_add_(0, codes, latent)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -71,8 +96,41 @@ def broadcast_from_first(values: Tensor) -> Tensor:
     return values
 
 
-class VectorQuantizer(nn.Module):
-    """A fixed codebook of `size` codes of dimension `width`."""
+class Quantizer(nn.Module):
+    """Latents [B, width, h, w] ↔ codes [B, h, w] int64 in 0 … size − 1."""
+
+    def codebook(self) -> Tensor:
+        """Return all codes as a matrix [size, width]."""
+        raise NotImplementedError
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Return latents [B, width, h, w] of codes [B, h, w]."""
+        return rearrange(F.embedding(codes, self.codebook()), "b h w c -> b c h w")
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """Quantise a latent [B, width, h, w], always in float32."""
+        with torch.autocast(latent.device.type, enabled=False):
+            batch, _, height, _ = latent.shape
+            rows = self.quantize_rows(rearrange(latent.float(), "b c h w -> (b h w) c"))
+            return rows._replace(
+                latent=rearrange(rows.latent, "(b h w) c -> b c h w", b=batch, h=height),
+                codes=rearrange(rows.codes, "(b h w) -> b h w", b=batch, h=height),
+            )
+
+    def quantize_rows(self, latent: Tensor) -> Quantized:
+        """Quantise latents [N, width] to latents [N, width] and codes [N]."""
+        raise NotImplementedError
+
+    def init_from_latents(self, latent: Tensor) -> None:
+        """Adapt the codes, before the first step, to latents [N, width] of the untrained encoder."""
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return what a trained tokenizer keeps of it, by the names of the released format."""
+        return {}
+
+
+class VectorQuantizer(Quantizer):
+    """A fixed codebook of `size` codes of dimension `width`; a latent's code is the nearest."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -80,36 +138,24 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def codebook(self) -> Tensor:
-        """Return the codes [size, width] as they are saved."""
         return self.embedding.weight
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Return latents [B, width, h, w] of codes [B, h, w]."""
-        return rearrange(F.embedding(codes, self.codebook()), "b h w c -> b c h w")
+    def saved_state(self) -> dict[str, Tensor]:
+        return {"embedding.weight": self.codebook().detach()}
 
-    def forward(self, latent: Tensor) -> Quantized:
-        """Quantise a latent [B, width, h, w] to its nearest codes, always in float32."""
-        with torch.autocast(latent.device.type, enabled=False):
-            return self.quantize(latent)
-
-    def quantize(self, latent: Tensor) -> Quantized:
-        latent = latent.float()
-        batch, _, height, _ = latent.shape
-        flat = rearrange(latent, "b c h w -> (b h w) c")
+    def quantize_rows(self, latent: Tensor) -> Quantized:
         codebook = self.codebook()
-        codes = nearest(flat.detach(), codebook.detach())
+        codes = nearest(latent.detach(), codebook.detach())
+        if self.training and not all_reduce_sum((~latent.isfinite()).sum()):  # one bad batch would spoil the averages
+            self.update(latent.detach(), codes)
+        return self.straight_through(latent, codes, codebook)
+
+    def straight_through(self, latent: Tensor, codes: Tensor, codebook: Tensor) -> Quantized:
+        """Return the codes' rows of the codebook, with the gradient of the latent, and both losses."""
         nearest_codes = F.embedding(codes, codebook)
-        codebook_loss = F.mse_loss(nearest_codes, flat.detach())
-        commitment_loss = F.mse_loss(flat, nearest_codes.detach())
-        if self.training and not all_reduce_sum((~flat.isfinite()).sum()):  # one bad batch would spoil the averages
-            self.update(flat.detach(), codes)
-        straight_through = flat + (nearest_codes - flat).detach()
-        return Quantized(
-            rearrange(straight_through, "(b h w) c -> b c h w", b=batch, h=height),
-            rearrange(codes, "(b h w) -> b h w", b=batch, h=height),
-            codebook_loss,
-            commitment_loss,
-        )
+        codebook_loss = F.mse_loss(nearest_codes, latent.detach())
+        commitment_loss = F.mse_loss(latent, nearest_codes.detach())
+        return Quantized(latent + (nearest_codes - latent).detach(), codes, codebook_loss, commitment_loss)
 
     def update(self, latent: Tensor, codes: Tensor) -> None:
         """Update statistics with latents [N, width] and their codes [N]; called in training."""
@@ -162,16 +208,9 @@ class PlainCodebook(VectorQuantizer):
         self.uses[indices] = uses
 
     @torch.no_grad()
-    def init_from_latents(self, latent: Tensor, iterations: int = 10) -> None:
+    def init_from_latents(self, latent: Tensor, iterations: int = K_MEANS_ITERATIONS) -> None:
         """Set all codes to k-means centres of latents [N, width], N ≥ size; with 0 `iterations`, to random latents."""
-        size = len(self.uses)
-        centres = latent[torch.randperm(len(latent), device=latent.device)[:size]].clone()
-        for _ in range(iterations):
-            codes = nearest(latent, centres)
-            counts = torch.bincount(codes, minlength=size).unsqueeze(1)
-            sums = torch.zeros_like(centres).index_add_(0, codes, latent)
-            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-        self.set_codes(torch.arange(size, device=latent.device), centres)
+        self.set_codes(torch.arange(len(self.uses), device=latent.device), k_means(latent, len(self.uses), iterations))
 
 
 class MovingAverageCodebook(PlainCodebook):
@@ -211,18 +250,149 @@ class LinearCodebook(VectorQuantizer):
         return self.projection(self.basis)
 
     @torch.no_grad()
-    def init_from_latents(self, latent: Tensor, iterations: int = 0) -> None:
+    def init_from_latents(self, latent: Tensor) -> None:
         """Scale the basis so that codes have the standard deviation of the latents [N, width]."""
         self.basis.mul_(latent.std() / self.codebook().std())
 
 
-CODEBOOKS: dict[CodebookKind, type[PlainCodebook] | type[LinearCodebook]] = {
+class IndexBackpropCodebook(VectorQuantizer):
+    """All codes get a gradient in each step, through the softmax of their negative distances (IBQ, arXiv 2412.02692).
+
+    The choice is the nearest code where the paper takes the largest dot product, so that the saved format is the same. An
+    entropy term makes single choices certain and all codes equally frequent.
+    """
+
+    def quantize_rows(self, latent: Tensor) -> Quantized:
+        codebook = self.codebook()
+        distances = latent.square().sum(1, keepdim=True) - 2 * latent @ codebook.t() + codebook.square().sum(1)
+        shares = distances.neg().softmax(dim=1)
+        codes = distances.argmin(1)
+        chosen = F.one_hot(codes, len(codebook)).to(shares.dtype)
+        quantized = self.straight_through(latent, codes, codebook)
+        mean_shares = all_reduce_mean(shares.mean(0)) if distributed.is_initialized() else shares.mean(0)
+        entropy_term = (entropy(shares).mean() - entropy(mean_shares)) / math.log(len(codebook))
+        return quantized._replace(
+            latent=(chosen + shares - shares.detach()) @ codebook,
+            codebook_loss=quantized.codebook_loss + ENTROPY_WEIGHT * entropy_term,
+        )
+
+    @torch.no_grad()
+    def init_from_latents(self, latent: Tensor) -> None:
+        """Set all codes to k-means centres of latents [N, width]."""
+        self.embedding.weight.copy_(k_means(latent, len(self.embedding.weight), K_MEANS_ITERATIONS))
+
+
+class AdditiveCodebook(VectorQuantizer):
+    """Codes that are sums of a coarse and a fine one, trained by gradient: code = index of the coarse · fine codes + index.
+
+    The code of a latent is the nearest sum, which is at least as near as the fine code nearest to the coarse one's residue.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__(size, width)
+        del self.embedding
+        num_fine = 2 ** (size.bit_length() // 2)
+        if size % num_fine:
+            raise ValueError(f"a codebook of {size} codes is not a product of two")
+        self.coarse = nn.Parameter(torch.randn(size // num_fine, width) * width**-0.5)
+        self.fine = nn.Parameter(torch.randn(num_fine, width) * 0.3 * width**-0.5)
+
+    def codebook(self) -> Tensor:
+        return rearrange(self.coarse[:, None] + self.fine, "c f w -> (c f) w")
+
+    @torch.no_grad()
+    def init_from_latents(self, latent: Tensor) -> None:
+        """Set both codebooks to k-means centres: of latents [N, width], and of what the coarse codes leave over."""
+        self.coarse.copy_(k_means(latent, len(self.coarse), K_MEANS_ITERATIONS))
+        residue = latent - self.coarse[nearest(latent, self.coarse)]
+        self.fine.copy_(k_means(residue, len(self.fine), K_MEANS_ITERATIONS))
+
+
+class LevelQuantizer(Quantizer):
+    """All combinations of a few levels in each dimension, without weights; a code counts them like digits, first to last.
+
+    A latent is squeezed into (−1, 1) by tanh and rounded to equally spaced levels from −1 to 1 (FSQ, arXiv 2309.15505,
+    with the levels symmetrical about 0). Where all dimensions have two levels, the latent is scaled to norm 1 instead and
+    the levels are ±1/√width (BSQ, arXiv 2406.07548), with the entropy term of that paper on each dimension by itself.
+    """
+
+    levels: Tensor
+    """int64 [width]."""
+    place_values: Tensor
+    """int64 [width]: the product of the numbers of levels after each dimension."""
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.is_binary = math.prod(levels), set(levels) == {2}
+        places = [math.prod(levels[index + 1 :]) for index in range(len(levels))]
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("place_values", torch.tensor(places), persistent=False)
+
+    def values(self, digits: Tensor) -> Tensor:
+        """Return the latents [..., width] of digits [..., width], each from 0 to its number of levels − 1."""
+        values = 2 * digits / (self.levels - 1) - 1
+        return values * len(self.levels) ** -0.5 if self.is_binary else values
+
+    def codebook(self) -> Tensor:
+        return self.values(self.digits(torch.arange(self.size, device=self.levels.device)))
+
+    def digits(self, codes: Tensor) -> Tensor:
+        """Return the digits [..., width] of codes [...]."""
+        return codes[..., None] // self.place_values % self.levels
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return rearrange(self.values(self.digits(codes)), "b h w c -> b c h w")
+
+    def quantize_rows(self, latent: Tensor) -> Quantized:
+        zero = latent.new_zeros(())
+        if self.is_binary:
+            bounded = F.normalize(latent, dim=1)
+            digits = (bounded > 0).long()
+        else:
+            bounded = latent.tanh()
+            digits = ((bounded + 1) / 2 * (self.levels - 1)).round().long()
+        values = self.values(digits)
+        codes = (digits * self.place_values).sum(1)
+        straight_through = bounded + (values - bounded).detach()
+        if not self.is_binary:
+            return Quantized(straight_through, codes, zero, zero)
+        is_one = (2 * bounded * len(self.levels) ** 0.5).sigmoid()
+        mean_share = all_reduce_mean(is_one.mean(0)) if distributed.is_initialized() else is_one.mean(0)
+        entropy_term = (binary_entropy(is_one).mean() - binary_entropy(mean_share).mean()) / math.log(2)
+        return Quantized(straight_through, codes, ENTROPY_WEIGHT * entropy_term, F.mse_loss(bounded, values))
+
+
+def entropy(shares: Tensor) -> Tensor:
+    """Return the entropy in nats of distributions [..., K]: [...]."""
+    return -(shares * shares.clamp(min=1e-12).log()).sum(-1)
+
+
+def binary_entropy(shares: Tensor) -> Tensor:
+    """Return the entropy in nats of coins that show heads with the given probabilities."""
+    return entropy(torch.stack((shares, 1 - shares), dim=-1))
+
+
+CODEBOOKS: dict[CodebookKind, type[VectorQuantizer]] = {
     "plain": PlainCodebook,
     "moving_average": MovingAverageCodebook,
     "linear": LinearCodebook,
+    "index_backprop": IndexBackpropCodebook,
+    "additive": AdditiveCodebook,
 }
+"""Trainable codebooks that are saved as a matrix."""
 
 
-def build_quantizer(kind: CodebookKind, size: int, width: int) -> PlainCodebook | LinearCodebook:
-    """Create a trainable codebook."""
-    return CODEBOOKS[kind](size, width)
+def fixed_quantizer(size: int, width: int, levels: Sequence[int] = ()) -> Quantizer:
+    """Return the quantizer of a trained tokenizer, a matrix of codes unless there are levels."""
+    return LevelQuantizer(levels) if levels else VectorQuantizer(size, width)
+
+
+def build_quantizer(kind: CodebookKind, size: int, width: int, levels: Sequence[int] = ()) -> Quantizer:
+    """Return a trainable quantizer. Raise `BadInput` for kind `levels` without levels, or another kind with them."""
+    if (kind == "levels") != bool(levels):
+        raise BadInput(
+            f"codebook {kind} with model.levels {list(levels)}",
+            where="recipe.codebook",
+            remedy="levels are for codebook=levels, which needs them",
+        )
+    return CODEBOOKS[kind](size, width) if kind != "levels" else fixed_quantizer(size, width, levels)

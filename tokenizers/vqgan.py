@@ -7,6 +7,7 @@ and at configured resolutions, asymmetric padding before each stride-2 convoluti
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from chameleon.errors import BadInput, check_fields
-from chameleon.tokenizers.quantizer import Quantized, VectorQuantizer
+from chameleon.tokenizers.quantizer import Quantized, Quantizer, fixed_quantizer
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class VQGANConfig:
     codebook_size: int = 8192
     codebook_width: int = 256
     """Dimension of a code."""
+    levels: tuple[int, ...] = ()
+    """Levels of each dimension of a code, where the codebook is all their combinations (`LevelQuantizer`); their product is
+    `codebook_size`. Empty: the codebook is a matrix."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     dropout: float = 0.0
@@ -45,7 +49,7 @@ class VQGANConfig:
     """Whether there is a decoder; Hugging Face's format has none."""
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "attention_resolutions"):
+        for name in ("multipliers", "attention_resolutions", "levels"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self, "image tokenizer")
@@ -56,6 +60,18 @@ class VQGANConfig:
                 f"resolution {self.resolution} is not a multiple of {self.reduction}, the reduction of "
                 f"{len(self.multipliers)} levels",
                 where="image tokenizer",
+            )
+        if self.levels and (min(self.levels) < 2 or math.prod(self.levels) != self.codebook_size):
+            raise BadInput(
+                f"levels {list(self.levels)} do not make {self.codebook_size} codes",
+                where="image tokenizer",
+                remedy=f"set codebook_size to {math.prod(self.levels)}",
+            )
+        if self.levels and len(self.levels) != self.codebook_width:
+            raise BadInput(
+                f"{len(self.levels)} levels for codes of {self.codebook_width} dimensions",
+                where="image tokenizer",
+                remedy=f"set codebook_width to {len(self.levels)}",
             )
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.norm_groups:
@@ -75,8 +91,14 @@ class VQGANConfig:
         side = self.resolution // self.reduction
         return side, side
 
+    @property
+    def codebook_shape(self) -> tuple[int, int, tuple[int, ...]]:
+        """(size, dimension of a code, levels), as quantizers are built from."""
+        return self.codebook_size, self.codebook_width, self.levels
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; `levels` only where there are some, as files of earlier versions have none."""
+        return {name: value for name, value in asdict(self).items() if name != "levels" or value}
 
 
 def normalize(channels: int, groups: int) -> nn.GroupNorm:
@@ -243,12 +265,12 @@ class Decoder(nn.Module):
 class VQGAN(nn.Module):
     """Images in [-1, 1] ↔ codes. `quantize`: a trainable codebook, by default a fixed one."""
 
-    def __init__(self, config: VQGANConfig, quantize: VectorQuantizer | None = None) -> None:
+    def __init__(self, config: VQGANConfig, quantize: Quantizer | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_width, 1)
-        self.quantize = quantize or VectorQuantizer(config.codebook_size, config.codebook_width)
+        self.quantize = quantize or fixed_quantizer(*config.codebook_shape)
         self.post_quant_conv = nn.Conv2d(config.codebook_width, config.latent_channels, 1)
         self.decoder = Decoder(config) if config.decoder else None
 
@@ -290,5 +312,4 @@ class VQGAN(nn.Module):
     def released_state_dict(self) -> dict[str, Tensor]:
         """Return the weights in Meta's released format, however the codebook was trained."""
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("quantize.")}
-        state["quantize.embedding.weight"] = self.quantize.codebook().detach()
-        return state
+        return state | {f"quantize.{name}": value for name, value in self.quantize.saved_state().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from chameleon.data.augmentation import change_style
 from chameleon.data.source_types import PictureEntry
 from chameleon.data.sources import read_pictures
 from chameleon.data.webdataset import SkipHandler, raise_on_skip
@@ -121,7 +123,10 @@ class ImageBatchDataset(Dataset[Tensor]):
         mirror = entry.may_mirror and bool(rng.random() < 0.5)
         zoom = rng.uniform(*recipe.scale)
         shift = (rng.uniform(-recipe.shift, recipe.shift), rng.uniform(-recipe.shift, recipe.shift))
-        return affine_augment(picture, zoom, shift, mirror)
+        picture = affine_augment(picture, zoom, shift, mirror)
+        if recipe.restyle and rng.random() < recipe.restyle:
+            picture = change_style(picture, random.Random(int(rng.integers(2**32))), max_hue=180)
+        return picture
 
 
 class ImageTokenizerModule(StepModule):
@@ -131,7 +136,7 @@ class ImageTokenizerModule(StepModule):
         super().__init__(recipe.run, recipe.stability)
         self.recipe = recipe
         model = recipe.model
-        self.network = VQGAN(model, build_quantizer(recipe.codebook, model.codebook_size, model.codebook_width))
+        self.network = VQGAN(model, build_quantizer(recipe.codebook, *model.codebook_shape))
         loss = recipe.loss
         self.perceptual = ShiftTolerantLPIPS.pretrained() if loss.perceptual else None
         self.discriminator = (
@@ -194,7 +199,7 @@ class ImageTokenizerModule(StepModule):
                 remedy="raise global_batch_size or lower model.codebook_size",
             )
         order = torch.randperm(len(flat))[:max_latents].to(flat.device)
-        self.network.quantize.init_from_latents(flat[order])  # type: ignore[operator]
+        self.network.quantize.init_from_latents(flat[order])
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from chameleon.data.emoji import dominant_colour
+from chameleon.data.colours import dominant_colour
 from chameleon.errors import BadInput
 
 SIZE = 64  # pixels a side

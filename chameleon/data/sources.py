@@ -1,7 +1,7 @@
 """Sources: where documents and pictures come from, with one small reader for each kind.
 
 A source is a path or a glob pattern with braces, `KIND:PATTERN` to state its kind, `KIND:PATTERN?images=DIR` to say where
-its images are, or `emoji:TASK?split=train&per_concept=8&seed=0` for the embedded set. It expands to raw shards; each raw
+its images are, or `emoji:TASK?split=train&per_concept=8&seed=0` for an embedded set. It expands to raw shards; each raw
 shard becomes one token shard. The kinds are listed in `SOURCE_KINDS`; the kind of a file is guessed from its extension.
 Files of records are read by `records.py`, and their records interpreted by `forms.py`.
 
@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 import braceexpand
 
 from chameleon.data import records
-from chameleon.data.emoji_source import EMOJI
+from chameleon.data.embedded_source import EMBEDDED_KINDS
 from chameleon.data.forms import CAPTION_KEYS, RecordContext, content_of
 from chameleon.data.records import decode_utf8, parse_json, read_json_file
 from chameleon.data.source_types import (
@@ -331,7 +331,7 @@ SOURCE_KINDS: dict[str, SourceKind] = {
     "vqa": SourceKind(read_vqa, options=("images", "questions", "prefix")),
     "picture": SourceKind(read_picture, extensions=PICTURE_EXTENSIONS),
     "text": SourceKind(read_text, extensions=TEXT_EXTENSIONS),
-    "emoji": EMOJI,
+    **EMBEDDED_KINDS,
 }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from chameleon.data import emoji
-from chameleon.data.emoji import Emoji, Question
+from chameleon.data import emoji, labelled
+from chameleon.data.labelled import LabelledPicture
+from chameleon.data.questions import Question, questions_about
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.captions import cider_d, exact_match, words
 from chameleon.evaluation.likelihood import bits_per_byte
@@ -49,7 +50,7 @@ def evaluate(
     if "reconstruction" in parts:
         result["reconstruction"] = reconstruction(model.tokenizer.image, [entry.picture for entry in held_out])
     if "captions" in parts:
-        result["captions"] = captions(model, emoji.representatives(held_out, seed), progress)
+        result["captions"] = captions(model, labelled.representatives(held_out, seed), progress)
     if "questions" in parts:
         result["questions"] = question_accuracy(model, held_out, seed, progress)
     if "drawings" in parts and drawings:
@@ -61,7 +62,7 @@ def evaluate(
     return result
 
 
-def captions(model: Chameleon, held_out: Sequence[Emoji], progress: Progress = no_progress) -> dict[str, float]:
+def captions(model: Chameleon, held_out: Sequence[LabelledPicture], progress: Progress = no_progress) -> dict[str, float]:
     """Evaluate greedy captions of the pictures against their names and tags."""
     generated: list[str] = []
     for start in range(0, len(held_out), BATCH_SIZE):
@@ -76,15 +77,15 @@ def captions(model: Chameleon, held_out: Sequence[Emoji], progress: Progress = n
     }
 
 
-def suite_questions(held_out: Sequence[Emoji], seed: int) -> list[tuple[Emoji, Question]]:
+def suite_questions(held_out: Sequence[LabelledPicture], seed: int) -> list[tuple[LabelledPicture, Question]]:
     """Return the questions of the suite: about one picture of each concept; about skin tone, one of each tone."""
     pairs = []
-    for entry in emoji.representatives(held_out, seed):
-        pairs += [(entry, question) for question in emoji.questions(entry) if question.family != "skin tone"]
-    for concept, members in emoji.by_concept(held_out).items():
-        tones: dict[str, list[tuple[Emoji, Question]]] = {}
+    for entry in labelled.representatives(held_out, seed):
+        pairs += [(entry, question) for question in questions_about(entry) if question.family != "skin tone"]
+    for concept, members in labelled.by_concept(held_out).items():
+        tones: dict[str, list[tuple[LabelledPicture, Question]]] = {}
         for entry in members:
-            for question in emoji.questions(entry):
+            for question in questions_about(entry):
                 if question.family == "skin tone":
                     tones.setdefault(question.answer, []).append((entry, question))
         pairs += [random.Random(f"{seed} {concept} {tone}").choice(tones[tone]) for tone in sorted(tones)]
@@ -92,7 +93,7 @@ def suite_questions(held_out: Sequence[Emoji], seed: int) -> list[tuple[Emoji, Q
 
 
 def question_accuracy(
-    model: Chameleon, held_out: Sequence[Emoji], seed: int = 0, progress: Progress = no_progress
+    model: Chameleon, held_out: Sequence[LabelledPicture], seed: int = 0, progress: Progress = no_progress
 ) -> dict[str, dict[str, float]]:
     """Return, for each family, the number of questions, the accuracy, and the base rate (that of the commonest answer)."""
     pairs = suite_questions(held_out, seed)
@@ -118,7 +119,7 @@ class DrawingJudge:
     A drawing is right if its emoji is among the 10 nearest; an emoji is as near as the nearest of its styles.
     """
 
-    def __init__(self, training_set: Sequence[Emoji], held_out: Sequence[Emoji]) -> None:
+    def __init__(self, training_set: Sequence[LabelledPicture], held_out: Sequence[LabelledPicture]) -> None:
         """Names to draw are those of the training set; drawings are compared with the base emoji of both sets."""
         self.drawable = [entry for entry in training_set if entry.hexcode == entry.base]
         gallery = self.drawable + [entry for entry in held_out if entry.hexcode == entry.base]
@@ -128,7 +129,7 @@ class DrawingJudge:
 
     def choose_names(self, count: int, seed: int = 0) -> list[str]:
         """Return `count` names to draw, or all where there are fewer."""
-        names = sorted({entry.caption for entry in emoji.representatives(self.drawable, seed)})
+        names = sorted({entry.caption for entry in labelled.representatives(self.drawable, seed)})
         return random.Random(seed).sample(names, min(count, len(names)))
 
     def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
