@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from chameleon import gallery
 from chameleon.bundle import SHIPPED, read_header
 from chameleon.config_reader import read_config
-from chameleon.data.sources import texts_of
-from chameleon.data.tokenize import tokenize
+from chameleon.data.sources import expand_braces, texts_of
+from chameleon.data.tokenize import Report, tokenize
 from chameleon.device import fast_bfloat16, matmul_peak
 from chameleon.evaluation.emoji import evaluate
 from chameleon.generation.chameleon import Chameleon
@@ -105,10 +107,8 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
 
     log.begin("tokenizing documents to token shards")
     shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
-    tokenizer = MixedTokenizer(text, image)
     num_pictures = 0
-    for task, source in pipeline.shards.items():
-        report = tokenize([source], tokenizer, shards_folder / task)
+    for task, report in tokenize_tasks(pipeline, tokenizers_folder, shards_folder):
         num_pictures += report.pictures
         log.note(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
     log.end(encoding * num_pictures)  # at most: pictures that tasks share are encoded once
@@ -153,6 +153,31 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
     page.write_text(gallery.page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
     log.begin("done")
     return page
+
+
+def tokenize_tasks(pipeline: PipelineRecipe, tokenizers: Path, shards: Path) -> Iterator[tuple[str, Report]]:
+    """Tokenize the sources of a pipeline, in its order or by several processes; yield (name, report) of each."""
+    sources = {task: list(expand_braces(source)) for task, source in pipeline.shards.items()}
+    if pipeline.processes == 1:
+        for task, expanded in sources.items():
+            yield task, tokenize_with(tokenizers, expanded, shards / task)
+        return
+    with ProcessPoolExecutor(pipeline.processes, get_context("spawn")) as pool:
+        futures = {
+            task: [pool.submit(tokenize_with, tokenizers, [source], shards / task) for source in expanded]
+            for task, expanded in sources.items()
+        }
+        for task, of_task in futures.items():
+            total = Report()
+            for future in of_task:
+                total.add(future.result())
+            yield task, total
+
+
+def tokenize_with(tokenizers: Path, sources: Sequence[str], out: Path) -> Report:
+    """Tokenize sources with the tokenizers of a folder, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return tokenize(sources, MixedTokenizer.load(tokenizers, device=device), out)
 
 
 def set_folders(recipe: TrainRecipe, out: Path, shards_folder: Path) -> None:

@@ -189,13 +189,15 @@ class PipelineRecipe:
     image: str
     """Recipe of the image tokenizer."""
     shards: dict[str, str]
-    """Name of a folder of token shards → its source."""
+    """Name of a folder of token shards → its source; `{0..3}` in a source stands for as many sources."""
     pretrain: str
     finetune: str
     concepts: int | None = None
     """Evaluate on this many concepts of the embedded set; None takes all."""
     drawings: int = 200
     """Drawings to evaluate."""
+    processes: int = 1
+    """Processes that tokenize documents, each some of the sources."""
 
 
 def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:

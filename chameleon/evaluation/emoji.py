@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from PIL import Image as PILImage
 
 from chameleon.data import emoji, labelled
@@ -119,11 +120,16 @@ class DrawingJudge:
     A drawing is right if its emoji is among the 10 nearest; an emoji is as near as the nearest of its styles.
     """
 
-    def __init__(self, training_set: Sequence[LabelledPicture], held_out: Sequence[LabelledPicture]) -> None:
+    def __init__(
+        self,
+        training_set: Sequence[LabelledPicture],
+        held_out: Sequence[LabelledPicture],
+        device: str | torch.device = "cpu",
+    ) -> None:
         """Names to draw are those of the training set; drawings are compared with the base emoji of both sets."""
         self.drawable = [entry for entry in training_set if entry.hexcode == entry.base]
         gallery = self.drawable + [entry for entry in held_out if entry.hexcode == entry.base]
-        self.features = EffNetLite0()
+        self.features = EffNetLite0(device)
         self.gallery_features = self.features([entry.picture for entry in gallery])
         self.gallery_names = [entry.caption for entry in gallery]
 

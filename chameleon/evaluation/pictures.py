@@ -17,7 +17,8 @@ from torch import Tensor
 
 from chameleon.device import fast_bfloat16
 from chameleon.errors import BadInput
-from chameleon.tokenizers.image import ImageTokenizer, to_tensor
+from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, to_tensor
+from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 
 INPUT_SIDE = 224
 
@@ -25,7 +26,7 @@ INPUT_SIDE = 224
 class EffNetLite0:
     """Computes 1280 features of pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | torch.device = "cpu") -> None:
         """Raise `BadInput` where the packages of the extra `eval` are not installed."""
         try:
             network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
@@ -37,18 +38,19 @@ class EffNetLite0:
         self.network: Any = network.from_name("efficientnet-lite0")
         state = torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(state)
-        self.network.eval()
+        self.network.eval().to(device)
+        self.device = torch.device(device)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[PILImage.Image], batch_size: int = 32) -> Tensor:
         """Return features float32 [N, 1280], each of norm 1."""
         features = [torch.empty(0, 1280)]
         for start in range(0, len(pictures), batch_size):
-            values = to_tensor(pictures[start : start + batch_size])
+            values = to_tensor(pictures[start : start + batch_size]).to(self.device)
             values = F.interpolate(values, size=(INPUT_SIDE, INPUT_SIDE), mode="bicubic", align_corners=False)
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
                 maps = self.network.extract_features(values.clamp(-1, 1))
-            features.append(F.normalize(maps.float().mean((2, 3)), dim=1))
+            features.append(F.normalize(maps.float().mean((2, 3)), dim=1).cpu())
         return torch.cat(features)
 
 
@@ -80,13 +82,19 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def reconstruction(tokenizer: ImageTokenizer, pictures: Sequence[PILImage.Image]) -> dict[str, float]:
-    """Return mean PSNR in dB of 8-bit reconstructions, share of the codebook used, and perplexity of the codes."""
+    """Return mean PSNR in dB and ST-LPIPS of 8-bit reconstructions, share of the codebook used, perplexity of the codes."""
     codes = tokenizer.encode(pictures)
     reconstructed = to_tensor(tokenizer.decode(codes))
     original = tokenizer.preprocess(pictures)
     counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size)
+    perceptual = ShiftTolerantLPIPS.pretrained()
+    with torch.inference_mode():
+        distances = [
+            perceptual(*pair) for pair in zip(reconstructed.split(BATCH_SIZE), original.split(BATCH_SIZE), strict=True)
+        ]
     return {
         "psnr_db": float(psnr(reconstructed, original).mean()),
+        "st_lpips": float(torch.cat(distances).mean()),
         "codebook_used": float((counts > 0).double().mean()),
         "codebook_perplexity": float(perplexity(counts)),
     }
