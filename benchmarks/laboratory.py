@@ -135,13 +135,12 @@ def train_variant(tokenizer: MixedTokenizer, tokens: int, out: Path, device: str
     return metrics, time.monotonic() - start
 
 
-def run(name: str, steps: int, tokens: int, out: Path, device: str) -> dict[str, Any]:
+def run(name: str, steps: int, tokens: int, out: Path, device: str, judge: DrawingJudge) -> dict[str, Any]:
     """Run one variant and write its result."""
     folder = out / name
     image, fit_seconds = fit_variant(name, steps, folder / "image", device)
     held_out = emoji.load("validation")
     pictures = [entry.picture for entry in labelled.representatives(held_out)]
-    judge = DrawingJudge(emoji.load("train"), held_out, device)
     names = [entry.caption for entry in labelled.representatives(held_out)]
     reconstructed = image.decode(image.encode(pictures))
     result: dict[str, Any] = {"variant": name, "settings": VARIANTS[name], "steps": steps, "tokens": tokens}
@@ -206,9 +205,11 @@ def main() -> None:
         print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]))
         return
     torch.set_float32_matmul_precision("high")
+    judge = DrawingJudge(emoji.load("train"), emoji.load("validation"), options.device)
     for name in options.variants or VARIANTS:
         if not (options.out / f"{name}.json").is_file():
-            print(json.dumps(run(name, options.steps, options.tokens, options.out, options.device)), flush=True)
+            result = run(name, options.steps, options.tokens, options.out, options.device, judge)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.adapters import add_codebook_rows, fold_adapters
 from chameleon.train.image_tokenizer import ImageBatchDataset, ImageTokenizerModule, fit_image
+from chameleon.train.language_module import LanguageModule
 from chameleon.train.muon import Muon, orthogonalize
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.train.recipe import FitImageRecipe, PretrainRecipe, RunConfig, read_recipe
@@ -459,3 +460,22 @@ def test_compiled_blocks_learn_the_same_and_are_watched(tmp_path: Path, tokenize
         results.append(torch.tensor([[float(row[name]) for name in names] for row in log_of(tmp_path / compiled)]))
     assert len(results[0]) == 4
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
+def test_initial_values_do_not_depend_on_the_default_device(
+    tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning makes the GPU the default device while the model is configured."""
+    path = recipe_file(tmp_path, tokenizer, codebook_rows=True)
+    settings = ["run.max_steps=2", "run.log_every_n_steps=1"]
+    train(read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/plain"]))
+    configure = LanguageModule.configure_model
+
+    def configure_elsewhere(self: LanguageModule) -> None:
+        with torch.device("meta"):  # stands for a GPU
+            configure(self)
+
+    monkeypatch.setattr(LanguageModule, "configure_model", configure_elsewhere)
+    train(read_recipe(PretrainRecipe, path, [*settings, f"run.out={tmp_path}/elsewhere"]))
+    plain, elsewhere = (log_of(tmp_path / name) for name in ("plain", "elsewhere"))
+    assert [row["train/loss"] for row in plain] == [row["train/loss"] for row in elsewhere]

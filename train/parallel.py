@@ -124,10 +124,13 @@ def parallelize(
 def fill_parameters(module: nn.Module, initial_value: Callable[[str], Tensor], kept: dict[str, Tensor]) -> None:
     """Set each parameter and buffer of a module created on `meta`, from full tensors `initial_value(name)`.
 
-    kept: tensors that had values before the module's memory was allocated, by name.
+    Those are made on the CPU whatever the default device, so that they are the same on all. kept: tensors that had values
+    before the module's memory was allocated, by name.
     """
     for name, target in (*module.named_parameters(), *module.named_buffers()):
-        copy_full_tensor(target, kept[name] if name in kept else initial_value(name))
+        with torch.device("cpu"):
+            value = kept[name] if name in kept else initial_value(name)
+        copy_full_tensor(target, value)
 
 
 @torch.no_grad()
