@@ -10,7 +10,7 @@ import sys
 
 from chameleon import Chameleon
 from chameleon.data import emoji
-from chameleon.evaluation.emoji import DrawingJudge, drawing_accuracy
+from chameleon.evaluation.drawings import DrawingJudge, DrawingSettings, drawing_accuracy
 from chameleon.generation.sampling import Sampling
 
 SEED, COUNT = 1, 200
@@ -39,9 +39,8 @@ def main() -> None:
     codes = model.tokenizer.image.encode([pictures[name] for name in names])
     show("reconstructions", judge.judge(model.tokenizer.image.decode(codes), names))
     for guidance, temperature, top_p in SETTINGS:
-        figures = drawing_accuracy(
-            model, judge, COUNT, SEED, guidance_scale=guidance, sampling=Sampling(temperature, top_p)
-        )
+        settings = DrawingSettings(SEED, guidance, Sampling(temperature, top_p))
+        figures = drawing_accuracy(model, judge, COUNT, settings, SEED)
         show(f"| {guidance} | {temperature} | {top_p} |", figures)
 
 

@@ -27,7 +27,7 @@ from chameleon.data import emoji, labelled
 from chameleon.data.sources import texts_of
 from chameleon.data.tokenize import tokenize
 from chameleon.device import fast_bfloat16
-from chameleon.evaluation.emoji import DrawingJudge, drawing_accuracy
+from chameleon.evaluation.drawings import DrawingJudge, DrawingSettings, drawing_accuracy
 from chameleon.evaluation.pictures import reconstruction
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.sampling import Sampling
@@ -154,7 +154,7 @@ def run(name: str, steps: int, tokens: int, out: Path, device: str, judge: Drawi
     dtype = "bfloat16" if fast_bfloat16(device) else "float32"
     model = Chameleon.load(folder / "model" / "bundle", device=device, dtype=dtype, weight_format="plain")
     for guidance in (1.0, 2.0):
-        figures = drawing_accuracy(model, judge, DRAWINGS, 1, guidance_scale=guidance, sampling=SAMPLING)
+        figures = drawing_accuracy(model, judge, DRAWINGS, DrawingSettings(1, guidance, SAMPLING), 1)
         result[f"drawings at guidance {guidance:g}"] = figures
     drawn = model.draw_batch(judge.choose_names(SHOWN, 1), seeds=range(SHOWN), guidance_scale=2.0, sampling=SAMPLING)
     sheet(pictures[:SHOWN], reconstructed[:SHOWN], drawn).save(out / f"{name}.png")

@@ -105,7 +105,7 @@ class FitImageRecipe:
     shift: float = 0.05
     """Largest random shift, as a fraction of the side."""
     restyle: float = 0.0
-    """Share of the pictures that are changed as another artist might have drawn them, in any hue: drawings on white only."""
+    """Share of the pictures that are changed as another artist might have drawn them, in any hue; for drawings on white."""
 
 
 @dataclass

@@ -4,9 +4,10 @@
     pip install resvg-py==0.5.0 defusedxml
     python -m chameleon.data.build_clipart --svg openclipart/usr/share/openclipart/svg --out chameleon/data/embedded
 
-`clipart.tsv` names the drawings that are taken: path, name, kind, keywords, author. They were chosen by rules and by eye from
-the 7,458 of the package: readable at 64 pixels, not text, not a near-duplicate, not offensive. A drawing is rendered by resvg
-on white, cropped to what is not background, centred with a margin of 4%, reduced to 64×64 by Lanczos, and stored as WebP.
+`clipart.tsv` names the drawings that are taken: path, name, kind, keywords, author. They were chosen by rules and by eye
+from the 7,458 of the package: readable at 64 pixels, not text, not a near-duplicate, not offensive. A drawing is rendered
+by resvg on white, cropped to what is not background, centred with a margin of 4%, reduced to 64×64 by Lanczos, and stored
+as WebP.
 """
 
 from __future__ import annotations

@@ -1,33 +1,119 @@
-"""The evaluation suite on the embedded set: reconstruction, captions, questions, drawings, likelihood of text and code."""
+"""The evaluation suite on the embedded set: reconstruction, captions, questions, drawings, mixed documents, likelihood."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import sqrt
 from typing import Any
-
-import torch
-from PIL import Image as PILImage
 
 from chameleon.data import emoji, labelled
 from chameleon.data.labelled import LabelledPicture
-from chameleon.data.questions import Question, questions_about
+from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.captions import cider_d, exact_match, words
+from chameleon.evaluation.drawings import (
+    BATCH_SIZE,
+    DrawingJudge,
+    DrawingSettings,
+    Progress,
+    colour_accuracy,
+    drawing_accuracy,
+    no_progress,
+    unseen_accuracy,
+    variety,
+)
 from chameleon.evaluation.likelihood import bits_per_byte
-from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
+from chameleon.evaluation.mixed import mixed_accuracy
+from chameleon.evaluation.pictures import reconstruction
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
 from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
 
-BATCH_SIZE = 64
-Progress = Callable[[str, int, int], None]
-"""Called as (part of the suite, number done, total)."""
-PARTS = ("reconstruction", "captions", "questions", "drawings", "likelihood")
+NAMED_LANGUAGES = ("de", "es", "fr", "ja", "zh")
+"""Languages in which names are asked for."""
+NORMAL_QUANTILE = 1.96
+"""Of the standard normal distribution, for intervals of 95%."""
 
 
-def no_progress(part: str, num_done: int, total: int) -> None:
-    """Report nothing."""
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a share of `count` independent trials (Wilson, 1927)."""
+    z2 = NORMAL_QUANTILE**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = NORMAL_QUANTILE * sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class Suite:
+    """The parts of the suite for one model. Each is a method that returns its metrics."""
+
+    def __init__(self, model: Chameleon, concepts: int | None, num_drawings: int, settings: DrawingSettings) -> None:
+        self.model, self.num_drawings, self.settings = model, num_drawings, settings
+        self.training_set, self.held_out = (emoji.subset(split, concepts) for split in ("train", "validation"))
+        if not self.held_out:
+            raise BadInput(f"no style is held out of {concepts} concepts", where="evaluate", remedy="use more")
+        self.shown = labelled.representatives(self.held_out, settings.seed)
+
+    @cached_property
+    def judge(self) -> DrawingJudge:
+        return DrawingJudge(self.training_set, self.held_out, self.model.engine.device)
+
+    def reconstruction(self) -> dict[str, Any]:
+        tokenizer = self.model.tokenizer.image
+        return reconstruction(tokenizer, [entry.picture for entry in self.held_out])
+
+    def recognition(self) -> dict[str, Any]:
+        tokenizer, pictures = self.model.tokenizer.image, [entry.picture for entry in self.shown]
+        names = [entry.caption for entry in self.shown]
+        return self.judge.judge(tokenizer.decode(tokenizer.encode(pictures)), names)
+
+    def captions(self) -> dict[str, Any]:
+        return captions(self.model, self.shown, self.settings.progress)
+
+    def languages(self) -> dict[str, Any]:
+        return name_accuracy(self.model, self.shown, self.settings.progress)
+
+    def questions(self) -> dict[str, Any]:
+        return question_accuracy(self.model, self.held_out, self.settings.seed, self.settings.progress)
+
+    def drawings(self) -> dict[str, Any]:
+        return drawing_accuracy(self.model, self.judge, self.num_drawings, self.settings, self.settings.seed)
+
+    def unseen(self) -> dict[str, Any]:
+        return unseen_accuracy(self.model, self.judge, self.settings)
+
+    def colours(self) -> dict[str, Any]:
+        return colour_accuracy(self.model, self.judge, self.settings)
+
+    def variety(self) -> dict[str, Any]:
+        return variety(self.model, self.judge, self.settings)
+
+    def mixed(self) -> dict[str, Any]:
+        return mixed_accuracy(self.model, self.judge, self.settings)
+
+    def likelihood(self) -> dict[str, Any]:
+        return {
+            "text_bits_per_byte": bits_per_byte(self.model, emoji.words("validation")),
+            "code_bits_per_byte": bits_per_byte(self.model, emoji.code("validation")),
+        }
+
+
+PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
+    "reconstruction": Suite.reconstruction,
+    "captions": Suite.captions,
+    "questions": Suite.questions,
+    "drawings": Suite.drawings,
+    "likelihood": Suite.likelihood,
+    "recognition": Suite.recognition,
+    "languages": Suite.languages,
+    "unseen": Suite.unseen,
+    "colours": Suite.colours,
+    "variety": Suite.variety,
+    "mixed": Suite.mixed,
+}
+QUICK_PARTS = ("reconstruction", "captions", "questions", "drawings", "likelihood")
+"""Parts that take minutes on a CPU."""
 
 
 def evaluate(
@@ -36,30 +122,24 @@ def evaluate(
     concepts: int | None = None,
     drawings: int = 200,
     seed: int = 0,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = QUICK_PARTS,
+    guidance_scale: float = GUIDANCE_SCALE,
+    sampling: Sampling = IMAGE_SAMPLING,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Return all metrics of the suite, as nested dictionaries.
 
-    concepts: evaluate on a subset of so many concepts. drawings: number of drawings. parts: of `PARTS`.
+    concepts: evaluate on a subset of so many concepts. drawings: number of drawings. parts: of `PARTS`. guidance_scale and
+    sampling: of drawings.
     """
     check_seed(seed)
-    held_out = emoji.subset("validation", concepts)
-    if not held_out:
-        raise BadInput(f"no style is held out of {concepts} concepts", where="evaluate", remedy="use more")
+    suite = Suite(model, concepts, drawings, DrawingSettings(seed, guidance_scale, sampling, progress))
     result: dict[str, Any] = {}
-    if "reconstruction" in parts:
-        result["reconstruction"] = reconstruction(model.tokenizer.image, [entry.picture for entry in held_out])
-    if "captions" in parts:
-        result["captions"] = captions(model, labelled.representatives(held_out, seed), progress)
-    if "questions" in parts:
-        result["questions"] = question_accuracy(model, held_out, seed, progress)
-    if "drawings" in parts and drawings:
-        judge = DrawingJudge(emoji.subset("train", concepts), held_out)
-        result["drawings"] = drawing_accuracy(model, judge, drawings, seed, progress)
-    if "likelihood" in parts:
-        result["text_bits_per_byte"] = bits_per_byte(model, emoji.words("validation"))
-        result["code_bits_per_byte"] = bits_per_byte(model, emoji.code("validation"))
+    for part in parts:
+        if part == "likelihood":
+            result |= suite.likelihood()
+        elif part != "drawings" or drawings:
+            result[part] = PARTS[part](suite)
     return result
 
 
@@ -78,11 +158,40 @@ def captions(model: Chameleon, held_out: Sequence[LabelledPicture], progress: Pr
     }
 
 
+def name_accuracy(
+    model: Chameleon, held_out: Sequence[LabelledPicture], progress: Progress = no_progress
+) -> dict[str, dict[str, float]]:
+    """Return for each of `NAMED_LANGUAGES` how often the name is given exactly when it is asked for in that language."""
+    names, result = emoji.names_in_languages(), {}
+    for language in NAMED_LANGUAGES:
+        asked = [entry for entry in held_out if language in names.get(entry.base, {})]
+        answers: list[str] = []
+        for start in range(0, len(asked), BATCH_SIZE):
+            batch = asked[start : start + BATCH_SIZE]
+            answers += model.answer_batch([(entry.picture, NAME_QUESTIONS[language]) for entry in batch])
+            progress(f"names ({language})", len(answers), len(asked))
+        expected = [names[entry.base][language] for entry in asked]
+        result[language] = {"asked": len(asked), "exact_name": exact_match(answers, expected)}
+    return result
+
+
 def suite_questions(held_out: Sequence[LabelledPicture], seed: int) -> list[tuple[LabelledPicture, Question]]:
-    """Return the questions of the suite: about one picture of each concept; about skin tone, one of each tone."""
-    pairs = []
+    """Return the questions of the suite: about one picture of each concept; about skin tone, one of each tone.
+
+    Of yes-no questions as many are asked whose answer is yes as whose answer is no.
+    """
+    pairs: list[tuple[LabelledPicture, Question]] = []
+    yes_no: dict[str, dict[str, list[tuple[LabelledPicture, Question]]]] = {}
     for entry in labelled.representatives(held_out, seed):
-        pairs += [(entry, question) for question in questions_about(entry) if question.family != "skin tone"]
+        for question in questions_about(entry):
+            if question.family.endswith("yes-no"):
+                yes_no.setdefault(question.family, {}).setdefault(question.answer, []).append((entry, question))
+            elif question.family != "skin tone":
+                pairs.append((entry, question))
+    for family, by_answer in yes_no.items():
+        size = min(len(by_answer.get(answer, [])) for answer in ("yes", "no"))
+        for answer in ("yes", "no"):
+            pairs += random.Random(f"{seed} {family} {answer}").sample(by_answer.get(answer, []), size)
     for concept, members in labelled.by_concept(held_out).items():
         tones: dict[str, list[tuple[LabelledPicture, Question]]] = {}
         for entry in members:
@@ -112,59 +221,3 @@ def question_accuracy(
         commonest = Counter(expected for _, expected in rows).most_common(1)[0][1]
         result[family] = {"asked": len(rows), "right": num_right / len(rows), "commonest_answer": commonest / len(rows)}
     return result
-
-
-class DrawingJudge:
-    """Recognises drawings by their nearest base emoji in EffNet-Lite0 features.
-
-    A drawing is right if its emoji is among the 10 nearest; an emoji is as near as the nearest of its styles.
-    """
-
-    def __init__(
-        self,
-        training_set: Sequence[LabelledPicture],
-        held_out: Sequence[LabelledPicture],
-        device: str | torch.device = "cpu",
-    ) -> None:
-        """Names to draw are those of the training set; drawings are compared with the base emoji of both sets."""
-        self.drawable = [entry for entry in training_set if entry.hexcode == entry.base]
-        gallery = self.drawable + [entry for entry in held_out if entry.hexcode == entry.base]
-        self.features = EffNetLite0(device)
-        self.gallery_features = self.features([entry.picture for entry in gallery])
-        self.gallery_names = [entry.caption for entry in gallery]
-
-    def choose_names(self, count: int, seed: int = 0) -> list[str]:
-        """Return `count` names to draw, or all where there are fewer."""
-        names = sorted({entry.caption for entry in labelled.representatives(self.drawable, seed)})
-        return random.Random(seed).sample(names, min(count, len(names)))
-
-    def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
-        """Return the metrics of pictures that are to show `names`."""
-        nearest = nearest_names(self.features(pictures), self.gallery_features, self.gallery_names)
-        pairs = list(zip(names, nearest, strict=True))
-        return {
-            "drawings": len(pairs),
-            "right_among_10": sum(name in near for name, near in pairs) / len(pairs),
-            "right_nearest": sum(name == near[0] for name, near in pairs) / len(pairs),
-            "base_emoji": len(set(self.gallery_names)),
-        }
-
-
-def drawing_accuracy(
-    model: Chameleon,
-    judge: DrawingJudge,
-    num_drawings: int,
-    seed: int = 0,
-    progress: Progress = no_progress,
-    *,
-    guidance_scale: float = GUIDANCE_SCALE,
-    sampling: Sampling = IMAGE_SAMPLING,
-) -> dict[str, float]:
-    """Draw names of training concepts and judge the drawings."""
-    names, pictures = judge.choose_names(num_drawings, seed), []
-    for start in range(0, len(names), BATCH_SIZE):
-        prompts = names[start : start + BATCH_SIZE]
-        seeds = range(start, start + len(prompts))
-        pictures += model.draw_batch(prompts, seeds=seeds, guidance_scale=guidance_scale, sampling=sampling)
-        progress("drawings", len(pictures), len(names))
-    return judge.judge(pictures, names)

@@ -21,6 +21,7 @@ from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, to_tensor
 from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 
 INPUT_SIDE = 224
+MIN_PERCEPTUAL_SIDE = 32
 
 
 class EffNetLite0:
@@ -82,19 +83,26 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def reconstruction(tokenizer: ImageTokenizer, pictures: Sequence[PILImage.Image]) -> dict[str, float]:
-    """Return mean PSNR in dB and ST-LPIPS of 8-bit reconstructions, share of the codebook used, perplexity of the codes."""
+    """Return mean PSNR in dB of 8-bit reconstructions, share of the codebook used, and perplexity of the codes.
+
+    Of pictures of at least 32 pixels also the mean ST-LPIPS.
+    """
     codes = tokenizer.encode(pictures)
     reconstructed = to_tensor(tokenizer.decode(codes))
     original = tokenizer.preprocess(pictures)
     counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size)
-    perceptual = ShiftTolerantLPIPS.pretrained()
-    with torch.inference_mode():
-        distances = [
-            perceptual(*pair) for pair in zip(reconstructed.split(BATCH_SIZE), original.split(BATCH_SIZE), strict=True)
-        ]
-    return {
+    result = {
         "psnr_db": float(psnr(reconstructed, original).mean()),
-        "st_lpips": float(torch.cat(distances).mean()),
         "codebook_used": float((counts > 0).double().mean()),
         "codebook_perplexity": float(perplexity(counts)),
     }
+    if tokenizer.config.resolution >= MIN_PERCEPTUAL_SIDE:
+        result["st_lpips"] = float(perceptual_distances(reconstructed, original).mean())
+    return result
+
+
+@torch.inference_mode()
+def perceptual_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Return ST-LPIPS of images [B, 3, R, R] in [-1, 1]: [B]."""
+    network = ShiftTolerantLPIPS.pretrained()
+    return torch.cat([network(*pair) for pair in zip(first.split(BATCH_SIZE), second.split(BATCH_SIZE), strict=True)])

@@ -1,0 +1,249 @@
+"""Judges of drawings: which emoji one shows, in which style and colour, and how much drawings of one prompt differ.
+
+What is drawn is recognised by nearest neighbours in the features of EfficientNet-Lite0, an ImageNet classifier that has
+seen neither the model nor its tokenizer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import Tensor
+
+from chameleon.data import emoji, labelled
+from chameleon.data.colours import TARGETS, main_colour
+from chameleon.data.labelled import LabelledPicture
+from chameleon.data.picture_tasks import colour_of, is_held_out_pair, thing_of
+from chameleon.evaluation.pictures import EffNetLite0, nearest_names
+from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
+from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
+
+BATCH_SIZE = 64
+Progress = Callable[[str, int, int], None]
+"""Called as (part of the suite, number done, total)."""
+STYLE_STEPS, STYLE_LR, STYLE_WEIGHT_DECAY = 300, 0.05, 1e-4
+COLOURED_THINGS = ("heart", "circle", "square", "book", "apple", "cat", "fish", "flower", "house", "car", "hat", "bird")
+"""Things of the prompts "COLOUR THING", beside those of the training set."""
+
+
+def no_progress(part: str, num_done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """How drawings are made."""
+
+    seed: int = 0
+    guidance_scale: float = GUIDANCE_SCALE
+    sampling: Sampling = IMAGE_SAMPLING
+    progress: Progress = no_progress
+
+    def draw(self, model: Chameleon, prompts: Sequence[str], part: str) -> list[PILImage.Image]:
+        """Draw each prompt; the seeds are counted from 0, so that a prompt that is repeated gives different drawings."""
+        pictures: list[PILImage.Image] = []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = prompts[start : start + BATCH_SIZE]
+            pictures += model.draw_batch(
+                batch,
+                seeds=range(self.seed + start, self.seed + start + len(batch)),
+                guidance_scale=self.guidance_scale,
+                sampling=self.sampling,
+            )
+            self.progress(part, len(pictures), len(prompts))
+        return pictures
+
+
+class DrawingJudge:
+    """Recognises drawings by their nearest base emoji in EffNet-Lite0 features.
+
+    A drawing is right if its emoji is among the 10 nearest; an emoji is as near as the nearest of its styles.
+    """
+
+    def __init__(
+        self,
+        training_set: Sequence[LabelledPicture],
+        held_out: Sequence[LabelledPicture],
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Names to draw are those of the training set; drawings are compared with the base emoji of both sets."""
+        self.drawable = [entry for entry in training_set if entry.hexcode == entry.base]
+        self.held_out = [entry for entry in held_out if entry.hexcode == entry.base]
+        self.gallery = self.drawable + self.held_out
+        self.features = EffNetLite0(device)
+        self.gallery_features = self.features([entry.picture for entry in self.gallery])
+        self.gallery_names = [entry.caption for entry in self.gallery]
+
+    def choose_names(self, count: int, seed: int = 0) -> list[str]:
+        """Return `count` names to draw, or all where there are fewer."""
+        names = sorted({entry.caption for entry in labelled.representatives(self.drawable, seed)})
+        return random.Random(seed).sample(names, min(count, len(names)))
+
+    def nearest(self, pictures: Sequence[PILImage.Image]) -> list[list[str]]:
+        """Return the 10 nearest names of each picture."""
+        return nearest_names(self.features(pictures), self.gallery_features, self.gallery_names)
+
+    def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
+        """Return the metrics of pictures that are to show `names`."""
+        return self.shares(self.nearest(pictures), names, len(set(self.gallery_names)))
+
+    @staticmethod
+    def shares(nearest: Sequence[Sequence[str]], names: Sequence[str], num_choices: int) -> dict[str, float]:
+        """Return the shares of pictures whose names are among their 10 nearest, and the nearest."""
+        pairs = list(zip(names, nearest, strict=True))
+        return {
+            "drawings": len(pairs),
+            "right_among_10": sum(name in near for name, near in pairs) / len(pairs),
+            "right_nearest": sum(name == near[0] for name, near in pairs) / len(pairs),
+            "base_emoji": num_choices,
+        }
+
+    # --- styles ---
+
+    @cached_property
+    def style_classifier(self) -> Tensor:
+        """Weights [3, 1281] of a logistic regression on features of the training set's pictures, the last for the bias."""
+        is_training = torch.tensor([entry.split == "train" for entry in self.gallery])
+        features = with_bias(self.gallery_features)[is_training]
+        styles = torch.tensor([emoji.STYLES.index(entry.style) for entry in self.drawable])
+        weights = torch.zeros(len(emoji.STYLES), features.shape[1], requires_grad=True)
+        optimizer = torch.optim.AdamW([weights], lr=STYLE_LR, weight_decay=STYLE_WEIGHT_DECAY)
+        for _ in range(STYLE_STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(features @ weights.t(), styles).backward()
+            optimizer.step()
+        return weights.detach()
+
+    def styles(self, features: Tensor) -> list[str]:
+        """Return the style of pictures by their features [N, 1280]."""
+        return [emoji.STYLES[index] for index in (with_bias(features) @ self.style_classifier.t()).argmax(1).tolist()]
+
+    def judge_unseen(self, pictures: Sequence[PILImage.Image], wanted: Sequence[LabelledPicture]) -> dict[str, float]:
+        """Return the metrics of drawings of pairs of concept and style that training had no picture of.
+
+        They are compared with pictures in other styles than the one asked for.
+        """
+        features = self.features(pictures)
+        nearest = []
+        for row, entry in zip(features, wanted, strict=True):
+            others = [index for index, other in enumerate(self.gallery) if other.style != entry.style]
+            names = [self.gallery_names[index] for index in others]
+            nearest += nearest_names(row[None], self.gallery_features[others], names)
+        result = self.shares(nearest, [entry.caption for entry in wanted], len(set(self.gallery_names)))
+        right_styles = [style == entry.style for style, entry in zip(self.styles(features), wanted, strict=True)]
+        held_out = torch.stack([self.gallery_features[len(self.drawable) + n] for n in range(len(self.held_out))])
+        of_real = [style == entry.style for style, entry in zip(self.styles(held_out), self.held_out, strict=True)]
+        result["right_style"] = sum(right_styles) / len(right_styles)
+        result["right_style_of_real_pictures"] = sum(of_real) / len(of_real)
+        return result
+
+    # --- colours ---
+
+    @cached_property
+    def things(self) -> tuple[Tensor, list[str]]:
+        """Features of grey pictures of all things that can be recoloured, and their names without colours."""
+        named = [(entry, thing) for entry in self.gallery if (thing := thing_of(entry)) is not None]
+        return self.features([grey(entry.picture) for entry, _ in named]), [thing for _, thing in named]
+
+    def judge_coloured(self, pictures: Sequence[PILImage.Image], wanted: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """Return how often drawings have the main colour that was asked for, show the thing (in grey), and both.
+
+        wanted: pairs of colour and thing.
+        """
+        features, things = self.things
+        nearest = nearest_names(self.features([grey(picture) for picture in pictures]), features, things)
+        right_colour = [main_colour(picture) == colour for picture, (colour, _) in zip(pictures, wanted, strict=True)]
+        right_thing = [thing in near for near, (_, thing) in zip(nearest, wanted, strict=True)]
+        both = [a and b for a, b in zip(right_colour, right_thing, strict=True)]
+        shares = {"right_colour": right_colour, "right_thing": right_thing, "right_both": both}
+        return {"drawings": len(wanted), **{name: sum(values) / len(values) for name, values in shares.items()}}
+
+
+def with_bias(features: Tensor) -> Tensor:
+    """Return features [N, D] with a column of ones, scaled as the logistic regression uses them: [N, D + 1]."""
+    scaled = features * features.shape[1] ** 0.5
+    return torch.cat((scaled, torch.ones(len(features), 1)), dim=1)
+
+
+def grey(picture: PILImage.Image) -> PILImage.Image:
+    """Return the picture in grey with full contrast."""
+    return ImageOps.autocontrast(picture.convert("L")).convert("RGB")
+
+
+def drawing_accuracy(
+    model: Chameleon, judge: DrawingJudge, num_drawings: int, settings: DrawingSettings, names_seed: int = 0
+) -> dict[str, float]:
+    """Draw names of training concepts and judge the drawings."""
+    names = judge.choose_names(num_drawings, names_seed)
+    return judge.judge(settings.draw(model, names, "drawings"), names)
+
+
+def unseen_accuracy(model: Chameleon, judge: DrawingJudge, settings: DrawingSettings) -> dict[str, float]:
+    """Draw the held-out pairs of concept and style, "hamster, twemoji style", and judge the drawings."""
+    wanted = labelled.representatives(judge.held_out)
+    prompts = [f"{entry.caption}, {entry.style} style" for entry in wanted]
+    return judge.judge_unseen(settings.draw(model, prompts, "unseen pairs"), wanted)
+
+
+def coloured_prompts(count: int, seed: int) -> list[tuple[str, str]]:
+    """Return `count` pairs of colour and thing, of all colours and many things, none of them held out."""
+    things = sorted({thing for entry in emoji.load("train") if (thing := thing_of(entry)) is not None})
+    rng = random.Random(seed)
+    chosen = [*COLOURED_THINGS, *rng.sample(things, min(len(things), count // 4))]
+    pairs = [(colour, thing) for thing in chosen for colour in sorted(TARGETS) if not is_held_out_pair(colour, thing)]
+    return rng.sample(pairs, min(count, len(pairs)))
+
+
+def unseen_colours(count: int, seed: int) -> list[tuple[str, str]]:
+    """Return `count` held-out pairs of colour and thing, of which no training picture has that main colour either."""
+    of_thing: dict[str, list[LabelledPicture]] = {}
+    for entry in emoji.load("train"):
+        if (thing := thing_of(entry)) is not None:
+            of_thing.setdefault(thing, []).append(entry)
+    pairs = [(colour, thing) for thing in sorted(of_thing) for colour in sorted(TARGETS) if is_held_out_pair(colour, thing)]
+    random.Random(seed).shuffle(pairs)
+    chosen: list[tuple[str, str]] = []
+    for colour, thing in pairs:
+        if len(chosen) == count:
+            break
+        if all(colour_of(entry) != colour for entry in of_thing[thing]):
+            chosen.append((colour, thing))
+    return chosen
+
+
+def colour_accuracy(
+    model: Chameleon, judge: DrawingJudge, settings: DrawingSettings, num_seen: int = 200, num_unseen: int = 100
+) -> dict[str, Any]:
+    """Draw "COLOUR THING" for pairs that may occur in training and for pairs that do not."""
+    result = {}
+    for name, pairs in (
+        ("seen", coloured_prompts(num_seen, settings.seed)),
+        ("unseen", unseen_colours(num_unseen, settings.seed)),
+    ):
+        pictures = settings.draw(model, [f"{colour} {thing}" for colour, thing in pairs], f"colours, {name} pairs")
+        result[name] = judge.judge_coloured(pictures, pairs)
+    return result
+
+
+def variety(
+    model: Chameleon, judge: DrawingJudge, settings: DrawingSettings, num_prompts: int = 100, num_drawings: int = 9
+) -> dict[str, float]:
+    """Return by how many of their codes drawings of one prompt differ, on average over pairs of drawings and prompts."""
+    names = judge.choose_names(num_prompts, settings.seed)
+    prompts = [name for name in names for _ in range(num_drawings)]
+    codes = model.tokenizer.image.encode(settings.draw(model, prompts, "variety")).flatten(1)
+    shares = [
+        float((codes[first] != codes[second]).float().mean())
+        for start in range(0, len(codes), num_drawings)
+        for first, second in combinations(range(start, start + num_drawings), 2)
+    ]
+    return {"prompts": len(names), "differing_codes": sum(shares) / len(shares)}
