@@ -46,7 +46,7 @@ ATTRIBUTIONS = """# Where the embedded emoji come from
 | pictures named `twemoji-…` | Twemoji by Twitter and contributors, from npm `emoji-datasource-twitter` 16.0.0 | CC-BY-4.0 |
 | pictures named `fluent-…` | Fluent Emoji by Microsoft, from npm `@lobehub/fluent-emoji-3d` 1.1.0 | MIT |
 | names, tags, groups, languages | `emojibase-data` 17.0.0 by Miles Johnson | MIT |
-| pictures named `clipart-…` | Open Clip Art Library, from Debian's `openclipart-svg` 0.18; authors: sidecars | public domain |
+| pictures named `clipart-…` | Open Clip Art Library, from Debian's `openclipart-svg` 0.18, authors beside | public domain |
 
 Changes: blended over white, Fluent reduced to 64×64 by Lanczos, all stored as WebP. The dominant colour was
 measured from the pixels. Clip art: rendered at 64×64 on white; most names were written anew.

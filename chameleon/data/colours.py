@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image as PILImage
 
@@ -17,19 +19,34 @@ HUES = (
     (361, "red"),
 )
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
+
+
+class Target(NamedTuple):
+    """How a picture is given a colour."""
+
+    hue: float
+    """Of its main colour, in degrees."""
+    saturation: float
+    """Factor of saturations."""
+    value: float
+    """Factor of values."""
+    min_value: float = 0.0
+    """Least mean value that the coloured pixels get: dark orange would be brown."""
+
+
 TARGETS = {
-    "red": (0, 1.0, 1.0),
-    "orange": (29, 1.0, 1.05),
-    "yellow": (52, 1.0, 1.1),
-    "green": (115, 0.85, 0.85),
-    "blue": (214, 0.95, 0.95),
-    "purple": (273, 0.8, 0.9),
-    "pink": (325, 0.75, 1.05),
-    "brown": (22, 0.8, 0.6),
-    "black": (0, 0.15, 0.2),
-    "grey": (0, 0.06, 0.8),
+    "red": Target(0, 1.0, 1.0, 0.7),
+    "orange": Target(29, 1.0, 1.05, 0.85),
+    "yellow": Target(52, 1.0, 1.1, 0.85),
+    "green": Target(115, 0.85, 0.85),
+    "blue": Target(214, 0.95, 0.95),
+    "purple": Target(273, 0.8, 0.9),
+    "pink": Target(325, 0.75, 1.05, 0.8),
+    "brown": Target(22, 0.8, 0.6),
+    "black": Target(0, 0.15, 0.2),
+    "grey": Target(0, 0.06, 0.8),
 }
-"""Colours that a picture can be given: (hue in degrees of its main colour, factors of saturation and of value)."""
+"""Colours that a picture can be given."""
 BLACK_BELOW, GREY_BELOW, WHITE_ABOVE = 0.22, 0.16, 0.85
 """Limits of value, saturation and value of the colours without a hue."""
 MIN_VISIBLE = 100
@@ -113,14 +130,8 @@ def recolour(picture: PILImage.Image, colour: str) -> PILImage.Image:
     angles = np.deg2rad(hue[has_hue])
     weights = (saturation * value)[has_hue]
     main_hue = np.rad2deg(np.arctan2((weights * np.sin(angles)).sum(), (weights * np.cos(angles)).sum()))
-    target_hue, saturation_factor, value_factor = TARGETS[colour]
-    turned = np.stack(
-        (
-            (hue + target_hue - main_hue) % 360,
-            (saturation * saturation_factor).clip(0, 1),
-            (value * value_factor).clip(0, 1),
-        ),
-        axis=-1,
-    )
-    result = from_hsv(np.where(has_hue[..., None], turned, values))
+    target = TARGETS[colour]
+    value_factor = max(target.value, target.min_value / value[has_hue].mean())
+    turned = (hue + target.hue - main_hue) % 360, saturation * target.saturation, (value * value_factor).clip(0, 1)
+    result = from_hsv(np.where(has_hue[..., None], np.stack(turned, axis=-1), values))
     return PILImage.fromarray((result * 255).round().astype(np.uint8))
