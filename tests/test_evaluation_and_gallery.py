@@ -15,13 +15,18 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image as PILImage
+from scipy.stats import binomtest
 
 from chameleon.bundle import Bundle
 from chameleon.data import emoji, labelled
+from chameleon.data.colours import main_colour, recolour
+from chameleon.data.picture_tasks import is_held_out_pair, thing_of
 from chameleon.demo import StageLog, picture_operations, run_pipeline
 from chameleon.document import Document, Text
-from chameleon.evaluation.emoji import evaluate, question_accuracy, suite_questions
+from chameleon.evaluation.drawings import DrawingJudge, coloured_prompts, unseen_colours
+from chameleon.evaluation.emoji import evaluate, interval, question_accuracy, suite_questions
 from chameleon.evaluation.likelihood import bits_per_byte
+from chameleon.evaluation.mixed import Truth, has_right_form, held_out_prompts
 from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
 from chameleon.gallery import codebook_plot, curves_section, model_section, page
 from chameleon.generation.chameleon import Chameleon
@@ -227,3 +232,70 @@ def test_the_complete_pipeline(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "figures.json").read_text())["drawings"]["drawings"] == 2
     assert Bundle.load(tmp_path / "run" / "finetune" / "bundle").prompting == "conversation"
     assert "done" in printed[-1]
+
+
+# --- judges of drawings and mixed documents --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge() -> DrawingJudge:
+    return DrawingJudge(emoji.subset("train", 120), emoji.subset("validation", 120))
+
+
+def test_expected_answers_of_mixed_prompts_are_judged_right(judge: DrawingJudge) -> None:
+    """The judge finds form, texts and pictures of the tasks' own answers right, and those of other prompts wrong."""
+    pictures = [entry for entry in judge.drawable if not entry.is_variant]
+    prompts = held_out_prompts(pictures, 12, 0)
+    truth = Truth(judge)
+    right: dict[str, list[bool]] = {"texts": [], "pictures": [], "other texts": [], "other pictures": []}
+    for (task, conversation), (other_task, other) in zip(prompts, prompts[1:] + prompts[:1], strict=True):
+        prompt, expected = (message.content for message in conversation.messages)
+        assert has_right_form(task, expected, expected)
+        right["texts"] += truth.texts(task, prompt, expected, expected)
+        right["pictures"] += truth.pictures(task, expected, expected)
+        if task == other_task and task in ("restyling", "pages", "rebus_writing"):
+            answer = other.messages[1].content
+            if task != "rebus_writing":
+                right["other texts"] += truth.texts(task, prompt, answer, expected)
+            right["other pictures"] += truth.pictures(task, answer, expected) if task == "rebus_writing" else []
+    shares = {kind: sum(values) / len(values) for kind, values in right.items()}
+    assert shares["texts"] > 0.95 and shares["pictures"] > 0.9, shares
+    assert shares["other texts"] < 0.1 and shares["other pictures"] < 0.4, shares
+    short = Document(expected.parts[:1])
+    assert not has_right_form("lists", short, Document((*expected.parts, Text("more"))))
+
+
+def test_styles_and_colours_of_real_pictures_are_told(judge: DrawingJudge) -> None:
+    wanted = [entry for entry in judge.held_out if not entry.is_variant]
+    figures = judge.judge_unseen([entry.picture for entry in wanted], wanted)
+    assert figures["right_style"] == figures["right_style_of_real_pictures"] > 0.5  # of three styles, from few pictures
+    assert figures["right_among_10"] > 0.6  # among 10 of about 180 names, from other styles' pictures alone
+    things = [(entry, thing) for entry in judge.drawable if (thing := thing_of(entry)) is not None][:40]
+    pictures = [recolour(entry.picture, "blue") for entry, _ in things]
+    figures = judge.judge_coloured(pictures, [("blue", thing) for _, thing in things])
+    assert figures["right_colour"] > 0.85 and figures["right_thing"] > 0.85
+    assert judge.judge_coloured(pictures, [("red", thing) for _, thing in things])["right_colour"] == 0
+
+
+def test_unseen_colours_are_in_no_training_picture() -> None:
+    pairs = unseen_colours(20, 0)
+    assert len(set(pairs)) == 20 and all(is_held_out_pair(*pair) for pair in pairs)
+    assert not set(pairs) & set(coloured_prompts(200, 0))
+    for colour, thing in pairs[:5]:
+        of_thing = [entry for entry in emoji.load("train") if thing_of(entry) == thing]
+        assert of_thing and all(main_colour(entry.picture) != colour for entry in of_thing)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (180, 200), (40, 40)])
+def test_intervals_equal_scipys(right: int, count: int) -> None:
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert interval(right / count, count) == pytest.approx((expected.low, expected.high))
+
+
+def test_yes_no_questions_are_balanced() -> None:
+    asked = [question for _, question in suite_questions(emoji.load("validation"), 0) if question.family.endswith("yes-no")]
+    families = {question.family for question in asked}
+    assert len(families) == 3
+    for family in families:
+        answers = [question.answer for question in asked if question.family == family]
+        assert answers.count("yes") == answers.count("no") > 5

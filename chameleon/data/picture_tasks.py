@@ -60,6 +60,7 @@ DRAWING_PROMPTS = {
 }
 """Language → "draw NAME"."""
 WITHOUT_RECOLOURING = ("flags", "people-body")
+WITHOUT_HUE = (None, "black", "grey", "white")
 
 
 def user(*content: Part) -> Message:
@@ -225,7 +226,7 @@ def other_prompt(entry: LabelledPicture, named: dict[str, str], rng: random.Rand
 def thing_of(entry: LabelledPicture) -> str | None:
     """Return what the picture shows, without its colour; None where it cannot be shown in another colour."""
     thing = without_colour(entry.name)
-    has_fixed_colour = entry.group in WITHOUT_RECOLOURING or entry.is_variant or entry.colour is None
+    has_fixed_colour = entry.group in WITHOUT_RECOLOURING or entry.is_variant or entry.colour in WITHOUT_HUE
     return None if has_fixed_colour or not is_plain_name(thing) else thing
 
 
