@@ -81,6 +81,7 @@ def test_a_run_shows_its_state_its_curves_and_what_the_model_makes(
         ),
         (["run.tensor_parallel_size=2"], "tensor parallelism needs fsdp"),
         (["attention=flex", "run.accelerator=cpu"], "flex needs a GPU"),
+        (["attention=flex", "run.accelerator=cuda", "activation_checkpointing=full"], "flex does not go with activation"),
         (["run.devices=0"], "neither auto nor a number"),
         (["run.accelerator=gpu"], "no GPU here; set run.accelerator=cpu"),
         (["run.data_parallel=fsdp", "model.tied_head=true", "run.devices=1"], "a tied head cannot be sharded"),

@@ -33,6 +33,14 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
     if recipe.attention == "flex" and not uses_gpus(recipe.run):
         raise BadInput("flex needs a GPU", where="recipe.attention", remedy="use auto")
+    if recipe.activation_checkpointing != "none":
+        if recipe.attention == "flex":
+            raise BadInput(
+                "flex does not go with activation_checkpointing: what PyTorch recomputes has another order",
+                where="recipe.attention",
+                remedy="use auto",
+            )
+        recipe.attention = "dense"
     start = TrainingStart.from_recipe(recipe)
     context_length = recipe.context_length or start.config.context_length
     if context_length > start.config.context_length:

@@ -29,7 +29,7 @@ from PIL import Image
 
 from chameleon.data.build_emoji import SIZE, add, dump, write_gzip
 from chameleon.data.colours import dominant_colour
-from chameleon.data.picture_tasks import hashed_share
+from chameleon.data.labelled import hashed_share
 from chameleon.errors import BadInput
 
 TABLE = Path(__file__).parent / "clipart.tsv"

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from chameleon.data.labelled import EMBEDDED, LabelledPicture, choose_concepts, read_labelled
+from chameleon.data.labelled import EMBEDDED, LabelledPicture, choose_concepts, hashed_share, read_labelled
 from chameleon.document import Document, Text
 
 STYLES = ("fluent", "noto", "twemoji")
+VALIDATION_SPACING = 20
+"""One in so many emoji has words for validation, and one in so many modules is code for validation."""
 
 
 @cache
@@ -45,17 +47,25 @@ def words_of_languages() -> tuple[tuple[str, dict[str, list[str]]], ...]:
     return tuple((entry["hexcode"], entry["words"]) for entry in entries)
 
 
+def words_of_split(split: str) -> Iterator[tuple[int, str, dict[str, list[str]]]]:
+    """Yield (index, hexcode, language → name and tags) of a split. Every 20th emoji is for validation."""
+    for index, (hexcode, words_of) in enumerate(words_of_languages()):
+        if (index % VALIDATION_SPACING == 0) == (split == "validation"):
+            yield index, hexcode, words_of
+
+
 @cache
 def names_in_languages() -> dict[str, dict[str, str]]:
-    """Return hexcode without skin tone → language → name."""
-    return {code: {language: named[0] for language, named in words.items()} for code, words in words_of_languages()}
+    """Return hexcode without skin tone → language → name, of the emoji whose words are not for validation."""
+    return {
+        hexcode: {language: named[0] for language, named in words_of.items()}
+        for _, hexcode, words_of in words_of_split("train")
+    }
 
 
 def words(split: str, seed: int = 0) -> Iterator[Document]:
-    """Yield names and tags of emoji in twelve languages, one language a line. Every 20th emoji is for validation."""
-    for index, (_, words_of) in enumerate(words_of_languages()):
-        if (index % 20 == 0) != (split == "validation"):
-            continue
+    """Yield names and tags of emoji in twelve languages, one language a line."""
+    for index, _, words_of in words_of_split(split):
         languages = sorted(words_of)
         random.Random(f"{seed} {index}").shuffle(languages)
         for start in range(0, len(languages), 3):
@@ -64,7 +74,7 @@ def words(split: str, seed: int = 0) -> Iterator[Document]:
 
 
 def code(split: str, limit_bytes: int | None = None) -> Iterator[Document]:
-    """Yield modules of Python's standard library as text. Every 20th module is for validation."""
+    """Yield modules of Python's standard library as text. A twentieth, by their names, is for validation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     bytes_read = 0
     paths = sorted(
@@ -72,8 +82,10 @@ def code(split: str, limit_bytes: int | None = None) -> Iterator[Document]:
         for path in root.rglob("*.py")
         if not {"site-packages", "test", "tests", "idlelib"} & set(path.relative_to(root).parts)
     )
-    for path_index, path in enumerate(paths):
-        if (path_index % 20 == 0) != (split == "validation"):
+    for path in paths:
+        # By name, so that a module is in the same split with any version of Python.
+        is_for_validation = hashed_share("code", path.relative_to(root).as_posix()) < 1 / VALIDATION_SPACING
+        if is_for_validation != (split == "validation"):
             continue
         try:
             text = path.read_text(encoding="utf-8")

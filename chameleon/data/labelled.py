@@ -5,6 +5,7 @@ A *concept* is what a picture shows, whatever its style: for an emoji also whate
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
@@ -71,6 +72,12 @@ class LabelledPicture:
     def is_variant(self) -> bool:
         """Whether it has a skin tone, so that another picture of its concept is the plain one."""
         return self.skin_tone is not None
+
+
+def hashed_share(*words: object) -> float:
+    """Return a number in [0, 1) that depends on the words alone."""
+    digest = hashlib.blake2b(" ".join(map(str, words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def read_labelled(pattern: str) -> tuple[LabelledPicture, ...]:

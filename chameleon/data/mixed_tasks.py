@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from chameleon.data.colours import TARGETS, main_colour, recolour
 from chameleon.data.emoji import STYLES as EMOJI_STYLES
-from chameleon.data.labelled import LabelledPicture, View, augment, by_concept
-from chameleon.data.picture_tasks import hashed_share, is_held_out_pair, thing_of, turn
+from chameleon.data.labelled import LabelledPicture, View, augment, by_concept, hashed_share
+from chameleon.data.picture_tasks import is_held_out_pair, thing_of, turn
 from chameleon.data.questions import CATEGORIES, categories_of, group_words, is_plain_name, with_article
 from chameleon.document import Conversation, Image, Part, Text
 

@@ -6,7 +6,6 @@ encoded once. `view` names how pictures are shown (`VIEWS`).
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -21,6 +20,7 @@ from chameleon.data.labelled import (
     View,
     augment,
     by_concept,
+    hashed_share,
     near_view,
     plain_view,
     sample_by_concept,
@@ -73,12 +73,6 @@ def assistant(*content: Part) -> Message:
 
 def turn(prompt: Sequence[Part], *answer: Part) -> Conversation:
     return Conversation((user(*prompt), assistant(*answer)))
-
-
-def hashed_share(*words: object) -> float:
-    """Return a number in [0, 1) that depends on the words alone."""
-    digest = hashlib.blake2b(" ".join(map(str, words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 # --- captions and answers --------------------------------------------------------------------------------------------
