@@ -65,7 +65,9 @@ def share_rows(figures: dict[str, Any]) -> list[tuple[str, float, int]]:
     """Return (name, share, number of trials) of all shares among the figures."""
     captions, drawings, mixed = figures["captions"], figures["drawings"], figures["mixed"]
     unseen, colours = figures["unseen"], figures["colours"]
-    rows = [("caption: exact name", captions["exact_name"], captions["pictures"])]
+    recognition = figures["recognition"]
+    rows = [("reconstruction: right emoji among the 10 nearest", recognition["right_among_10"], recognition["drawings"])]
+    rows += [("caption: exact name", captions["exact_name"], captions["pictures"])]
     rows += [(f"name in {code}", of["exact_name"], of["asked"]) for code, of in figures["languages"].items()]
     rows += [(f"question: {family}", of["right"], of["asked"]) for family, of in figures["questions"].items()]
     rows += [
@@ -82,21 +84,25 @@ def share_rows(figures: dict[str, Any]) -> list[tuple[str, float, int]]:
     return rows
 
 
-def card(model: Chameleon, figures: dict[str, Any], training: str) -> str:
-    """Return the model card of a bundle with its figures."""
-    config, image = model.model.config, model.tokenizer.image.config
+def figure_rows(figures: dict[str, Any]) -> list[str]:
+    """Return the rows of the table of figures, in Markdown."""
     rows = []
     for name, share, count in share_rows(figures):
         low, high = interval(share, count)
         rows.append(f"| {name} | {share:.1%} ({low:.0%} to {high:.0%}) | {count} |")
     quality = figures["reconstruction"]
     for name, value in (
-        ("reconstruction: PSNR", f"{quality['psnr_db']:.2f} dB"),
-        ("reconstruction: ST-LPIPS", f"{quality['st_lpips']:.3f}"),
+        ("reconstruction: PSNR, ST-LPIPS", f"{quality['psnr_db']:.2f} dB, {quality['st_lpips']:.3f}"),
         ("codes that differ between drawings of one prompt", f"{figures['variety']['differing_codes']:.0%}"),
         ("bits per byte: words, code", f"{figures['text_bits_per_byte']:.2f}, {figures['code_bits_per_byte']:.2f}"),
     ):
         rows.append(f"| {name} | {value} | |")
+    return rows
+
+
+def card(model: Chameleon, figures: dict[str, Any], training: str) -> str:
+    """Return the model card of a bundle with its figures."""
+    config, image = model.model.config, model.tokenizer.image.config
     return CARD.format(
         layers=config.layers,
         width=config.width,
@@ -110,7 +116,7 @@ def card(model: Chameleon, figures: dict[str, Any], training: str) -> str:
         guidance=GUIDANCE_SCALE,
         temperature=IMAGE_SAMPLING.temperature,
         top_p=IMAGE_SAMPLING.top_p,
-        rows="\n".join(rows),
+        rows="\n".join(figure_rows(figures)),
         style_ceiling=figures["unseen"]["right_style_of_real_pictures"],
         recognised=figures["recognition"]["right_among_10"],
     )

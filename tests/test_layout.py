@@ -175,6 +175,7 @@ def test_wheel_holds_code_data_recipes_and_bundle(wheel: Path) -> None:
     ):
         assert expected in names, expected
     assert all(name.startswith(("chameleon/", "open_chameleon-")) for name in names)
+    assert wheel.stat().st_size <= 60e6
 
 
 def test_wheel_installs_and_imports_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
@@ -192,4 +193,4 @@ def test_embedded_set_and_bundle_stay_small() -> None:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
     assert megabytes(ROOT / "chameleon" / "data" / "embedded") <= 16
-    assert megabytes(ROOT / "chameleon" / "bundles" / "emoji") <= 32
+    assert megabytes(ROOT / "chameleon" / "bundles" / "emoji") <= 52
