@@ -161,7 +161,8 @@ KINDS: dict[str, Any] = {"pretrain": PretrainRecipe, "image": FitImageRecipe}
 
 
 def kind_of(name: str) -> Any:
-    return KINDS.get(name.rpartition("-")[2], FinetuneRecipe if "-" in name else PipelineRecipe)
+    is_pipeline = "-" not in name or (SHIPPED / f"{name}-pretrain.yaml").exists()
+    return KINDS.get(name.rpartition("-")[2], PipelineRecipe if is_pipeline else FinetuneRecipe)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))

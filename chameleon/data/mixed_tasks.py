@@ -273,11 +273,14 @@ def make_story(shelf: Shelf, rng: random.Random) -> Conversation | None:
 
 
 def make_page(shelf: Shelf, rng: random.Random) -> Conversation | None:
-    """A name, or "tell me about a fox" → kind and keywords, the picture, its name and style."""
+    """ "tell me about a fox" → kind and keywords, the picture, its name and style.
+
+    In training the prompt is sometimes the name alone, for requests that fix the form of the answer.
+    """
     entry = shelf.any_of(rng.choice(shelf.names), rng)
     if not shelf.is_used("page", entry.name):
         return None
-    is_asked = rng.random() < 0.7
+    is_asked = shelf.split == "validation" or rng.random() < 0.8
     prompt = f"tell me about {with_article(entry.name)}" if is_asked else entry.name
     about = f"{entry.name}: {group_words(entry)}" + (f" ({', '.join(entry.tags[:3])})" if entry.tags else "")
     return turn([Text(prompt)], Text(about), shelf.show(entry, rng), Text(f"{entry.name}, {entry.style} style"))

@@ -170,7 +170,7 @@ def toning(
 def drawing(
     pictures: Sequence[LabelledPicture], per_concept: int, seed: int, view: View = augment
 ) -> Iterator[Conversation]:
-    """Yield a caption as the prompt, in a quarter of the cases with the style, and the picture as the answer.
+    """Yield a caption as the prompt, in half of the cases with the style, and the picture as the answer.
 
     The style of clip art is always named. One prompt in ten is empty, for classifier-free guidance.
     """
@@ -181,8 +181,8 @@ def drawing(
 
 
 def with_style(words: str, entry: LabelledPicture, rng: random.Random) -> str:
-    """Return the words with the picture's style: always for clip art, else in a quarter of the cases."""
-    is_named = entry.style not in EMOJI_STYLES or rng.random() < 0.25
+    """Return the words with the picture's style: always for clip art, else in half of the cases."""
+    is_named = entry.style not in EMOJI_STYLES or rng.random() < 0.5
     return f"{words}, {entry.style} style" if is_named else words
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import sqrt
+from statistics import NormalDist
 from typing import Any
 
 from chameleon.data import emoji, labelled
@@ -33,7 +34,7 @@ from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
 
 NAMED_LANGUAGES = ("de", "es", "fr", "ja", "zh")
 """Languages in which names are asked for."""
-NORMAL_QUANTILE = 1.96
+NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
 """Of the standard normal distribution, for intervals of 95%."""
 
 
