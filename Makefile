@@ -26,7 +26,7 @@ test-all: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/codebooks.py
+	$(BIN)/python benchmarks/laboratory.py
 	$(BIN)/python benchmarks/data.py
 
 docs: .venv/installed
