@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import ChameleonForConditionalGeneration, ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
+from chameleon.allocator import keep_freed_memory
 from chameleon.bundle import Bundle
 from chameleon.data import emoji
 from chameleon.data.mixture import PackedBatch, PackedSource, SourceConfig
@@ -40,7 +41,6 @@ from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
 from chameleon.plan import flops_per_token
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
-from chameleon.train.allocator import keep_freed_memory
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
 from chameleon.vocabulary import Vocabulary
 

@@ -76,7 +76,7 @@ def test_the_guides_commands_run(guide: str, folder: Path, monkeypatch: pytest.M
     """In order, each line as it stands but for sizes."""
     monkeypatch.chdir(folder)
     lines = [line for block in blocks(DOCS / f"{guide}.md", "bash") for line in block.strip().splitlines()]
-    assert len(lines) >= 4
+    assert lines
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "chameleon", line

@@ -18,6 +18,7 @@ LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.device": 1,
     "chameleon.threads": 1,
     "chameleon.progress": 0,
+    "chameleon.allocator": 0,
     "chameleon.files": 1,
     "chameleon.config_reader": 1,
     "chameleon.vocabulary": 1,

@@ -270,7 +270,8 @@ class ImageTokenizer:
     """Encodes images to grids of codes, and decodes codes to images."""
 
     def __init__(self, network: VQGAN) -> None:
-        self.network = network.eval().requires_grad_(False)
+        # Channels last is the layout that convolutions compute in on CPUs and GPUs alike.
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.cache = CodeCache(self.config.grid)
         self.threads: ThreadPolicy | None = None
         """Chooses the number of threads; None leaves it, so that the same pictures always give the same codes."""

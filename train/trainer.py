@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from chameleon.allocator import keep_freed_memory
 from chameleon.device import fast_bfloat16
 from chameleon.errors import BadInput
-from chameleon.train.allocator import keep_freed_memory
 from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import RunConfig, to_plain
 from chameleon.train.step_module import StepModule

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from chameleon.allocator import keep_freed_memory
 from chameleon.data import sources
 from chameleon.data.filters import ALL_DUPLICATES, FILTERED, Filters, reason_to_filter
 from chameleon.data.source_types import RawShard, Sample
@@ -381,6 +382,7 @@ def local_engine(
     on_chunk: Callable[[Report], None] = lambda report: None,
 ) -> Iterator[tuple[int, Report]]:
     """Run all tasks on this machine; this process runs the network."""
+    keep_freed_memory()
     reports = make_shards(tasks, tokenizer, options, num_workers=num_workers, strict=strict, on_chunk=on_chunk)
     return enumerate(reports)
 
