@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1006,3 +1007,12 @@ def test_torch_files_are_mappings(tmp_path: Path) -> None:
     actual = TorchFile(tmp_path / "x.pth")
     assert list(actual) == ["a", "b"] and len(actual) == 2 and actual.dtype("b") == torch.bfloat16
     assert torch.equal(actual["a"], torch.arange(4.0))
+
+
+def test_codes_of_levels_go_into_no_other_format(bundle: Bundle, tmp_path: Path) -> None:
+    image = ImageTokenizer(VQGAN(replace(bundle.tokenizer.image.config, levels=(4, 2, 2, 2))))
+    Bundle(bundle.model, MixedTokenizer(bundle.tokenizer.text, image), "conversation").save(tmp_path / "levels")
+    for to in ("hf", "meta"):
+        with pytest.raises(BadInput, match="combinations of levels"):
+            convert(tmp_path / "levels", tmp_path / to, to)  # type: ignore[arg-type]
+        assert not (tmp_path / to).exists()

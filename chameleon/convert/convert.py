@@ -88,6 +88,12 @@ def convert(
         raise BadInput("is there already", where=target, remedy="name a new folder")
     tokenizer_path = None if tokenizer is None else Path(tokenizer)
     checkpoint = read(source, model_dir=model_dir, tokenizer=tokenizer_path, prompting=prompting)
+    if to != "bundle" and checkpoint.image.levels:
+        raise BadInput(
+            f"its image codes are combinations of levels, which {to} cannot hold",
+            where=source,
+            remedy="only codebooks that are a matrix can be written",
+        )
     on_total(checkpoint.nbytes)
     with atomic_folder(target) as folder:
         if to == "bundle":
