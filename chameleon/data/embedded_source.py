@@ -31,6 +31,7 @@ ONE_PICTURE_TASKS = {
         picture_tasks.toning,
         picture_tasks.drawing,
         picture_tasks.wording,
+        picture_tasks.styling,
         picture_tasks.colouring,
     )
 }

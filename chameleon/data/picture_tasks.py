@@ -214,6 +214,19 @@ def other_prompt(entry: LabelledPicture, named: dict[str, str], rng: random.Rand
     return with_style(template.format(article_name), entry, rng)
 
 
+def styling(
+    pictures: Sequence[LabelledPicture], per_concept: int, seed: int, view: View = augment
+) -> Iterator[Conversation]:
+    """Yield drawings by prompts that name the style: after the name, after the kind, or alone.
+
+    What a style looks like is then learned apart from what is drawn in it.
+    """
+    for entry, rng in sample_by_concept(pictures, per_concept, seed):
+        picture = Image(view(entry, rng))
+        named = rng.choice((f"{entry.caption}, ", f"{entry.caption}, ", f"{group_words(entry)}, ", ""))
+        yield turn([Text(f"{named}{entry.style} style")], picture)
+
+
 # --- colours ---------------------------------------------------------------------------------------------------------
 
 
