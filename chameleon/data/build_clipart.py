@@ -18,7 +18,6 @@ import importlib
 import io
 import json
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from chameleon.data.build_emoji import SIZE, add, dump, write_gzip
+from chameleon.data.build_emoji import SIZE, write_shards
 from chameleon.data.colours import dominant_colour
 from chameleon.data.labelled import hashed_share
 from chameleon.errors import BadInput
@@ -187,13 +186,7 @@ def build(svg: Path, out: Path) -> dict[str, int]:
     """Write the shards to `out`; return how many drawings each style has."""
     all_samples = list(samples(svg))
     out.mkdir(parents=True, exist_ok=True)
-    for shard in range(SHARDS):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, webp, sidecar in all_samples[shard::SHARDS]:
-                add(tar, f"{key}.webp", webp)
-                add(tar, f"{key}.json", dump(sidecar))
-        write_gzip(out / f"clipart-{shard:03d}.tar.gz", buffer.getvalue())
+    write_shards(all_samples, out, "clipart", SHARDS)
     return Counter(sidecar["style"] for _, _, sidecar in all_samples)
 
 

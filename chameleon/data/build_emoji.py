@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,17 @@ def write_gzip(path: Path, data: bytes) -> None:
         packed.write(data)
 
 
+def write_shards(samples: Sequence[tuple[str, bytes, dict[str, Any]]], out: Path, name: str, num_shards: int) -> None:
+    """Writes samples (key, WebP bytes, sidecar) to shards, round robin, so that each holds all styles."""
+    for shard in range(num_shards):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, webp, sidecar in samples[shard::num_shards]:
+                add(tar, f"{key}.webp", webp)
+                add(tar, f"{key}.json", dump(sidecar))
+        write_gzip(out / f"{name}-{shard:03d}.tar.gz", buffer.getvalue())
+
+
 def words(packages: Path) -> bytes:
     """Lines of JSON: for each emoji its label and tags in every language of `LANGUAGES`."""
     all_words: dict[str, dict[str, Any]] = {}
@@ -175,14 +186,7 @@ def build(packages: Path, out: Path) -> dict[str, int]:
             raise BadInput("package not found", where=packages / package, remedy="see the module's docstring")
     out.mkdir(parents=True, exist_ok=True)
     all_samples = samples(packages)
-    # Round robin by key, so that each shard holds all three styles.
-    for shard in range(SHARDS):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, webp, sidecar in all_samples[shard::SHARDS]:
-                add(tar, f"{key}.webp", webp)
-                add(tar, f"{key}.json", dump(sidecar))
-        write_gzip(out / f"emoji-{shard:03d}.tar.gz", buffer.getvalue())
+    write_shards(all_samples, out, "emoji", SHARDS)
     write_gzip(out / "words.jsonl.gz", words(packages))
     (out / "ATTRIBUTIONS.md").write_text(ATTRIBUTIONS, encoding="utf-8")
     counts: dict[str, int] = {}

@@ -63,13 +63,6 @@ REBUSES = (
 )
 
 
-class Words(NamedTuple):
-    """A stretch of an answer that can be checked: text, and the names of the pictures that stand beside it."""
-
-    text: str
-    names: tuple[str, ...]
-
-
 @dataclass
 class Shelf:
     """Pictures by concept, style and kind, as the mixed tasks look for them."""
@@ -172,43 +165,45 @@ def make_recoloured(shelf: Shelf, rng: random.Random) -> Conversation | None:
     return turn([Image(picture), Text(wording)], Text(f"{colour} {thing}"), Image(turned))
 
 
-def rebus_pictures(shelf: Shelf, rng: random.Random) -> tuple[str, list[LabelledPicture]] | None:
-    """Return a sentence with gaps, and the pictures that fill them."""
+class Rebus(NamedTuple):
+    """A sentence with gaps, the pictures that fill them, and the sentence with their names in the gaps."""
+
+    template: str
+    entries: list[LabelledPicture]
+    sentence: str
+
+
+def make_rebus(shelf: Shelf, rng: random.Random) -> Rebus | None:
+    """Return a random rebus, or None where its pictures belong to the other split."""
     template = rng.choice(REBUSES)
     concepts = rng.sample(shelf.plain, template.count("{}"))
     entries = [shelf.any_of(concept, rng) for concept in concepts]
-    return (template, entries) if shelf.is_used("rebus", *(entry.name for entry in entries)) else None
+    if not shelf.is_used("rebus", *(entry.name for entry in entries)):
+        return None
+    return Rebus(template, entries, template.format(*(with_article(entry.name) for entry in entries)))
 
 
-def fill_with_pictures(template: str, entries: Sequence[LabelledPicture], shelf: Shelf, rng: random.Random) -> list[Part]:
+def fill_with_pictures(rebus: Rebus, shelf: Shelf, rng: random.Random) -> list[Part]:
     """Return the sentence with the pictures in its gaps."""
     parts: list[Part] = []
-    for index, text in enumerate(template.split("{}")):
+    for index, text in enumerate(rebus.template.split("{}")):
         if text:
             parts.append(Text(text))
-        if index < len(entries):
-            parts.append(shelf.show(entries[index], rng))
+        if index < len(rebus.entries):
+            parts.append(shelf.show(rebus.entries[index], rng))
     return parts
 
 
 def make_read_rebus(shelf: Shelf, rng: random.Random) -> Conversation | None:
     """A sentence in which pictures stand for words → the sentence in words."""
-    made = rebus_pictures(shelf, rng)
-    if made is None:
-        return None
-    template, entries = made
-    sentence = template.format(*(with_article(entry.name) for entry in entries))
-    return turn([Text("read: "), *fill_with_pictures(template, entries, shelf, rng)], Text(sentence))
+    rebus = make_rebus(shelf, rng)
+    return rebus and turn([Text("read: "), *fill_with_pictures(rebus, shelf, rng)], Text(rebus.sentence))
 
 
 def make_written_rebus(shelf: Shelf, rng: random.Random) -> Conversation | None:
     """A sentence → the same with pictures for some words."""
-    made = rebus_pictures(shelf, rng)
-    if made is None:
-        return None
-    template, entries = made
-    sentence = template.format(*(with_article(entry.name) for entry in entries))
-    return turn([Text(f"as a rebus: {sentence}")], *fill_with_pictures(template, entries, shelf, rng))
+    rebus = make_rebus(shelf, rng)
+    return rebus and turn([Text(f"as a rebus: {rebus.sentence}")], *fill_with_pictures(rebus, shelf, rng))
 
 
 def make_odd_one_out(shelf: Shelf, rng: random.Random) -> Conversation | None:
