@@ -59,7 +59,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--keep", type=float, help="fraction of the image that is kept (default: 0.3 to vary, 0.5 to complete)"
     )
     parser.add_argument(
-        "--guidance-scale", type=float, default=2.0, help="classifier-free guidance; 1 is none (default: 2)"
+        "--guidance-scale", type=float, default=1.5, help="classifier-free guidance; 1 is none (default: 1.5)"
     )
     add_model_options(parser)
     add_sampling_options(parser)

@@ -34,7 +34,7 @@ from chameleon.tokenizers.image import BATCH_SIZE, Picture
 from chameleon.tokenizers.mixed import Content
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 logger = logging.getLogger(__name__)
 
 
