@@ -40,8 +40,9 @@ alternate. It is for tests and demonstrations, and was trained on emoji and clip
 | clip art: Open Clip Art Library | public domain |
 | code: Python's standard library | PSF-2.0 |
 
-The weights are under Apache-2.0. For 15% of the concepts one style is held out; no figure below was measured on a picture
-that was seen in training.
+The weights are under Apache-2.0. For 15% of the concepts one style is held out: reconstructions, captions, names and
+questions are measured on those pictures. Drawings of names, colours and mixed documents are of concepts that training saw;
+prompts of mixed documents were held out.
 
 ## Figures
 With 95% intervals (Wilson); `python benchmarks/ship.py` made them. Drawings: guidance {guidance:g}, temperature

@@ -15,6 +15,7 @@ from transformers import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from chameleon.errors import BadInput
+from chameleon.tokenizers import quantizer as quantizer_module
 from chameleon.tokenizers.quantizer import (
     CODEBOOKS,
     AdditiveCodebook,
@@ -25,6 +26,7 @@ from chameleon.tokenizers.quantizer import (
     MovingAverageCodebook,
     PlainCodebook,
     build_quantizer,
+    global_mean,
     nearest,
 )
 from chameleon.tokenizers.vq_loss import (
@@ -413,3 +415,17 @@ def test_st_lpips_grows_with_noise() -> None:
     same, small, large = (network(picture, other) for other in (picture, near, far))
     assert same.abs().max() < 1e-6
     assert (small < large).all() and (small > 0).all()
+
+
+def test_the_mean_over_processes_keeps_this_ones_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizer_module, "all_reduce_mean", lambda values: values.mul_(3))  # as if others had more
+    values = torch.tensor([0.1, 0.2], requires_grad=True)
+    mean = global_mean(values)
+    torch.testing.assert_close(mean, torch.tensor([0.3, 0.6]))
+    mean.square().sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.6, 1.2]))
+
+
+def test_a_size_that_is_no_product_of_two_is_refused() -> None:
+    with pytest.raises(BadInput, match="use a multiple of 8"):
+        AdditiveCodebook(65, 4)

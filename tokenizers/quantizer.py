@@ -89,6 +89,14 @@ def all_reduce_mean(values: Tensor) -> Tensor:
     return all_reduce_sum(values) / world
 
 
+def global_mean(values: Tensor) -> Tensor:
+    """Return the mean of `values` over all processes, with this process's gradient; gradients are averaged later.
+
+    A collective operation.
+    """
+    return values + (all_reduce_mean(values.detach().clone()) - values).detach()
+
+
 def broadcast_from_first(values: Tensor) -> Tensor:
     """Return the first process's `values` on every process. A collective operation."""
     if distributed.is_available() and distributed.is_initialized():
@@ -269,8 +277,7 @@ class IndexBackpropCodebook(VectorQuantizer):
         codes = distances.argmin(1)
         chosen = F.one_hot(codes, len(codebook)).to(shares.dtype)
         quantized = self.straight_through(latent, codes, codebook)
-        mean_shares = all_reduce_mean(shares.mean(0)) if distributed.is_initialized() else shares.mean(0)
-        entropy_term = (entropy(shares).mean() - entropy(mean_shares)) / math.log(len(codebook))
+        entropy_term = (entropy(shares).mean() - entropy(global_mean(shares.mean(0)))) / math.log(len(codebook))
         return quantized._replace(
             latent=(chosen + shares - shares.detach()) @ codebook,
             codebook_loss=quantized.codebook_loss + ENTROPY_WEIGHT * entropy_term,
@@ -293,7 +300,11 @@ class AdditiveCodebook(VectorQuantizer):
         del self.embedding
         num_fine = 2 ** (size.bit_length() // 2)
         if size % num_fine:
-            raise ValueError(f"a codebook of {size} codes is not a product of two")
+            raise BadInput(
+                f"{size} codes are not {num_fine} fine ones for each of some coarse ones",
+                where="model.codebook_size",
+                remedy=f"use a multiple of {num_fine}",
+            )
         self.coarse = nn.Parameter(torch.randn(size // num_fine, width) * width**-0.5)
         self.fine = nn.Parameter(torch.randn(num_fine, width) * 0.3 * width**-0.5)
 
@@ -357,8 +368,8 @@ class LevelQuantizer(Quantizer):
         if not self.is_binary:
             return Quantized(straight_through, codes, zero, zero)
         is_one = (2 * bounded * len(self.levels) ** 0.5).sigmoid()
-        mean_share = all_reduce_mean(is_one.mean(0)) if distributed.is_initialized() else is_one.mean(0)
-        entropy_term = (binary_entropy(is_one).mean() - binary_entropy(mean_share).mean()) / math.log(2)
+        certainty, evenness = binary_entropy(is_one).mean(), binary_entropy(global_mean(is_one.mean(0))).mean()
+        entropy_term = (certainty - evenness) / math.log(2)
         return Quantized(straight_through, codes, ENTROPY_WEIGHT * entropy_term, F.mse_loss(bounded, values))
 
 

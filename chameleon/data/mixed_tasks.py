@@ -301,7 +301,7 @@ def conversations(
     shelf = Shelf(pictures, view, split)
     for index in range(count):
         for attempt in range(MAX_TRIES):
-            made = MAKERS[name](shelf, random.Random(f"{seed} {name} {index} {attempt}"))
-            if made is not None:
-                yield made
+            conversation = MAKERS[name](shelf, random.Random(f"{seed} {name} {index} {attempt}"))
+            if conversation is not None:
+                yield conversation
                 break
