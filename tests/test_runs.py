@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_model, recipe_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +23,7 @@ from chameleon import progress
 from chameleon.cli import main
 from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import apply_activation_checkpointing
+from chameleon.model.document_attention import document_attention, document_groups
 from chameleon.model.transformer import block_diagonal_causal_block_mask, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train import checkpoint, memory, trainer
@@ -168,6 +172,31 @@ def test_blocks_attend_as_the_mask_does() -> None:
             for mask in (block_diagonal_causal_mask(documents), block_diagonal_causal_block_mask(documents))
         )
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=8), min_size=1, max_size=3), st.sampled_from([1, 2, 4]))
+@settings(max_examples=40, deadline=None)
+def test_documents_attend_by_themselves_as_with_the_mask(rows: list[list[int]], kv_heads: int) -> None:
+    """Outputs and gradients equal those of the dense mask, in all precisions and where documents reach to a row's end."""
+    length = max(map(sum, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, lengths in zip(ids, rows, strict=True):
+        documents = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([*lengths, length - sum(lengths)]))
+        row.copy_(documents)
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, weights = (
+        torch.randn(len(rows), heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads, 4)
+    )
+    mask, groups = block_diagonal_causal_mask(ids), document_groups(ids)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    gradients = torch.autograd.grad((exact * weights).sum(), (q, k, v))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 6e-2)):
+        got = document_attention(q.to(dtype), k.to(dtype), v.to(dtype), groups)
+        assert got.dtype == dtype
+        got_gradients = torch.autograd.grad((got * weights).sum(), (q, k, v))
+        for one, other in zip((got, *got_gradients), (exact, *gradients), strict=True):
+            torch.testing.assert_close(one.double(), other, atol=tolerance * (1 + float(other.detach().abs().max())), rtol=0)
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

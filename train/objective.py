@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from chameleon.data.mixture import PackedBatch
+from chameleon.model.document_attention import document_groups
 from chameleon.model.loss import TokenLoss, chunked_cross_entropy, cut_cross_entropy
-from chameleon.model.transformer import Transformer, block_diagonal_causal_block_mask, block_diagonal_causal_mask
+from chameleon.model.transformer import (
+    AttentionMask,
+    Transformer,
+    block_diagonal_causal_block_mask,
+    block_diagonal_causal_mask,
+)
 
-AttentionKind = Literal["auto", "dense", "flex"]
+AttentionKind = Literal["auto", "dense", "documents", "flex"]
+MASKS: dict[str, Callable[[Tensor], AttentionMask]] = {
+    "dense": block_diagonal_causal_mask,
+    "documents": document_groups,
+    "flex": block_diagonal_causal_block_mask,
+}
+"""Kind of attention → what is made of the document ids [B, T] of a batch."""
 LossKind = Literal["chunked", "cut"]
 
 
@@ -27,8 +40,10 @@ class Objective(nn.Module):
 
     def forward(self, batch: PackedBatch, loss_weights: Tensor) -> TokenLoss:
         """Return the sum of the weighted losses of a batch [B, T]; loss_weights [B, T] carry the normalisation."""
-        is_flex = self.attention == "flex" or (self.attention == "auto" and batch.input_ids.device.type == "cuda")
-        mask = (block_diagonal_causal_block_mask if is_flex else block_diagonal_causal_mask)(batch.document_ids)
+        attention = self.attention
+        if attention == "auto":
+            attention = "flex" if batch.input_ids.device.type == "cuda" else "documents"
+        mask = MASKS[attention](batch.document_ids)
         hidden = self.model(batch.input_ids, batch.positions, mask)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

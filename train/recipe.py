@@ -147,8 +147,9 @@ class TrainRecipe:
     loss: LossKind = "chunked"
     """`cut`: the kernels of cut cross-entropy (arXiv 2411.09009), by the package of that name, on GPUs."""
     attention: AttentionKind = "auto"
-    """`flex`: FlexAttention, which skips blocks between documents; `dense`: a dense mask; `auto`: `flex` on GPUs, unless
-    activations are recomputed, which PyTorch 2.11 refuses with it."""
+    """`flex`: FlexAttention, which skips blocks between documents; `documents`: each document by itself, several of about a
+    length at once; `dense`: a dense mask; `auto`: `documents` on CPUs, `flex` on GPUs, or `dense` there where activations
+    are recomputed, which PyTorch 2.11 refuses with `flex`."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Activations recomputed in the backward pass: `full`: all; `selective`: all but those of products and attention."""
     stability: StabilityConfig = field(default_factory=StabilityConfig)

@@ -40,7 +40,8 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
                 where="recipe.attention",
                 remedy="use auto",
             )
-        recipe.attention = "dense"  # what auto means here
+        if recipe.attention == "auto" and (recipe.compile or uses_gpus(recipe.run)):
+            recipe.attention = "dense"
     start = TrainingStart.from_recipe(recipe)
     context_length = recipe.context_length or start.config.context_length
     if context_length > start.config.context_length:

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chameleon.model.config import ModelConfig
+from chameleon.model.document_attention import DocumentGroups, document_attention
 from chameleon.model.kv_cache import BatchLayout
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Rope = tuple[Tensor, Tensor]
-AttentionMask: TypeAlias = "Tensor | BlockMask"
+AttentionMask: TypeAlias = "Tensor | BlockMask | DocumentGroups"
 
 
 def rope_cos_sin(positions: Tensor, head_width: int, theta: float) -> Rope:
@@ -90,6 +91,8 @@ class ScaledDotProductAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
         """q [B, H, T, C], k and v [B, K, S, C] to [B, H, T, C]; without a mask, attention is causal."""
         enable_gqa = q.shape[1] != k.shape[1]
+        if isinstance(mask, DocumentGroups):
+            return document_attention(q, k, v, mask)
         if mask is not None and not isinstance(mask, Tensor):
             return flex_attention_for(q.device.type)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
         is_causal = mask is None and q.shape[2] > 1
@@ -238,7 +241,7 @@ class Transformer(nn.Module):
         """Return hidden states [B, T, D] after the final norm.
 
         token_ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query
-        attends to a key, or a block mask for FlexAttention; by default causal. layout: with a KV cache, where the tokens
+        attends to a key, a block mask for FlexAttention, or the batch's documents; by default causal. layout: with a KV cache, where the tokens
         (one row, B = 1) are stored in it; it gives their positions too.
         """
         if layout is not None:
