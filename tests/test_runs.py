@@ -196,7 +196,9 @@ def test_documents_attend_by_themselves_as_with_the_mask(rows: list[list[int]], 
         assert got.dtype == dtype
         got_gradients = torch.autograd.grad((got * weights).sum(), (q, k, v))
         for one, other in zip((got, *got_gradients), (exact, *gradients), strict=True):
-            torch.testing.assert_close(one.double(), other, atol=tolerance * (1 + float(other.detach().abs().max())), rtol=0)
+            torch.testing.assert_close(
+                one.double(), other, atol=tolerance * (1 + float(other.detach().abs().max())), rtol=0
+            )
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

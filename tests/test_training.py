@@ -449,6 +449,17 @@ def test_a_codebook_that_collapses_is_reported(tmp_path: Path, monkeypatch: pyte
     assert sum(revived) > 0
 
 
+def test_codes_that_tell_nothing_of_a_picture_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However evenly they are used: here those of a network that does not learn, at the first step that is looked at."""
+    monkeypatch.setattr("chameleon.train.image_tokenizer.USAGE_SETTLES_AFTER_STEPS", 5)
+    recipe = image_recipe(tmp_path)
+    recipe.run.max_steps, recipe.min_codebook_usage, recipe.optimizer.lr = 8, 0.0, 0.0
+    fit_image(recipe)
+    (reported,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(reported)["step"] == 6 and "nearer than their mean" in reported
+    assert all(float(row["train/psnr_gain"]) < 1 for row in log_of(tmp_path / "run"))
+
+
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same_and_are_watched(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     path = recipe_file(tmp_path, tokenizer)

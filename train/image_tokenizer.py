@@ -40,6 +40,8 @@ CODEBOOK_INIT_BATCH_SIZE = 8
 CODEBOOK_INIT_PICTURES = 512
 USAGE_SETTLES_AFTER_STEPS = 200
 """Steps after which the usage of the codebook is meaningful."""
+MIN_GAIN_DB = 1.0
+"""How much nearer a reconstruction must be than the mean of its batch's pictures, for the codes to tell something."""
 USAGE_WINDOW = 16
 """Latents for each code over which uses are counted."""
 MIN_RECENT_USES = 0.5
@@ -234,7 +236,8 @@ class ImageTokenizerModule(StepModule):
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         grad_norm = global_grad_norm(parameters)
         mean_psnr = psnr(reconstruction.detach(), pictures).mean()
-        mean_loss, mean_psnr = all_reduce_mean(torch.stack((loss.detach().float(), mean_psnr)))
+        psnr_of_mean = psnr(pictures.mean(dim=0, keepdim=True), pictures).mean()
+        mean_loss, mean_psnr, gain = all_reduce_mean(torch.stack((loss.detach().float(), mean_psnr, mean_psnr - psnr_of_mean)))
         if not self.should_skip_step(mean_loss, grad_norm):
             clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
             for optimizer in network_optimizers:
@@ -249,12 +252,13 @@ class ImageTokenizerModule(StepModule):
         window = USAGE_WINDOW * len(self.code_counts)
         self.code_counts.mul_(torch.exp(-counts.sum() / window)).add_(counts)
         code_perplexity = perplexity(self.code_counts)
-        self.check_collapse(float(code_perplexity) / len(self.code_counts))
+        self.check_collapse(float(code_perplexity) / len(self.code_counts), float(gain))
         if self.is_logged_step:
             quantizer = self.network.quantize
             metrics |= {
                 "train/loss": mean_loss,
                 "train/psnr": mean_psnr,
+                "train/psnr_gain": gain,
                 "train/commitment": quantized.commitment_loss,
                 "train/grad_norm": grad_norm,
                 "train/codebook_usage": (self.code_counts >= MIN_RECENT_USES).float().mean(),
@@ -292,17 +296,23 @@ class ImageTokenizerModule(StepModule):
             optimizer.step()
         return loss.detach()
 
-    def check_collapse(self, usage: float) -> None:
-        """Warn once where hardly any code is used any more. usage: perplexity of the codes / size of the codebook."""
-        is_settled = self.completed_steps >= USAGE_SETTLES_AFTER_STEPS
-        if is_settled and usage < self.recipe.min_codebook_usage and not self.collapse_reported:
-            self.collapse_reported = True
-            self.events.add(
-                self.current_step,
-                "alarm",
-                f"the codebook collapses: its perplexity is {usage:.1%} of its size (lower the lr, or use "
-                "codebook=moving_average)",
-            )
+    def check_collapse(self, usage: float, gain_db: float) -> None:
+        """Warn once where hardly any code is used any more, or where pictures come back no better than their mean.
+
+        usage: perplexity of the codes / size of the codebook. gain_db: PSNR of the reconstructions above that of the mean of
+        the batch. Codes can be as frequent as each other and tell nothing: by position, or where the decoder ignores them.
+        """
+        if self.completed_steps < USAGE_SETTLES_AFTER_STEPS or self.collapse_reported:
+            return
+        if usage < self.recipe.min_codebook_usage:
+            sign = f"its perplexity is {usage:.1%} of its size"
+        elif gain_db < MIN_GAIN_DB:
+            sign = f"pictures come back {gain_db:.1f} dB nearer than their mean"
+        else:
+            return
+        self.collapse_reported = True
+        remedy = "lower the lr, or use codebook=moving_average"
+        self.events.add(self.current_step, "alarm", f"the codebook collapses: {sign} ({remedy})")
 
     # --- validation and result -------------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, groups: DocumentGroups) 
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (part.to(torch.get_autocast_dtype(q.device.type)) for part in (q, k, v))
     parts = [
-        Regroup.apply(part.transpose(1, 2).flatten(0, 1), groups.tokens, groups.places, None).split(sizes) for part in (q, k, v)
+        Regroup.apply(part.transpose(1, 2).flatten(0, 1), groups.tokens, groups.places, None).split(sizes)
+        for part in (q, k, v)
     ]
     outputs = []
     for shape, *group in zip(groups.shapes, *parts, strict=True):

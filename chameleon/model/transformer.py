@@ -241,8 +241,8 @@ class Transformer(nn.Module):
         """Return hidden states [B, T, D] after the final norm.
 
         token_ids: int64 [B, T]. positions: int64 [B, T], by default 0…T−1. mask: bool [B, 1, T, S], True where a query
-        attends to a key, a block mask for FlexAttention, or the batch's documents; by default causal. layout: with a KV cache, where the tokens
-        (one row, B = 1) are stored in it; it gives their positions too.
+        attends to a key, a block mask for FlexAttention, or the batch's documents; by default causal. layout: with a KV
+        cache, where the tokens (one row, B = 1) are stored in it; it gives their positions too.
         """
         if layout is not None:
             positions = layout.positions.unsqueeze(0)
