@@ -9,7 +9,9 @@ provenance.json              recipes, data and figures of the training, and SHA-
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,14 @@ class Bundle:
     @property
     def vocabulary(self) -> Vocabulary:
         return self.tokenizer.vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that identify the bundle, from its files' checksums; zeros where it was not loaded."""
+        checksums = self.provenance.get("sha256")
+        if not checksums:
+            return "0" * 12
+        return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:12]
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the bundle atomically, with weights in `dtype`."""

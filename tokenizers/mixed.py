@@ -259,10 +259,6 @@ class MixedTokenizer:
     def preparer(self) -> DocumentPreparer:
         return DocumentPreparer(self.text, self.vocabulary, self.image.config.resolution)
 
-    def encode_prompt(self, document: Document, *, conversation: bool) -> Tensor:
-        """Return token ids [T] of a prompt: `bos parts`, followed by `sep` where a conversation's answer is to come."""
-        return self.insert_image_codes([self.preparer.prepare_prompt(document, conversation=conversation)])[0][0]
-
     # --- decoding ---
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> Document:

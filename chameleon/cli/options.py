@@ -71,6 +71,7 @@ def add_model_options(parser: Parser) -> None:
 
 def load_model(arguments: argparse.Namespace) -> Chameleon:
     from chameleon.generation.chameleon import Chameleon
+    from chameleon.generation.engine import MAX_BATCH_SIZE
     from chameleon.threads import set_threads
 
     if arguments.threads is not None:
@@ -83,6 +84,7 @@ def load_model(arguments: argparse.Namespace) -> Chameleon:
         draft_length=arguments.draft_length,
         compile=arguments.compile,
         exact=arguments.exact,
+        max_batch_size=getattr(arguments, "max_batch_size", None) or MAX_BATCH_SIZE,
     )
 
 

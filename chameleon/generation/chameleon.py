@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
@@ -21,6 +23,7 @@ from chameleon.generation.image_requests import (
     generated_image_codes,
     image_request,
     randomly_kept_codes,
+    unpainted_codes,
     upper_codes,
 )
 from chameleon.generation.prompting import Example, GuidanceScale, PromptBuilder
@@ -30,7 +33,7 @@ from chameleon.generation.streaming import PartialImage, StreamDecoder
 from chameleon.model.fastest_format import choose_weight_form
 from chameleon.model.quantization import WeightFormat, convert_weights, fits_float16, make_exact
 from chameleon.threads import THREADS, ThreadPolicy
-from chameleon.tokenizers.image import BATCH_SIZE, Picture
+from chameleon.tokenizers.image import BATCH_SIZE, Picture, fit_square, load_picture
 from chameleon.tokenizers.mixed import Content
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
@@ -306,6 +309,40 @@ class Chameleon:
         prompts = [self.caption(picture) if prompt is None else prompt] * num_images
         return self.generate_images(prompts, seeds, guidance_scale, sampling, fixed_codes)
 
+    def paint(
+        self,
+        picture: Picture,
+        mask: PILImage.Image,
+        prompt: str = "",
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        guidance_scale: float = GUIDANCE_SCALE,
+        sampling: Sampling = IMAGE_SAMPLING,
+    ) -> list[PILImage.Image]:
+        """Draw a part of a picture anew; all other pixels stay.
+
+        mask: as large as the picture; the part is where it is not black. Codes of cells with a marked pixel are generated,
+        each after the prompt and all codes before it, of which the others are those of the picture.
+        """
+        task = self.painting(picture, mask)
+        seeds = range(seed, seed + num_images)
+        codes = [task.fixed_codes] * num_images
+        return [
+            task.merge(image)
+            for image in self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, codes)
+        ]
+
+    def painting(self, picture: Picture, mask: PILImage.Image) -> Painting:
+        """Return what is needed to draw a part of a picture anew, see `paint`."""
+        image, side = load_picture(picture), self.tokenizer.image.config.resolution
+        if mask.size != image.size:
+            raise BadInput(f"{mask.size} pixels, but the picture has {image.size}", where="mask")
+        square = fit_square(image, side)
+        painted = np.asarray(fit_square(mask.convert("L").convert("RGB"), side))[:, :, 0] > 0
+        codes = self.vocabulary.codes_to_ids(self.tokenizer.image.encode([square])[0]).flatten().tolist()
+        return Painting(square, painted, unpainted_codes(codes, painted, self.vocabulary.grid))
+
     def image_token_ids(self, picture: Picture) -> tuple[int, ...]:
         """Return the token ids of a picture's codes, row by row."""
         token_ids = self.prompts.token_ids(Document((Image(picture),)))
@@ -446,6 +483,23 @@ class Chameleon:
     ) -> Request:
         guidance = self.prompts.guidance(content, guidance_scale)
         return Request(self.prompts.token_ids(content), constraints, text_sampling, image_sampling, guidance, seed)
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A picture of which a part is to be drawn anew."""
+
+    picture: PILImage.Image
+    """At the resolution of the image tokenizer, R × R."""
+    painted: np.ndarray
+    """bool [R, R]: the pixels that change."""
+    fixed_codes: tuple[int, ...]
+    """Token ids of the picture's codes, −1 in cells that have such a pixel."""
+
+    def merge(self, drawn: PILImage.Image) -> PILImage.Image:
+        """Return the picture with the painted pixels of a drawing."""
+        pixels = np.where(self.painted[:, :, None], np.asarray(drawn.convert("RGB")), np.asarray(self.picture))
+        return PILImage.fromarray(pixels)
 
 
 def seeds_of(batch: Sequence[object], seeds: Sequence[int] | None) -> Sequence[int]:

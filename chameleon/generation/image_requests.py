@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def randomly_kept_codes(codes: Sequence[int], keep: float, seed: int) -> tuple[i
     generator = torch.Generator().manual_seed(check_seed(seed))
     is_kept = torch.rand(len(codes), generator=generator) < keep
     return tuple(torch.where(is_kept, torch.tensor(codes), -1).tolist())
+
+
+def unpainted_codes(codes: Sequence[int], painted: np.ndarray, grid: tuple[int, int]) -> tuple[int, ...]:
+    """Return the codes of an image with −1 for each cell of the grid that has a painted pixel: bool [R, R]."""
+    height, width = grid
+    cells = painted.reshape(height, painted.shape[0] // height, width, painted.shape[1] // width).any(axis=(1, 3))
+    if not cells.any():
+        raise BadInput("nothing is painted", where="mask", remedy="mark the pixels that are to be drawn anew")
+    return tuple(-1 if is_painted else code for code, is_painted in zip(codes, cells.flatten().tolist(), strict=True))
 
 
 def image_request(

@@ -62,6 +62,8 @@ class KVCacheManager:
         self.config, self.max_sequences, self.device = config, max_sequences, device
         self.dtype = cache_dtype(dtype, device)
         self.static_address = static_address
+        self.num_prompt_tokens = self.num_reused_tokens = 0
+        """Tokens of all prompts so far, and how many of them were in the cache already."""
         self.clear()
 
     def clear(self) -> None:
@@ -143,6 +145,8 @@ class KVCacheManager:
             best = max(num_cached, sequence.prefix_length)
             if other.num_pending and promised >= best + MIN_TOKENS_TO_WAIT_FOR:
                 sequence.prefix_source, sequence.prefix_length = other, promised
+        self.num_prompt_tokens += len(prompt)
+        self.num_reused_tokens += num_cached
         self.sequences.append(sequence)
         self.index.set(slot, sequence.token_ids)
         return sequence
@@ -160,6 +164,7 @@ class KVCacheManager:
             source = sequence.prefix_source
             if source is not None and source.num_cached >= sequence.prefix_length:
                 self.cache.copy_slot(source.slot, sequence.slot, sequence.prefix_length)
+                self.num_reused_tokens += sequence.prefix_length - sequence.num_cached
                 sequence.num_cached, sequence.prefix_source = sequence.prefix_length, None
 
     def discard(self, sequences: Sequence[CachedSequence]) -> None:

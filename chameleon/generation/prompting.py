@@ -9,7 +9,7 @@ from chameleon.bundle import Prompting
 from chameleon.document import Conversation, Document, Image, Message, Text
 from chameleon.errors import BadInput
 from chameleon.generation.guidance import Guidance, three_way, two_way
-from chameleon.tokenizers.mixed import Content, MixedTokenizer
+from chameleon.tokenizers.mixed import Content, MixedTokenizer, PreparedDocument
 
 GuidanceScale = float | tuple[float, float]
 """The scale of two-way guidance, or (image scale, full scale) of three-way guidance; 1 is no guidance."""
@@ -31,17 +31,24 @@ class PromptBuilder:
 
     def token_ids(self, content: Content) -> tuple[int, ...]:
         """Return the token ids of a prompt. The last message of a conversation must not be the assistant's."""
+        return self.encode_prepared(self.prepare(content))
+
+    def prepare(self, content: Content) -> list[PreparedDocument]:
+        """Read a prompt's pictures and encode its texts: all that does without the image tokenizer's network."""
+        preparer, is_conversational = self.tokenizer.preparer, self.is_conversational
         if isinstance(content, Document):
-            return tuple(self.tokenizer.encode_prompt(content, conversation=self.is_conversational).tolist())
+            return [preparer.prepare_prompt(content, conversation=is_conversational)]
         if content.messages[-1].role == "assistant":
             raise BadInput("the last message is the assistant's, so there is nothing to answer", where="conversation")
         num_answered = index_of_last_answer(content) + 1
         unanswered = [part for message in content.messages[num_answered:] for part in message.content.parts]
-        last_turn = self.tokenizer.encode_prompt(Document(unanswered), conversation=self.is_conversational).tolist()
-        if not num_answered:
-            return tuple(last_turn)
-        history = self.tokenizer.encode(Conversation(content.messages[:num_answered])).tolist()
-        return (*history, *last_turn[1:])  # bos stands at the beginning only
+        history = [preparer.prepare(Conversation(content.messages[:num_answered]))] if num_answered else []
+        return [*history, preparer.prepare_prompt(Document(unanswered), conversation=is_conversational)]
+
+    def encode_prepared(self, prepared: Sequence[PreparedDocument]) -> tuple[int, ...]:
+        """Return the token ids of what `prepare` returned, encoding its pictures."""
+        first, *rest = (variants[0].tolist() for variants in self.tokenizer.insert_image_codes(prepared))
+        return (*first, *(token_id for part in rest for token_id in part[1:]))  # bos stands at the beginning only
 
     def with_examples(self, examples: Sequence[Example], prompt: Document) -> Content:
         """Return a few-shot prompt: the examples as earlier turns of a conversation, or as lines of a document."""

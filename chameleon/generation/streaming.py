@@ -31,19 +31,28 @@ class StreamDecoder:
         self.text_bytes = b""
         self.image_block: list[int] = []
 
+    def completes_image(self, token_id: int) -> bool:
+        """Return whether pushing this token decodes an image or a part of one, by the image tokenizer's network."""
+        is_end = token_id == self.tokenizer.vocabulary.eoi
+        return bool(self.image_block) and (is_end or self.is_preview(len(self.image_block)))
+
+    def is_preview(self, num_codes: int) -> bool:
+        v = self.tokenizer.vocabulary
+        preview_length = self.preview_every_n_rows * v.grid[1]
+        return bool(preview_length) and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0
+
     def push(self, token_id: int) -> Iterator[Part | PartialImage]:
         """Add a token and yield the parts that it completes."""
         v = self.tokenizer.vocabulary
         if self.image_block or token_id == v.boi:
             yield from self.flush_text()  # a character cannot continue after an image
             self.image_block.append(token_id)
-            num_codes, row_length = len(self.image_block) - 1, v.grid[1]
-            preview_length = self.preview_every_n_rows * row_length
+            num_codes = len(self.image_block) - 1
             if token_id == v.eoi:
                 yield from self.tokenizer.decode(self.image_block).parts
                 self.image_block = []
-            elif preview_length and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0:
-                yield PartialImage(self.decode_upper_part(), num_codes // row_length)
+            elif self.is_preview(num_codes):
+                yield PartialImage(self.decode_upper_part(), num_codes // v.grid[1])
             return
         self.text_bytes += self.tokenizer.text_bytes([token_id])
         length = complete_utf8_length(self.text_bytes)

@@ -1,0 +1,390 @@
+"""What the routes share: prompts to token ids, generations to parts, and counting."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from fastapi import Request as HttpRequest
+from PIL import Image as PILImage
+
+from chameleon.document import Conversation, Document, Image, Message, Part, Role, Text
+from chameleon.errors import MAX_SEED
+from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.inspection import TokenScores, token_scores
+from chameleon.generation.request import Request
+from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
+from chameleon.generation.streaming import PartialImage, StreamDecoder
+from chameleon.serve.errors import ApiError
+from chameleon.serve.metrics import Metrics, RequestClock
+from chameleon.serve.schema import ChatMessage, ContentPart, SamplingBody
+from chameleon.serve.settings import Limits
+from chameleon.serve.worker import EngineWorker, Generation
+from chameleon.tokenizers.image import ImageFile
+from chameleon.tokenizers.mixed import Content
+from chameleon.vocabulary import Modality, Vocabulary
+
+CLIENT_CLOSED_REQUEST = 499
+Result = TypeVar("Result")
+Shown = Part | PartialImage
+
+
+class StopTexts:
+    """Ends a text before the first of some strings; what may be the start of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.is_stopped = list(stops), "", False
+
+    def push(self, text: str) -> str:
+        """Add text and return what can be shown."""
+        if self.is_stopped:
+            return ""
+        self.held += text
+        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if found:
+            self.is_stopped = True
+            shown, self.held = self.held[: min(found)], ""
+            return shown
+        longest = max(
+            (size for stop in self.stops for size in range(1, len(stop)) if self.held.endswith(stop[:size])), default=0
+        )
+        shown, self.held = self.held[: len(self.held) - longest], self.held[len(self.held) - longest :]
+        return shown
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        shown, self.held = self.held, ""
+        return shown
+
+
+@dataclass
+class Usage:
+    """Tokens of a request by modality: image codes, and all others as text."""
+
+    prompt_text: int = 0
+    prompt_image: int = 0
+    text: int = 0
+    image: int = 0
+
+    def chat(self) -> dict[str, Any]:
+        """Return the form of /v1/chat/completions."""
+        prompt, completion = self.prompt_text + self.prompt_image, self.text + self.image
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"text_tokens": self.prompt_text, "image_tokens": self.prompt_image},
+            "completion_tokens_details": {"text_tokens": self.text, "image_tokens": self.image},
+        }
+
+    def images(self) -> dict[str, Any]:
+        """Return the form of /v1/images."""
+        prompt, output = self.prompt_text + self.prompt_image, self.text + self.image
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"text_tokens": self.prompt_text, "image_tokens": self.prompt_image},
+            "output_tokens": output,
+            "output_tokens_details": {"text_tokens": self.text, "image_tokens": self.image},
+            "total_tokens": prompt + output,
+        }
+
+
+@dataclass
+class Answer:
+    """What one generation produced."""
+
+    token_ids: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    finish_reason: str = "stop"
+
+    def add(self, part: Part) -> None:
+        """Add a part; texts that follow each other are joined."""
+        if isinstance(part, Text) and self.parts and isinstance(self.parts[-1], Text):
+            self.parts[-1] = Text(self.parts[-1].text + part.text)
+        else:
+            self.parts.append(part)
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+class Service:
+    """A model behind an engine thread."""
+
+    def __init__(self, model: Chameleon, limits: Limits, name: str, metrics: Metrics) -> None:
+        self.model, self.limits, self.name, self.metrics = model, limits, name, metrics
+        self.vocabulary, self.fingerprint = model.vocabulary, model.bundle.fingerprint
+        self.worker = EngineWorker(model, metrics, max_waiting=limits.waiting)
+        self.special_names = {token_id: name for name, token_id in self.vocabulary.specials.items()}
+        self.is_draining = False
+        self.counted: dict[Any, int] = {}
+        """Counter of the engine's → its value when it was last read."""
+
+    # --- prompts ---
+
+    async def conversation(self, messages: Sequence[ChatMessage]) -> Conversation:
+        """Return messages as a conversation, their pictures read. Raises `ApiError` for what cannot be used."""
+        contents = [
+            m.content if isinstance(m.content, list) else [ContentPart(type="text", text=m.content)] for m in messages
+        ]
+        num_images = sum(part.type == "image_url" for content in contents for part in content)
+        if num_images > self.limits.images:
+            raise ApiError(400, f"{num_images} pictures, at most {self.limits.images} are allowed", param="messages")
+        result = []
+        for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            parts = [await self.content_part(part, f"messages.{index}") for part in content]
+            role: Role = "system" if message.role == "developer" else message.role
+            result.append(Message(role, Document(parts)))
+        return Conversation(result)
+
+    async def content_part(self, part: ContentPart, where: str) -> Part:
+        if part.type == "text":
+            return Text(checked_text(part.text or "", where))
+        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url if part.image_url else ""
+        header, comma, data = url.partition(",")
+        if not header.startswith("data:") or not comma:
+            raise ApiError(400, "image_url must be a data: URL; nothing is fetched", param=where)
+        try:
+            content = base64.b64decode(data, validate=True) if header.endswith(";base64") else b""
+        except ValueError:
+            content = b""
+        if not content:
+            raise ApiError(400, "the data: URL is not base64", param=where)
+        return Image(await asyncio.to_thread(self.read_picture, content, where))
+
+    def read_picture(self, data: bytes, where: str) -> PILImage.Image:
+        """Return a picture that a client sent. Raises `ApiError` for one that is damaged or too large."""
+        file = ImageFile(data, where)
+        width, height = file.size
+        if width * height > self.limits.pixels:
+            raise ApiError(400, f"{width} × {height} pixels, at most {self.limits.pixels:,} are allowed", param=where)
+        return file.rgb
+
+    async def token_ids(self, content: Content) -> tuple[int, ...]:
+        """Return the token ids of a prompt; its pictures are fitted here and encoded in the engine thread."""
+        prompts = self.model.prompts
+        prepared = await asyncio.to_thread(prompts.prepare, content)
+        if not any(document.pictures for document in prepared):
+            return prompts.encode_prepared(prepared)
+        return await self.worker.call(prompts.encode_prepared, prepared)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a text token; none for others."""
+        return self.model.tokenizer.text_bytes([token_id]) if token_id in self.vocabulary.text_ids else b""
+
+    def token_text(self, token_id: int) -> str:
+        """Return what a token is shown as: its text, `<code 17>`, or the name of a special token, as `<boi>`."""
+        if data := self.token_bytes(token_id):
+            return data.decode("utf-8", errors="replace")
+        if token_id in self.vocabulary.image_ids:
+            return f"<code {int(self.vocabulary.image_ids.indices(torch.tensor([token_id])))}>"
+        return f"<{self.special_names.get(token_id, token_id)}>"
+
+    # --- generation ---
+
+    def text_sampling(self, body: SamplingBody) -> Sampling:
+        """Return the sampling of text that a body asks for; temperature 0 is plain greedy decoding."""
+        default = GREEDY if body.temperature == 0 else TEXT_SAMPLING
+        return changed(default, body, ("temperature", "top_p", "top_k", "repetition_penalty"))
+
+    def image_sampling(self, body: Any) -> Sampling:
+        return changed(IMAGE_SAMPLING, body, ("temperature", "top_p", "top_k"))
+
+    def seeds(self, seed: int | None, count: int) -> range:
+        """Return a seed for each of several choices: the one that was asked for and those after it, or random ones."""
+        first = secrets.randbelow(MAX_SEED - count) if seed is None else seed
+        if first + count - 1 > MAX_SEED:
+            raise ApiError(400, f"seed: {first} is too large for {count} choices", param="seed")
+        return range(first, first + count)
+
+    @asynccontextmanager
+    async def generations(self, requests: Sequence[Request]) -> AsyncIterator[list[Generation]]:
+        """Submit requests; those that have not ended are cancelled at the end, however it comes."""
+        if self.is_draining:
+            raise ApiError(503, "the server is stopping", headers={"Retry-After": "1"})
+        generations = self.worker.submit(requests)
+        try:
+            yield generations
+        finally:
+            self.worker.cancel(generations)
+
+    async def parts(
+        self,
+        generation: Generation,
+        answer: Answer,
+        stops: Sequence[str] = (),
+        preview_every_n_rows: int = 0,
+    ) -> AsyncIterator[Shown]:
+        """Yield the parts of a generation as they are complete, and note them in `answer`."""
+        decoder, stop = StreamDecoder(self.model.tokenizer, preview_every_n_rows), StopTexts(stops)
+        decoder.image_block = started_image(generation.entry.request.prompt, self.vocabulary)
+        clock, reason = RequestClock(self.metrics), "abort"
+        try:
+            async with aclosing(self.worker.tokens(generation)) as batches:  # type: ignore[type-var]
+                async for token_ids in batches:
+                    clock.count(len(token_ids))
+                    answer.token_ids += token_ids
+                    for token_id in token_ids:
+                        if decoder.completes_image(token_id):
+                            shown = await self.worker.call(lambda token_id=token_id: list(decoder.push(token_id)))
+                        else:
+                            shown = list(decoder.push(token_id))
+                        for part in self.before_stop(shown, stop, answer):
+                            yield part
+                        if stop.is_stopped:
+                            break
+                    if stop.is_stopped:
+                        break
+            answer.finish_reason = "length" if generation.is_length_limited and not stop.is_stopped else "stop"
+            if not stop.is_stopped:
+                rest = (
+                    await self.worker.call(lambda: list(decoder.finish()))
+                    if decoder.image_block
+                    else list(decoder.finish())
+                )
+                for part in self.before_stop([*rest, Text(stop.finish())], StopTexts(()), answer):
+                    yield part
+            reason = answer.finish_reason
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            clock.end(reason)
+            self.count_generated(answer)
+
+    def before_stop(self, parts: Sequence[Shown], stop: StopTexts, answer: Answer) -> list[Shown]:
+        """Return what of these parts comes before a stop text, noted in the answer."""
+        shown: list[Shown] = []
+        for part in parts:
+            if isinstance(part, Text):
+                part = Text(stop.push(part.text))
+                if not part.text:
+                    continue
+            elif isinstance(part, Image) and (held := stop.finish()):  # a stop text does not continue after a picture
+                answer.add(Text(held))
+                shown.append(Text(held))
+            if not isinstance(part, PartialImage):
+                answer.add(part)
+            shown.append(part)
+        return shown
+
+    async def whole_answer(self, generation: Generation, stops: Sequence[str] = ()) -> Answer:
+        """Return a generation's answer once it has ended."""
+        answer = Answer()
+        async with aclosing(self.parts(generation, answer, stops)) as parts:  # type: ignore[type-var]
+            async for _ in parts:
+                pass
+        return answer
+
+    async def whole_answers(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Answer]:
+        """Return the answers of several requests, which run side by side."""
+        async with self.generations(requests) as generations:
+            return list(await asyncio.gather(*(self.whole_answer(generation, stops) for generation in generations)))
+
+    async def scores(self, token_ids: Sequence[int], top: int) -> TokenScores:
+        """Score a sequence in the engine thread."""
+        return await self.worker.call(token_scores, self.model, list(token_ids), max(1, top))
+
+    # --- counting ---
+
+    def count_by_modality(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """Return the number of image codes, and of all other tokens."""
+        images = int((self.vocabulary.modality(torch.tensor(token_ids, dtype=torch.int64)) == Modality.IMAGE).sum())
+        return images, len(token_ids) - images
+
+    def usage(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Usage:
+        """Return the usage of a request and count its prompts in the metrics."""
+        usage = Usage()
+        for prompt in prompts:
+            images, texts = self.count_by_modality(prompt)
+            usage.prompt_image += images
+            usage.prompt_text += texts
+        for answer in answers:
+            images, texts = self.count_by_modality(answer.token_ids)
+            usage.image += images
+            usage.text += texts
+        return usage
+
+    def count_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        usage = self.usage(prompts, ())
+        self.metrics.prompt_tokens.labels("text").inc(usage.prompt_text)
+        self.metrics.prompt_tokens.labels("image").inc(usage.prompt_image)
+
+    def count_generated(self, answer: Answer) -> None:
+        usage = self.usage((), [answer])
+        self.metrics.generation_tokens.labels("text").inc(usage.text)
+        self.metrics.generation_tokens.labels("image").inc(usage.image)
+
+    def update_gauges(self) -> None:
+        """Set the metrics that are read off the engine."""
+        engine, metrics = self.model.engine, self.metrics
+        metrics.running.set(len(engine.scheduler.running))
+        metrics.waiting.set(len(engine.scheduler.waiting))
+        metrics.cache_use.set(len(engine.manager.sequences) / engine.scheduler.max_sequences)
+        for counter, value in (
+            (metrics.prefix_queries, engine.manager.num_prompt_tokens),
+            (metrics.prefix_hits, engine.manager.num_reused_tokens),
+        ):
+            counter.inc(max(0, value - self.counted.get(counter, 0)))
+            self.counted[counter] = value
+
+
+def started_image(prompt: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+    """Return the tokens of the image that a prompt ends in, from boi on; none where it ends outside of one."""
+    for position in range(len(prompt) - 1, max(-1, len(prompt) - 1 - vocabulary.image_block_length), -1):
+        if prompt[position] == vocabulary.eoi:
+            break
+        if prompt[position] == vocabulary.boi:
+            return list(prompt[position:])
+    return []
+
+
+def changed(sampling: Sampling, body: Any, names: Sequence[str]) -> Sampling:
+    """Return the sampling with those fields that the body gives."""
+    given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    return replace(sampling, **given)
+
+
+def checked_text(text: str, where: str) -> str:
+    """Return the text. Raise `ApiError` for a lone surrogate, which JSON can spell but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, f"lone surrogate at character {error.start}", param=where) from None
+    return text
+
+
+def encode_picture(picture: PILImage.Image, format: str = "png") -> str:
+    """Return a picture in a file format, in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format.upper(), **({"quality": 95} if format != "png" else {}))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+async def while_connected(http: HttpRequest, limits: Limits, run: Callable[[], Any]) -> Any:
+    """Return the result of a coroutine function, which is cancelled where the client goes away or the time is over."""
+
+    async def disconnection() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(run()), asyncio.ensure_future(disconnection())
+    try:
+        done, _ = await asyncio.wait({task, watcher}, timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if watcher in done:
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client went away")
+        raise TimeoutError
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
