@@ -81,3 +81,20 @@ def picture_of_code(model: Chameleon, code: int) -> PILImage.Image:
     cell_width, cell_height = image.width // width, image.height // height
     left, top = width // 2 * cell_width, height // 2 * cell_height
     return image.crop((left, top, left + cell_width, top + cell_height))
+
+
+def pictures_in(model: Chameleon, token_ids: list[int]) -> list[tuple[int, PILImage.Image]]:
+    """Return the complete images of a sequence, each with the position of its first code."""
+    v = model.vocabulary
+    found, codes = [], []
+    for position, token_id in enumerate(token_ids):
+        end = position + 1 + v.codes_per_image
+        if token_id != v.boi or token_ids[end : end + 1] != [v.eoi]:
+            continue
+        block = torch.tensor(token_ids[position + 1 : end])
+        if v.is_image(block).all():
+            found.append(position + 1)
+            codes.append(v.ids_to_codes(block).view(v.grid))
+    if not found or not model.tokenizer.image.config.decoder:
+        return []
+    return list(zip(found, model.tokenizer.image.decode(torch.stack(codes)), strict=True))

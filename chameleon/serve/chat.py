@@ -19,10 +19,11 @@ from chameleon.generation.request import Request
 from chameleon.generation.sampling import IMAGE_SAMPLING
 from chameleon.generation.streaming import PartialImage, complete_utf8_length
 from chameleon.serve.errors import ApiError
-from chameleon.serve.schema import ChatBody, CompletionBody
+from chameleon.serve.schema import ChatBody, CompletionBody, ImageBody
 from chameleon.serve.service import Answer, Service, Shown, checked_text, encode_picture, while_connected
 from chameleon.serve.streams import DONE, event, event_stream, merge
 
+NOTHING: dict[str, Any] = {}
 EMPTY = Document()
 """The prompt of guidance."""
 
@@ -49,9 +50,8 @@ def add_routes(router: APIRouter, service: Service) -> None:
             for index, answer in enumerate(answers):
                 logprobs = await chat_logprobs(service, prompt, answer, body.top_logprobs) if body.logprobs else None
                 message = {"role": "assistant", "content": content_of(answer), "refusal": None}
-                choices.append(
-                    {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
-                )
+                choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+                choices.append(choice | token_ids_json(body, prompt, answer))
             return {
                 "id": new_id("chatcmpl"),
                 "object": "chat.completion",
@@ -123,6 +123,11 @@ def chat_request(service: Service, body: ChatBody, prompt: tuple[int, ...], seed
     return Request(prompt, constraints, service.text_sampling(body), IMAGE_SAMPLING, guidance, seed)
 
 
+def token_ids_json(body: ChatBody | ImageBody, prompt: Sequence[int], answer: Answer) -> dict[str, Any]:
+    """Return the token ids of prompt and answer, where a body asks for them."""
+    return {"prompt_token_ids": prompt, "token_ids": answer.token_ids} if body.return_token_ids else {}
+
+
 def content_of(answer: Answer) -> str | list[dict[str, Any]]:
     """Return the content of a message: a string where the answer is text, else a list of parts."""
     if all(isinstance(part, Text) for part in answer.parts):
@@ -151,9 +156,11 @@ async def chat_events(
         "model": service.name,
     }
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
+    def chunk(
+        index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None, more: dict[str, Any] = NOTHING
+    ) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event(envelope | {"choices": [choice]})
+        return event(envelope | {"choices": [choice | more]})
 
     answers = [Answer() for _ in generations]
     rows = preview_rows(service, body.partial_images)
@@ -167,7 +174,7 @@ async def chat_events(
         if body.logprobs:
             logprobs = await chat_logprobs(service, prompt, answer, body.top_logprobs)
             yield chunk(index, {"content": content_of(answer)}, logprobs=logprobs)
-        yield chunk(index, {}, answer.finish_reason)
+        yield chunk(index, {}, answer.finish_reason, more=token_ids_json(body, prompt, answer))
     if body.with_usage:
         yield event(envelope | {"choices": [], "usage": service.usage([prompt], answers).chat()})
     yield DONE

@@ -94,6 +94,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = Field(False, description="Also give the token ids of prompt and answer.")
     tools: Any = None
     functions: Any = None
     response_format: Any = None
@@ -147,7 +148,11 @@ class ImageBody(Body):
     output_format: Literal["png", "webp", "jpeg"] | None = None
     stream: bool | None = False
     partial_images: int | None = Field(0, ge=0, le=3)
-    rank: bool = Field(False, description="Likeliest pictures first, by the likelihood of the prompt as their caption.")
+    rank: bool = Field(
+        False,
+        description="Give each picture's log_likelihood, of the prompt as its caption; likeliest first unless streamed.",
+    )
+    return_token_ids: bool = Field(False, description="Also give the token ids of prompt and picture.")
 
 
 class TokenizeBody(Body):

@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 from chameleon.document import Conversation, Document, Image, Message, Part, Role, Text
 from chameleon.errors import MAX_SEED
 from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.inspection import TokenScores, token_scores
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
@@ -288,6 +289,12 @@ class Service:
         """Return the answers of several requests, which run side by side."""
         async with self.generations(requests) as generations:
             return list(await asyncio.gather(*(self.whole_answer(generation, stops) for generation in generations)))
+
+    async def caption(self, picture: PILImage.Image) -> str:
+        """Return the model's caption of a picture, as `Chameleon.caption` does."""
+        prompt = await self.token_ids(Document((Image(picture),)))
+        (answer,) = await self.whole_answers([Request(prompt, OutputConstraints(30), GREEDY)])
+        return answer.text.strip()
 
     async def scores(self, token_ids: Sequence[int], top: int) -> TokenScores:
         """Score a sequence in the engine thread."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from chameleon.generation.inspection import attention_weights, picture_of_code
+from chameleon.generation.inspection import attention_weights, picture_of_code, pictures_in
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import AttentionBody, DetokenizeBody, InspectBody, TokenizeBody
 from chameleon.serve.service import Service, checked_text, encode_picture
@@ -114,7 +114,8 @@ def add_routes(router: APIRouter, service: Service) -> None:
                     for other, value in zip(ids, values, strict=True)
                 ]
             tokens.append(entry)
-        return {"tokens": tokens}
+        pictures = await service.worker.call(pictures_in, model, body.tokens)
+        return {"tokens": tokens, "pictures": [{"start": s, "b64_json": encode_picture(p)} for s, p in pictures]}
 
     @router.post("/inspect/attention", summary="Where a token attends, by head")
     async def attention(body: AttentionBody) -> dict[str, Any]:
