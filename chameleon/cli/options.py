@@ -71,21 +71,17 @@ def add_model_options(parser: Parser) -> None:
 
 def load_model(arguments: argparse.Namespace) -> Chameleon:
     from chameleon.generation.chameleon import Chameleon
-    from chameleon.generation.engine import MAX_BATCH_SIZE
     from chameleon.threads import set_threads
 
     if arguments.threads is not None:
         set_threads(arguments.threads)
-    return Chameleon.load(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        weight_format=arguments.weight_format,
-        draft_length=arguments.draft_length,
-        compile=arguments.compile,
-        exact=arguments.exact,
-        max_batch_size=getattr(arguments, "max_batch_size", None) or MAX_BATCH_SIZE,
-    )
+    return Chameleon.load(arguments.model, **load_options(arguments))
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `Chameleon.load` that are given."""
+    names = ("device", "dtype", "weight_format", "draft_length", "compile", "exact", "max_batch_size")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 # --- sampling ---

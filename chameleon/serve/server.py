@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.supervisors import Multiprocess
 
 from chameleon.errors import BadInput
+from chameleon.serve.metrics import MULTIPROCESS_FOLDER
+from chameleon.serve.replica import ReplicaOptions, build_replica
 from chameleon.serve.settings import Limits
+
+START_SECONDS = 120.0
+"""Time that a replica may take to load its model."""
+HEALTH_CHECK_SECONDS = 20
+"""A replica that does not answer for so long is started again."""
 
 
 class Server(uvicorn.Server):
@@ -77,3 +88,28 @@ def serve(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> N
     server = Server(config_of(app, service.limits), stop)
     on_ready()
     server.run(sockets=[bound])
+
+
+class Replicas(Multiprocess):
+    """Processes that share a socket. One that dies is started again; SIGTERM drains all."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], on_ready: Callable[[], None]) -> None:
+        super().__init__(config, sockets)
+        self.on_ready = on_ready
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        if all(process.wait_until_ready(START_SECONDS, self.should_exit) for process in self.processes):
+            self.on_ready()
+
+
+def serve_replicas(options: ReplicaOptions, replicas: int, bound: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve with several processes, each with a model of its own, until a signal comes."""
+    with TemporaryDirectory(prefix="chameleon-metrics-") as folder:
+        os.environ[MULTIPROCESS_FOLDER] = folder
+        config = config_of(partial(build_replica, options), options.limits, factory=True, workers=replicas)
+        config.timeout_worker_healthcheck = HEALTH_CHECK_SECONDS
+        try:
+            Replicas(config, [bound], on_ready).run()
+        finally:
+            del os.environ[MULTIPROCESS_FOLDER]
