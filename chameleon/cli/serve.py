@@ -38,8 +38,8 @@ def add_verbs(verbs: Verbs) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise BadInput(f"{error.name} is missing", where="serve", remedy="pip install 'open-chameleon[serve]'") from None

@@ -20,7 +20,7 @@ from chameleon.generation.sampling import IMAGE_SAMPLING
 from chameleon.generation.streaming import PartialImage, complete_utf8_length
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import ChatBody, CompletionBody, ImageBody
-from chameleon.serve.service import Answer, Service, Shown, checked_text, encode_picture, while_connected
+from chameleon.serve.service import Answer, Service, Shown, encode_picture, while_connected
 from chameleon.serve.streams import DONE, event, event_stream, merge
 
 NOTHING: dict[str, Any] = {}
@@ -216,10 +216,7 @@ def prompts_of(service: Service, body: CompletionBody) -> list[tuple[int, ...]]:
         prompt = [prompt]
     bos = service.vocabulary.bos
     return [
-        (bos, *service.model.tokenizer.text_to_ids(checked_text(entry, "prompt")))
-        if isinstance(entry, str)
-        else tuple(entry)
-        for entry in prompt
+        (bos, *service.model.tokenizer.text_to_ids(entry)) if isinstance(entry, str) else tuple(entry) for entry in prompt
     ]
 
 

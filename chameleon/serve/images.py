@@ -24,7 +24,7 @@ from chameleon.generation.streaming import PartialImage
 from chameleon.serve.chat import opened, preview_rows, token_ids_json
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import MAX_CHOICES, MAX_TEXT, ImageBody
-from chameleon.serve.service import Answer, Service, checked_text, encode_picture, while_connected
+from chameleon.serve.service import Answer, Service, encode_picture, while_connected
 from chameleon.serve.streams import event, event_stream, merge
 from chameleon.tokenizers.image import ImageFile, fit_square
 
@@ -201,7 +201,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
         requests = [
             image_request(
                 service.model.prompts,
-                checked_text(body.prompt, "prompt"),
+                body.prompt,
                 seed=seed,
                 guidance_scale=scale,
                 sampling=service.image_sampling(body),

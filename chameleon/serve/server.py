@@ -86,6 +86,7 @@ def serve(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> N
         service.is_draining = True
 
     server = Server(config_of(app, service.limits), stop)
+    bound.listen()  # who comes from here on is answered
     on_ready()
     server.run(sockets=[bound])
 

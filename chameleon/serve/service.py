@@ -123,7 +123,7 @@ class Service:
     def __init__(self, model: Chameleon, limits: Limits, name: str, metrics: Metrics) -> None:
         self.model, self.limits, self.name, self.metrics = model, limits, name, metrics
         self.vocabulary, self.fingerprint = model.vocabulary, model.bundle.fingerprint
-        self.worker = EngineWorker(model, metrics, max_waiting=limits.waiting)
+        self.worker = EngineWorker(model, max_waiting=limits.waiting)
         self.special_names = {token_id: name for name, token_id in self.vocabulary.specials.items()}
         self.is_draining = False
         self.counted: dict[Any, int] = {}
@@ -148,7 +148,7 @@ class Service:
 
     async def content_part(self, part: ContentPart, where: str) -> Part:
         if part.type == "text":
-            return Text(checked_text(part.text or "", where))
+            return Text(part.text or "")
         url = part.image_url if isinstance(part.image_url, str) else part.image_url.url if part.image_url else ""
         header, comma, data = url.partition(",")
         if not header.startswith("data:") or not comma:
@@ -182,9 +182,15 @@ class Service:
         return self.model.tokenizer.text_bytes([token_id]) if token_id in self.vocabulary.text_ids else b""
 
     def token_text(self, token_id: int) -> str:
-        """Return what a token is shown as: its text, `<code 17>`, or the name of a special token, as `<boi>`."""
+        """Return what a token is shown as: its text, `<code 17>`, or the name of a special token, as `<boi>`.
+
+        Parts of a character are written `bytes:\\xc3`, as OpenAI's API does.
+        """
         if data := self.token_bytes(token_id):
-            return data.decode("utf-8", errors="replace")
+            try:
+                return data.decode("utf-8")
+            except UnicodeDecodeError:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         if token_id in self.vocabulary.image_ids:
             return f"<code {int(self.vocabulary.image_ids.indices(torch.tensor([token_id])))}>"
         return f"<{self.special_names.get(token_id, token_id)}>"
@@ -226,7 +232,7 @@ class Service:
     ) -> AsyncIterator[Shown]:
         """Yield the parts of a generation as they are complete, and note them in `answer`."""
         decoder, stop = StreamDecoder(self.model.tokenizer, preview_every_n_rows), StopTexts(stops)
-        decoder.image_block = started_image(generation.entry.request.prompt, self.vocabulary)
+        decoder.image_block = started_image(generation.request.prompt, self.vocabulary)
         clock, reason = RequestClock(self.metrics), "abort"
         try:
             async with aclosing(self.worker.tokens(generation)) as batches:  # type: ignore[type-var]
@@ -334,7 +340,7 @@ class Service:
         """Set the metrics that are read off the engine."""
         engine, metrics = self.model.engine, self.metrics
         metrics.running.set(len(engine.scheduler.running))
-        metrics.waiting.set(len(engine.scheduler.waiting))
+        metrics.waiting.set(self.worker.num_waiting)
         metrics.cache_use.set(len(engine.manager.sequences) / engine.scheduler.max_sequences)
         for counter, value in (
             (metrics.prefix_queries, engine.manager.num_prompt_tokens),
@@ -358,15 +364,6 @@ def changed(sampling: Sampling, body: Any, names: Sequence[str]) -> Sampling:
     """Return the sampling with those fields that the body gives."""
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     return replace(sampling, **given)
-
-
-def checked_text(text: str, where: str) -> str:
-    """Return the text. Raise `ApiError` for a lone surrogate, which JSON can spell but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ApiError(400, f"lone surrogate at character {error.start}", param=where) from None
-    return text
 
 
 def encode_picture(picture: PILImage.Image, format: str = "png") -> str:

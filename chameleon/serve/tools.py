@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from chameleon.generation.inspection import attention_weights, picture_of_code, pictures_in
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import AttentionBody, DetokenizeBody, InspectBody, TokenizeBody
-from chameleon.serve.service import Service, checked_text, encode_picture
+from chameleon.serve.service import Service, encode_picture
 from chameleon.vocabulary import Modality
 
 KINDS = {Modality.TEXT: "text", Modality.IMAGE: "code", Modality.STRUCTURE: "special"}
@@ -77,7 +77,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             token_ids = list(await service.token_ids(await service.conversation(body.messages)))
         else:
             bos = [model.vocabulary.bos] if body.add_special_tokens else []
-            token_ids = [*bos, *model.tokenizer.text_to_ids(checked_text(body.prompt or "", "prompt"))]
+            token_ids = [*bos, *model.tokenizer.text_to_ids(body.prompt or "")]
         result: dict[str, Any] = {"count": len(token_ids), "max_model_len": model.model.config.context_length}
         result["tokens"] = token_ids
         if body.return_token_strs:

@@ -7,9 +7,9 @@ so that streams of tokens go on.
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,12 +18,10 @@ from typing import Any, TypeVar
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.request import ActiveRequest, Request
-from chameleon.serve.metrics import Metrics
 
 CODES_BETWEEN_REQUESTS = {"cpu": 1}
 """Image codes that a device decodes before it looks for new requests; others decode a row of an image."""
 Result = TypeVar("Result")
-logger = logging.getLogger(__name__)
 
 
 class Overloaded(Exception):
@@ -36,29 +34,45 @@ class Stopped(Exception):
 
 @dataclass(eq=False)
 class Generation:
-    """A request that the engine is serving, and the tokens that wait for the event loop."""
+    """A request that was accepted, and the tokens that wait for the event loop."""
 
-    entry: ActiveRequest
+    request: Request
+    entry: ActiveRequest | None = None
+    """The engine's; None while the request is held back."""
     tokens: asyncio.Queue[list[int] | Exception | None] = field(default_factory=asyncio.Queue)
     """New token ids; the error of a failed request; None at the end."""
 
     @property
+    def draws(self) -> bool:
+        """Whether it may generate an image, for which it keeps its sequences long."""
+        return bool(self.request.constraints.image_limit or self.request.fixed_codes)
+
+    @property
     def is_length_limited(self) -> bool:
         """Whether the answer ended because no more tokens were allowed, and not where its format ends."""
+        assert self.entry is not None
         output = self.entry.output
         return output.is_exhausted and output.allowed_next() != AllowedNext.END
 
 
 class EngineWorker:
-    """Runs the engine, and jobs that need the model, in a thread of its own."""
+    """Runs the engine, and jobs that need the model, in a thread of its own.
 
-    def __init__(self, model: Chameleon, metrics: Metrics, *, max_waiting: int) -> None:
+    Requests are served in order of arrival, but a quarter of the engine's sequences is kept for those that generate text
+    alone: they are short, and would wait behind many drawings.
+    """
+
+    def __init__(self, model: Chameleon, *, max_waiting: int) -> None:
         """max_waiting: requests that wait for the engine at most; further ones are refused."""
-        self.model, self.engine, self.metrics, self.max_waiting = model, model.engine, metrics, max_waiting
+        self.model, self.engine, self.max_waiting = model, model.engine, max_waiting
         self.max_buffered_codes = CODES_BETWEEN_REQUESTS.get(self.engine.device.type, model.vocabulary.grid[1])
+        self.max_sequences = self.engine.scheduler.max_sequences
+        self.max_drawing_sequences = self.max_sequences - self.max_sequences // 4
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.generations: dict[int, Generation] = {}
-        """By the id of their request; only the engine thread removes them."""
+        self.held: deque[Generation] = deque()
+        """Accepted requests that the engine does not have yet, in order of arrival."""
+        self.running: list[Generation] = []
+        """Those that it has. Only the engine thread changes this list, and removes what is held."""
         self.is_stopped = False
         self.thread = threading.Thread(target=self.run_thread, name="engine", daemon=True)
 
@@ -82,12 +96,7 @@ class EngineWorker:
     @property
     def num_waiting(self) -> int:
         """Number of requests that are not being served yet."""
-        return len(self.engine.scheduler.waiting)
-
-    def check_queue(self, num_requests: int = 1) -> None:
-        """Raise `Overloaded` where so many requests more have no place in the queue."""
-        if self.num_waiting + num_requests > self.max_waiting:
-            raise Overloaded(f"{self.num_waiting} requests are waiting")
+        return len(self.held) + len(self.engine.scheduler.waiting)
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run a function in the engine thread, between two passes, and return its result."""
@@ -107,10 +116,12 @@ class EngineWorker:
 
     def submit(self, requests: Sequence[Request]) -> list[Generation]:
         """Queue requests, all or none. Raises `BadInput` for invalid ones, `Overloaded` where the queue is full."""
-        self.check_queue(len(requests))
-        entries = self.engine.submit_all(requests, self.max_buffered_codes)
-        generations = [Generation(entry) for entry in entries]
-        self.generations |= {generation.entry.request_id: generation for generation in generations}
+        if self.num_waiting + len(requests) > self.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests are waiting")
+        for request in requests:
+            request.validate(self.model.vocabulary, self.model.model.config.context_length, self.max_sequences)
+        generations = [Generation(request) for request in requests]
+        self.held.extend(generations)
         self.jobs.put(None)
         return generations
 
@@ -123,18 +134,17 @@ class EngineWorker:
 
     def cancel(self, generations: Sequence[Generation]) -> None:
         """End requests at the next pass, if they have not ended."""
-        request_ids = [g.entry.request_id for g in generations if g.entry.request_id in self.generations]
-        if request_ids:
-            self.jobs.put(lambda: self.forget(request_ids))
+        self.jobs.put(lambda: self.forget(generations))
 
     # --- called in the engine thread ---
 
     def run_thread(self) -> None:
         while not self.is_stopped:
-            self.run_job(wait=self.engine.is_idle)
+            self.run_job(wait=self.engine.is_idle and not self.held)
+            self.feed()
             if not self.engine.is_idle:
                 self.engine.step(self.max_buffered_codes)
-                self.deliver()
+            self.deliver()
 
     def run_job(self, wait: bool) -> None:
         try:
@@ -144,22 +154,45 @@ class EngineWorker:
         if job is not None:
             job()
 
-    def forget(self, request_ids: Sequence[int]) -> None:
-        self.engine.cancel_all(request_ids)
-        for request_id in request_ids:
-            self.generations.pop(request_id, None)
+    def feed(self) -> None:
+        """Give the engine what is held, as far as there are sequences for it; of each kind the first come first."""
+        used = {True: 0, False: 0}
+        for generation in self.running:
+            used[generation.draws] += len(generation.request.prompts)
+        is_blocked = {True: False, False: False}
+        for generation in list(self.held):
+            draws, size = generation.draws, len(generation.request.prompts)
+            is_full = sum(used.values()) + size > self.max_sequences
+            is_reserved = draws and used[draws] and used[draws] + size > self.max_drawing_sequences
+            is_blocked[draws] |= is_full or bool(is_reserved)
+            if is_blocked[draws]:
+                continue
+            self.held.remove(generation)
+            generation.entry = self.engine.scheduler.submit(generation.request, self.max_buffered_codes)
+            self.running.append(generation)
+            used[draws] += size
+
+    def forget(self, generations: Sequence[Generation]) -> None:
+        for generation in generations:
+            if generation.entry is not None:
+                self.engine.cancel(generation.entry.request_id)
+            if generation in self.held:
+                self.held.remove(generation)
+            if generation in self.running:
+                self.running.remove(generation)
 
     def deliver(self) -> None:
         """Send new tokens, errors and ends to the event loop, all in one call."""
         news: list[tuple[Generation, list[int] | Exception | None]] = []
-        for request_id, generation in list(self.generations.items()):
+        for generation in list(self.running):
             entry = generation.entry
+            assert entry is not None
             is_finished = entry.is_finished  # before reading: a finished request gets no more tokens
             if token_ids := [entry.unread.popleft() for _ in range(len(entry.unread))]:
                 news.append((generation, token_ids))
             if is_finished:
                 news.append((generation, entry.error))
-                self.forget([request_id])
+                self.forget([generation])
         if news:
             self.loop.call_soon_threadsafe(self.receive, news)
 
