@@ -51,7 +51,7 @@ from chameleon.serve.settings import ApiKey, ApiKeys, Limits, read_keys  # noqa:
 def running(model: Chameleon, **options: Any) -> Iterator[str]:
     """Serve a model in a thread; yields its address."""
     bound = bind("127.0.0.1", 0)
-    app = build_app(model, **options)
+    app = build_app(lambda: model, **options)
     server = Server(config_of(app, app.state.service.limits), lambda: None)
     server.capture_signals = lambda: contextmanager(lambda: iter([None]))()  # type: ignore[method-assign]  # not in a thread
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

@@ -31,7 +31,7 @@ class PromptBuilder:
 
     def token_ids(self, content: Content) -> tuple[int, ...]:
         """Return the token ids of a prompt. The last message of a conversation must not be the assistant's."""
-        return self.encode_prepared(self.prepare(content))
+        return self.encode_all([self.prepare(content)])[0]
 
     def prepare(self, content: Content) -> list[PreparedDocument]:
         """Read a prompt's pictures and encode its texts: all that does without the image tokenizer's network."""
@@ -45,10 +45,14 @@ class PromptBuilder:
         history = [preparer.prepare(Conversation(content.messages[:num_answered]))] if num_answered else []
         return [*history, preparer.prepare_prompt(Document(unanswered), conversation=is_conversational)]
 
-    def encode_prepared(self, prepared: Sequence[PreparedDocument]) -> tuple[int, ...]:
-        """Return the token ids of what `prepare` returned, encoding its pictures."""
-        first, *rest = (variants[0].tolist() for variants in self.tokenizer.insert_image_codes(prepared))
-        return (*first, *(token_id for part in rest for token_id in part[1:]))  # bos stands at the beginning only
+    def encode_all(self, prompts: Sequence[Sequence[PreparedDocument]]) -> list[tuple[int, ...]]:
+        """Return the token ids of several prompts that `prepare` returned; their pictures are encoded together."""
+        parts = iter(self.tokenizer.insert_image_codes([document for prompt in prompts for document in prompt]))
+        result = []
+        for prompt in prompts:
+            first, *rest = (next(parts)[0].tolist() for _ in prompt)
+            result.append((*first, *(token_id for part in rest for token_id in part[1:])))  # bos at the beginning only
+        return result
 
     def with_examples(self, examples: Sequence[Example], prompt: Document) -> Content:
         """Return a few-shot prompt: the examples as earlier turns of a conversation, or as lines of a document."""

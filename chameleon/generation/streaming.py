@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image as PILImage
+from torch import Tensor
 
-from chameleon.document import Part, Text
+from chameleon.document import Image, Part, Text
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
@@ -22,6 +23,23 @@ class PartialImage:
     """Rows of codes decoded."""
 
 
+@dataclass(frozen=True)
+class CodeBlock:
+    """The codes of an image, or of its upper rows, which the image tokenizer is yet to decode."""
+
+    codes: Tensor
+    """int64 [h, w]; of a partial image the last row is repeated down to the bottom."""
+    rows: int
+    """Rows of codes that are the image's own."""
+
+    def show(self, image: PILImage.Image) -> Image | PartialImage:
+        """Return the decoded image as a part; of a partial one, what its own rows show."""
+        height = len(self.codes)
+        if self.rows == height:
+            return Image(image)
+        return PartialImage(image.crop((0, 0, image.width, image.height * self.rows // height)), self.rows)
+
+
 class StreamDecoder:
     """Decodes the tokens of one request as they arrive."""
 
@@ -31,28 +49,29 @@ class StreamDecoder:
         self.text_bytes = b""
         self.image_block: list[int] = []
 
-    def completes_image(self, token_id: int) -> bool:
-        """Return whether pushing this token decodes an image or a part of one, by the image tokenizer's network."""
-        is_end = token_id == self.tokenizer.vocabulary.eoi
-        return bool(self.image_block) and (is_end or self.is_preview(len(self.image_block)))
-
-    def is_preview(self, num_codes: int) -> bool:
-        v = self.tokenizer.vocabulary
-        preview_length = self.preview_every_n_rows * v.grid[1]
-        return bool(preview_length) and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0
-
     def push(self, token_id: int) -> Iterator[Part | PartialImage]:
         """Add a token and yield the parts that it completes."""
+        for item in self.push_undecoded(token_id):
+            if isinstance(item, CodeBlock):
+                yield item.show(self.tokenizer.image.decode(item.codes.unsqueeze(0))[0])
+            else:
+                yield item
+
+    def push_undecoded(self, token_id: int) -> Iterator[Part | CodeBlock]:
+        """Like `push`, but leave the decoding of images to the caller."""
         v = self.tokenizer.vocabulary
         if self.image_block or token_id == v.boi:
             yield from self.flush_text()  # a character cannot continue after an image
             self.image_block.append(token_id)
-            num_codes = len(self.image_block) - 1
+            num_codes, preview_length = len(self.image_block) - 1, self.preview_every_n_rows * v.grid[1]
             if token_id == v.eoi:
-                yield from self.tokenizer.decode(self.image_block).parts
-                self.image_block = []
-            elif self.is_preview(num_codes):
-                yield PartialImage(self.decode_upper_part(), num_codes // v.grid[1])
+                block, self.image_block = self.image_block, []
+                if num_codes == v.codes_per_image + 1:
+                    yield self.code_block(block[1:-1])
+                else:
+                    yield from self.tokenizer.decode(block).parts
+            elif preview_length and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0:
+                yield self.code_block(self.image_block[1:])
             return
         self.text_bytes += self.tokenizer.text_bytes([token_id])
         length = complete_utf8_length(self.text_bytes)
@@ -71,13 +90,11 @@ class StreamDecoder:
             yield Text(self.text_bytes.decode("utf-8", errors="replace"))
             self.text_bytes = b""
 
-    def decode_upper_part(self) -> PILImage.Image:
-        """Decode the rows of codes so far, with the last one repeated down to the bottom, and crop the repeated part."""
+    def code_block(self, token_ids: Sequence[int]) -> CodeBlock:
+        """Return the rows of codes so far, with the last one repeated down to the bottom."""
         v = self.tokenizer.vocabulary
-        rows = v.ids_to_codes(torch.tensor(self.image_block[1:])).view(-1, v.grid[1])
-        codes = torch.cat((rows, rows[-1:].expand(v.grid[0] - len(rows), -1)))
-        image = self.tokenizer.image.decode(codes.unsqueeze(0))[0]
-        return image.crop((0, 0, image.width, image.height * len(rows) // v.grid[0]))
+        rows = v.ids_to_codes(torch.tensor(token_ids)).view(-1, v.grid[1])
+        return CodeBlock(torch.cat((rows, rows[-1:].expand(v.grid[0] - len(rows), -1))), len(rows))
 
 
 def complete_utf8_length(data: bytes) -> int:

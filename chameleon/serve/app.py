@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,15 @@ PAGE = Path(__file__).parent / "page"
 
 
 def build_app(
-    model: Chameleon, *, name: str = "chameleon", limits: Limits | None = None, keys: Sequence[ApiKey] = ()
+    load: Callable[[], Chameleon], *, name: str = "chameleon", limits: Limits | None = None, keys: Sequence[ApiKey] = ()
 ) -> FastAPI:
-    """Return the application for a model. Its engine thread runs while the application does."""
+    """Load a model in an engine thread and return the application for it; the thread ends when the application does."""
     limits = limits or Limits()
-    service = Service(model, limits, name, Metrics())
+    service = Service(load, limits, name, Metrics())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.worker.attach()
         yield
         service.worker.stop()
 

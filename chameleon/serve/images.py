@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from fastapi import APIRouter, Depends, File, Form, UploadFile
 from fastapi import Request as HttpRequest
 from PIL import Image as PILImage
@@ -18,7 +17,7 @@ from PIL import ImageOps
 from chameleon.document import Image
 from chameleon.errors import MAX_SEED
 from chameleon.generation.chameleon import GUIDANCE_SCALE
-from chameleon.generation.image_requests import generated_image_codes, image_request, randomly_kept_codes
+from chameleon.generation.image_requests import image_request, randomly_kept_codes
 from chameleon.generation.request import Request
 from chameleon.generation.streaming import PartialImage
 from chameleon.serve.chat import opened, preview_rows, token_ids_json
@@ -56,7 +55,7 @@ class ImageJob:
     async def whole(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
         answers = await self.service.whole_answers(self.requests)
-        pictures = await self.service.worker.call(self.decode, answers)
+        pictures = [picture for answer in answers for picture in answer.pictures]
         extras = await self.extras(pictures, answers, self.requests)
         encoded = await asyncio.to_thread(self.encode_all, pictures)
         data = [{"b64_json": picture} | extra for picture, extra in zip(encoded, extras, strict=True)]
@@ -64,14 +63,6 @@ class ImageJob:
             data.sort(key=lambda entry: -entry["log_likelihood"])
         usage = self.service.usage([request.prompt for request in self.requests], answers).images()
         return {"created": int(time.time()), "data": data, "usage": usage} | self.about
-
-    def decode(self, answers: Sequence[Answer]) -> list[PILImage.Image]:
-        """Decode the pictures of all answers in one batch."""
-        codes = [
-            generated_image_codes(request, answer.token_ids, self.service.vocabulary)
-            for request, answer in zip(self.requests, answers, strict=True)
-        ]
-        return self.service.model.tokenizer.image.decode(torch.stack(codes))
 
     def encode_all(self, pictures: Sequence[PILImage.Image]) -> list[str]:
         return [encode_picture(self.finish(picture), self.format) for picture in pictures]

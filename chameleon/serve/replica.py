@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,5 +33,5 @@ def build_replica(options: ReplicaOptions) -> FastAPI:
     """Load the model and return the application."""
     if options.threads is not None:
         set_threads(options.threads)
-    model = Chameleon.load(options.model, **options.load_options)
-    return build_app(model, name=options.name, limits=options.limits, keys=options.keys)
+    load = partial(Chameleon.load, options.model, **options.load_options)
+    return build_app(load, name=options.name, limits=options.limits, keys=options.keys)

@@ -6,9 +6,10 @@ import asyncio
 import base64
 import io
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.inspection import TokenScores, token_scores
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
-from chameleon.generation.streaming import PartialImage, StreamDecoder
+from chameleon.generation.streaming import CodeBlock, PartialImage, StreamDecoder
 from chameleon.serve.errors import ApiError
 from chameleon.serve.metrics import Metrics, RequestClock
 from chameleon.serve.schema import ChatMessage, ContentPart, SamplingBody
@@ -116,14 +117,20 @@ class Answer:
     def text(self) -> str:
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
+    @property
+    def pictures(self) -> list[PILImage.Image]:
+        return [part.image for part in self.parts if isinstance(part, Image) and isinstance(part.image, PILImage.Image)]
+
 
 class Service:
     """A model behind an engine thread."""
 
-    def __init__(self, model: Chameleon, limits: Limits, name: str, metrics: Metrics) -> None:
-        self.model, self.limits, self.name, self.metrics = model, limits, name, metrics
+    def __init__(self, load: Callable[[], Chameleon], limits: Limits, name: str, metrics: Metrics) -> None:
+        """load: loads the model, in the engine thread."""
+        self.worker = EngineWorker(load, max_waiting=limits.waiting)
+        self.model = model = self.worker.model
+        self.limits, self.name, self.metrics = limits, name, metrics
         self.vocabulary, self.fingerprint = model.vocabulary, model.bundle.fingerprint
-        self.worker = EngineWorker(model, max_waiting=limits.waiting)
         self.special_names = {token_id: name for name, token_id in self.vocabulary.specials.items()}
         self.is_draining = False
         self.counted: dict[Any, int] = {}
@@ -174,8 +181,8 @@ class Service:
         prompts = self.model.prompts
         prepared = await asyncio.to_thread(prompts.prepare, content)
         if not any(document.pictures for document in prepared):
-            return prompts.encode_prepared(prepared)
-        return await self.worker.call(prompts.encode_prepared, prepared)
+            return prompts.encode_all([prepared])[0]
+        return await self.worker.encode(prepared)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a text token; none for others."""
@@ -239,24 +246,16 @@ class Service:
                 async for token_ids in batches:
                     clock.count(len(token_ids))
                     answer.token_ids += token_ids
-                    for token_id in token_ids:
-                        if decoder.completes_image(token_id):
-                            shown = await self.worker.call(lambda token_id=token_id: list(decoder.push(token_id)))
-                        else:
-                            shown = list(decoder.push(token_id))
-                        for part in self.before_stop(shown, stop, answer):
+                    items = [item for token_id in token_ids for item in decoder.push_undecoded(token_id)]
+                    for item in joined_texts(items):
+                        shown = item.show(await self.worker.decode(item.codes)) if isinstance(item, CodeBlock) else item
+                        for part in self.before_stop([shown], stop, answer):
                             yield part
-                        if stop.is_stopped:
-                            break
                     if stop.is_stopped:
                         break
             answer.finish_reason = "length" if generation.is_length_limited and not stop.is_stopped else "stop"
             if not stop.is_stopped:
-                rest = (
-                    await self.worker.call(lambda: list(decoder.finish()))
-                    if decoder.image_block
-                    else list(decoder.finish())
-                )
+                rest = await self.worker.call(lambda: list(decoder.finish()))
                 for part in self.before_stop([*rest, Text(stop.finish())], StopTexts(()), answer):
                     yield part
             reason = answer.finish_reason
@@ -348,6 +347,15 @@ class Service:
         ):
             counter.inc(max(0, value - self.counted.get(counter, 0)))
             self.counted[counter] = value
+
+
+def joined_texts(items: Sequence[Part | CodeBlock]) -> Iterator[Part | CodeBlock]:
+    """Yield the items, with texts that follow each other as one."""
+    for is_text, group in groupby(items, lambda item: isinstance(item, Text)):
+        if is_text:
+            yield Text("".join(item.text for item in group if isinstance(item, Text)))
+        else:
+            yield from group
 
 
 def started_image(prompt: Sequence[int], vocabulary: Vocabulary) -> list[int]:

@@ -9,18 +9,27 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
 
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.request import ActiveRequest, Request
+from chameleon.tokenizers.image import BATCH_SIZE
 
-CODES_BETWEEN_REQUESTS = {"cpu": 1}
-"""Image codes that a device decodes before it looks for new requests; others decode a row of an image."""
+PASS_SECONDS = 0.02
+"""Time after which the engine is to look for new requests: so long it may decode image codes without a look."""
+DELIVERY_SECONDS = 0.02
+"""Tokens that follow each other faster are sent together; the first of a request is sent at once."""
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -41,6 +50,8 @@ class Generation:
     """The engine's; None while the request is held back."""
     tokens: asyncio.Queue[list[int] | Exception | None] = field(default_factory=asyncio.Queue)
     """New token ids; the error of a failed request; None at the end."""
+    has_started: bool = False
+    """Whether any token was sent."""
 
     @property
     def draws(self) -> bool:
@@ -55,6 +66,33 @@ class Generation:
         return output.is_exhausted and output.allowed_next() != AllowedNext.END
 
 
+class Batcher(Generic[Item, Result]):
+    """Calls a function of several items in the engine thread, with all that were given since its last call."""
+
+    def __init__(self, worker: EngineWorker, function: Callable[[Sequence[Item]], Sequence[Result]]) -> None:
+        self.worker, self.function = worker, function
+        self.pending: deque[tuple[Item, Future[Result]]] = deque()
+
+    async def __call__(self, item: Item) -> Result:
+        """Return the function's result for an item."""
+        future: Future[Result] = Future()
+        self.pending.append((item, future))
+        await self.worker.call(self.run)
+        return future.result()
+
+    def run(self) -> None:
+        pending = [self.pending.popleft() for _ in range(len(self.pending))]
+        if not pending:
+            return
+        try:
+            results = self.function([item for item, _ in pending])
+            for (_, future), result in zip(pending, results, strict=True):
+                future.set_result(result)
+        except Exception as error:
+            for _, future in pending:
+                future.set_exception(error)
+
+
 class EngineWorker:
     """Runs the engine, and jobs that need the model, in a thread of its own.
 
@@ -62,24 +100,37 @@ class EngineWorker:
     alone: they are short, and would wait behind many drawings.
     """
 
-    def __init__(self, model: Chameleon, *, max_waiting: int) -> None:
-        """max_waiting: requests that wait for the engine at most; further ones are refused."""
-        self.model, self.engine, self.max_waiting = model, model.engine, max_waiting
-        self.max_buffered_codes = CODES_BETWEEN_REQUESTS.get(self.engine.device.type, model.vocabulary.grid[1])
+    def __init__(self, load: Callable[[], Chameleon], *, max_waiting: int) -> None:
+        """Start the thread, and load the model in it.
+
+        No other thread should run operations of the model: where two threads of a process have OpenMP's helpers (libgomp),
+        there are more of them than processors and they no longer wait actively, which halves the engine's speed.
+
+        max_waiting: requests that wait for the engine at most; further ones are refused.
+        """
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.is_stopped = False
+        loaded: Future[Chameleon] = Future()
+        self.thread = threading.Thread(target=self.run_thread, args=(load, loaded), name="engine", daemon=True)
+        self.thread.start()
+        self.model = model = loaded.result()
+        self.engine, self.max_waiting = model.engine, max_waiting
+        self.max_buffered_codes = 1
+        """Image codes that the engine decodes between two looks for new requests."""
+        self.latest_delivery = 0.0
+        self.encode = Batcher(self, model.prompts.encode_all)
+        self.decode = Batcher(self, self.decode_codes)
         self.max_sequences = self.engine.scheduler.max_sequences
         self.max_drawing_sequences = self.max_sequences - self.max_sequences // 4
-        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.held: deque[Generation] = deque()
         """Accepted requests that the engine does not have yet, in order of arrival."""
         self.running: list[Generation] = []
         """Those that it has. Only the engine thread changes this list, and removes what is held."""
-        self.is_stopped = False
-        self.thread = threading.Thread(target=self.run_thread, name="engine", daemon=True)
+        self.jobs.put(self.serve)
 
-    def start(self) -> None:
-        """Start the thread; call it in the event loop that is to receive the tokens."""
+    def attach(self) -> None:
+        """Send tokens to the event loop that runs now."""
         self.loop = asyncio.get_running_loop()
-        self.thread.start()
 
     def stop(self) -> None:
         """End the thread after its current pass."""
@@ -125,6 +176,11 @@ class EngineWorker:
         self.jobs.put(None)
         return generations
 
+    def decode_codes(self, codes: Sequence[Tensor]) -> list[PILImage.Image]:
+        """Decode the codes [h, w] of several images."""
+        batch_size = 1 if self.engine.is_exact else BATCH_SIZE
+        return self.model.tokenizer.image.decode(torch.stack(list(codes)), batch_size=batch_size)
+
     async def tokens(self, generation: Generation) -> AsyncIterator[list[int]]:
         """Yield lists of new token ids, eos excluded. Raise the request's error where it failed."""
         while (item := await generation.tokens.get()) is not None:
@@ -138,13 +194,34 @@ class EngineWorker:
 
     # --- called in the engine thread ---
 
-    def run_thread(self) -> None:
+    def run_thread(self, load: Callable[[], Chameleon], loaded: Future[Chameleon]) -> None:
+        try:
+            loaded.set_result(load())
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        serve = self.jobs.get()  # what the thread needs is set by now
+        assert serve is not None
+        serve()
+
+    def serve(self) -> None:
+        """Serve until the worker is stopped."""
         while not self.is_stopped:
             self.run_job(wait=self.engine.is_idle and not self.held)
             self.feed()
             if not self.engine.is_idle:
-                self.engine.step(self.max_buffered_codes)
+                self.step()
             self.deliver()
+
+    def step(self) -> None:
+        """Run one pass of the engine, or as many codes of images as take the time of `PASS_SECONDS`."""
+        start = time.perf_counter()
+        self.engine.step(self.max_buffered_codes)
+        is_short = time.perf_counter() - start < PASS_SECONDS / 2
+        most = self.model.vocabulary.grid[1]
+        self.max_buffered_codes = (
+            min(most, 2 * self.max_buffered_codes) if is_short else max(1, self.max_buffered_codes // 2)
+        )
 
     def run_job(self, wait: bool) -> None:
         try:
@@ -168,7 +245,7 @@ class EngineWorker:
             if is_blocked[draws]:
                 continue
             self.held.remove(generation)
-            generation.entry = self.engine.scheduler.submit(generation.request, self.max_buffered_codes)
+            generation.entry = self.engine.scheduler.submit(generation.request)
             self.running.append(generation)
             used[draws] += size
 
@@ -184,15 +261,22 @@ class EngineWorker:
     def deliver(self) -> None:
         """Send new tokens, errors and ends to the event loop, all in one call."""
         news: list[tuple[Generation, list[int] | Exception | None]] = []
+        now = time.perf_counter()
+        is_due = now - self.latest_delivery >= DELIVERY_SECONDS
         for generation in list(self.running):
             entry = generation.entry
             assert entry is not None
             is_finished = entry.is_finished  # before reading: a finished request gets no more tokens
+            if not (is_due or is_finished or not generation.has_started):
+                continue
             if token_ids := [entry.unread.popleft() for _ in range(len(entry.unread))]:
                 news.append((generation, token_ids))
+                generation.has_started = True
             if is_finished:
                 news.append((generation, entry.error))
                 self.forget([generation])
+        if is_due:
+            self.latest_delivery = now
         if news:
             self.loop.call_soon_threadsafe(self.receive, news)
 
