@@ -159,6 +159,7 @@ async function form(withMask) {
 
 async function redraw(path, withMask) {
   if (withMask && !mask.some(Boolean)) return say("Brush over a part of the picture first.", true);
+  say("Drawing …");
   await run(path, await form(withMask), byId("paint-prompt").value, number("draw-seed") ?? 0, 4);
 }
 
