@@ -39,6 +39,7 @@ LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.demo": 10,
     "chameleon.shard_view": 10,
     "chameleon.run_view": 8,
+    "chameleon.serve": 10,
     "chameleon.cli": 11,
     "chameleon": 12,
 }

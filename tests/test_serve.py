@@ -736,6 +736,27 @@ def test_metrics_count_tokens_by_modality(model: Chameleon) -> None:
         assert value(r"num_requests_running") == 0
 
 
+def test_the_guide_s_example_runs(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```py\n(.*?)^```", guide, re.M | re.S)
+    exec(example.replace("http://127.0.0.1:8000", address), {})
+    assert capsys.readouterr().out
+
+
+def test_the_dashboard_shows_metrics_that_there_are(address: str) -> None:
+    folder = Path(__file__).parent.parent / "deploy" / "grafana"
+    expressions = [
+        target["expr"]
+        for panel in json.loads((folder / "chameleon.json").read_text())["panels"]
+        for target in panel["targets"]
+    ]
+    names = {
+        re.sub(r"_(bucket|count|sum)$", "", name) for text in expressions for name in re.findall(r"chameleon:\w+", text)
+    }
+    text = httpx.get(f"{address}/metrics").text
+    assert names and all(f"# TYPE {name} " in text or f"# TYPE {name.removesuffix('_total')} " in text for name in names)
+
+
 def test_streams_of_several_requests_are_merged_and_their_errors_raised() -> None:
     from chameleon.serve.streams import merge
 

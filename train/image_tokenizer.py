@@ -237,7 +237,9 @@ class ImageTokenizerModule(StepModule):
         grad_norm = global_grad_norm(parameters)
         mean_psnr = psnr(reconstruction.detach(), pictures).mean()
         psnr_of_mean = psnr(pictures.mean(dim=0, keepdim=True), pictures).mean()
-        mean_loss, mean_psnr, gain = all_reduce_mean(torch.stack((loss.detach().float(), mean_psnr, mean_psnr - psnr_of_mean)))
+        mean_loss, mean_psnr, gain = all_reduce_mean(
+            torch.stack((loss.detach().float(), mean_psnr, mean_psnr - psnr_of_mean))
+        )
         if not self.should_skip_step(mean_loss, grad_norm):
             clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
             for optimizer in network_optimizers:
@@ -299,8 +301,9 @@ class ImageTokenizerModule(StepModule):
     def check_collapse(self, usage: float, gain_db: float) -> None:
         """Warn once where hardly any code is used any more, or where pictures come back no better than their mean.
 
-        usage: perplexity of the codes / size of the codebook. gain_db: PSNR of the reconstructions above that of the mean of
-        the batch. Codes can be as frequent as each other and tell nothing: by position, or where the decoder ignores them.
+        usage: perplexity of the codes / size of the codebook. gain_db: PSNR of the reconstructions above that of the
+        batch's mean. Codes can be as frequent as each other and tell nothing: by position, or where the decoder ignores
+        them.
         """
         if self.completed_steps < USAGE_SETTLES_AFTER_STEPS or self.collapse_reported:
             return

@@ -110,6 +110,8 @@ def parallelize(
         assert isinstance(block, Block)
         apply_activation_checkpointing(block, activation_checkpointing)
         if compile:
+            if objective.attention == "documents":  # their groups have other shapes in each batch
+                block.attention.sdpa.forward = torch.compiler.disable(block.attention.sdpa.forward)  # type: ignore[method-assign]
             block.compile()
     if mesh is None:
         return

@@ -16,11 +16,20 @@ from chameleon.train.checkpoint import CheckpointCallback, find_resume_point
 from chameleon.train.language_data import PackedBatchDataset, TimedLoader, data_fingerprint
 from chameleon.train.language_module import LanguageModule
 from chameleon.train.memory import check_memory
+from chameleon.train.objective import AttentionKind
 from chameleon.train.recipe import TrainRecipe
 from chameleon.train.samples import SampleLogger
 from chameleon.train.step_module import SPARE_BATCHES_FACTOR
 from chameleon.train.trainer import build_trainer, fit, plain_recipe, uses_gpus
 from chameleon.train.training_start import TrainingStart
+
+
+def automatic_attention(recipe: TrainRecipe) -> AttentionKind:
+    """Return the kind of attention that `auto` means."""
+    is_recomputed, is_on_gpus = recipe.activation_checkpointing != "none", uses_gpus(recipe.run)
+    if is_recomputed and (is_on_gpus or recipe.compile):  # what is recomputed must be the same operations
+        return "dense"
+    return "flex" if is_on_gpus else "documents"
 
 
 def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
@@ -33,15 +42,14 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
     if recipe.attention == "flex" and not uses_gpus(recipe.run):
         raise BadInput("flex needs a GPU", where="recipe.attention", remedy="use auto")
-    if recipe.activation_checkpointing != "none":
-        if recipe.attention == "flex":
-            raise BadInput(
-                "flex does not go with activation_checkpointing: what PyTorch recomputes has another order",
-                where="recipe.attention",
-                remedy="use auto",
-            )
-        if recipe.attention == "auto" and (recipe.compile or uses_gpus(recipe.run)):
-            recipe.attention = "dense"
+    if recipe.activation_checkpointing != "none" and recipe.attention == "flex":
+        raise BadInput(
+            "flex does not go with activation_checkpointing: what PyTorch recomputes has another order",
+            where="recipe.attention",
+            remedy="use auto",
+        )
+    if recipe.attention == "auto":
+        recipe.attention = automatic_attention(recipe)
     start = TrainingStart.from_recipe(recipe)
     context_length = recipe.context_length or start.config.context_length
     if context_length > start.config.context_length:

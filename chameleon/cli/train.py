@@ -41,7 +41,9 @@ def demo(arguments: argparse.Namespace) -> None:
     from chameleon.demo import run_pipeline
 
     page = run_pipeline(arguments.recipe, Path(arguments.out), say=print_progress)
-    print_result(arguments, {"page": str(page)}, str(page))
+    bundle = page.parent / "finetune" / "bundle"
+    text = f"{page}\nTo talk to it: .venv/bin/chameleon serve --model {bundle}    (without --model: the shipped one)"
+    print_result(arguments, {"page": str(page), "bundle": str(bundle)}, text)
 
 
 def fit_text(arguments: argparse.Namespace) -> None:

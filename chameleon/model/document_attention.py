@@ -88,7 +88,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # groups have other shapes in each batch
 def document_attention(q: Tensor, k: Tensor, v: Tensor, groups: DocumentGroups) -> Tensor:
     """Causal softmax attention within documents; q [B, H, T, C], k and v [B, K, T, C] to [B, H, T, C]."""
     batch_size, _, length, _ = q.shape

@@ -91,7 +91,7 @@ function facts(token, position) {
     values.push(["probability", Math.exp(token.logprob).toPrecision(3)], ["entropy", `${token.entropy.toFixed(2)} nats`]);
   }
   if (token.kind === "code") {
-    values.push(["in this sequence", `${tokens.filter((other) => other.id === token.id).length} times`]);
+    values.push(["uses in this sequence", tokens.filter((other) => other.id === token.id).length]);
   }
   return element("table", {}, ...values.map(([name, value]) => row(name, String(value))));
 }
