@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from chameleon.data.mixture import PackedBatch, PackedSource, SourceConfig
 from chameleon.data.token_shards import write_shard
 from chameleon.device import fast_bfloat16, matmul_peak
 from chameleon.model.config import named_size
+from chameleon.model.document_attention import document_groups
 from chameleon.model.loss import chunked_cross_entropy
-from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
+from chameleon.model.transformer import ScaledDotProductAttention, Transformer, block_diagonal_causal_mask
 from chameleon.plan import flops_per_token
 from chameleon.tokenizers.text import SentencePieceTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -285,6 +287,7 @@ def our_documents(size: str, options: Any, *, compiled: bool) -> Side:
     model = Transformer(named_size(size, vocab_size=v.size)).to(options.device)
     model.init_weights()
     for block in model.blocks if compiled else []:
+        block.attention.sdpa.forward = torch.compiler.disable(block.attention.sdpa.forward)  # as training has it on CPUs
         block.compile()
     optimizers = build_optimizers(model, OptimizerConfig())
 
@@ -292,7 +295,8 @@ def our_documents(size: str, options: Any, *, compiled: bool) -> Side:
         for batch in rows:
             weights = (batch.loss_weights / batch.loss_weights.sum()).flatten()
             with mixed_precision(options):
-                mask = block_diagonal_causal_mask(batch.document_ids)
+                on_cpu = options.device.type == "cpu"
+                mask = (document_groups if on_cpu else block_diagonal_causal_mask)(batch.document_ids)
                 hidden = in_product_dtype(model(batch.input_ids, batch.positions, mask), options)
                 result = chunked_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights)
             finish(model, optimizers, result.loss)
@@ -340,6 +344,28 @@ def packed_rows(documents: list[Tensor], context_length: int, vocabulary: Vocabu
         PackedBatch(*map(torch.stack, zip(*found[start : start + rows], strict=True)))
         for start in range(0, len(found), rows)
     ]
+
+
+def attention(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
+    """Attention of 16 rows of 512 tokens packed with the documents above, 6 heads of 64, forward and backward.
+
+    Ours lets each document attend by itself (`attention: documents`), theirs is PyTorch's attention with a dense mask.
+    """
+    v, batches = documents_of("tiny")
+    batch = packed_rows([document for batch in batches for document in batch], 512, v)[0]
+    result = {}
+    for dtype in (torch.bfloat16, torch.float32) if fast_bfloat16(options.device) else (torch.float32,):
+        q, k, gradient, value = (torch.randn(16, 6, 512, 64, dtype=dtype, device=options.device) for _ in range(4))
+        inputs = [part.requires_grad_() for part in (q, k, value)]
+
+        def side(mask_of: Callable[[Tensor], Any], inputs: Any = inputs, gradient: Tensor = gradient) -> None:
+            output = ScaledDotProductAttention()(*inputs, mask_of(batch.document_ids))
+            torch.autograd.grad(output, inputs, gradient)
+
+        name = f"attention, {str(dtype).removeprefix('torch.')}"
+        sides = (partial(side, document_groups), partial(side, block_diagonal_causal_mask))
+        result[name] = compare(name, *sides, 16 * 512, "tokens/s", options)
+    return result
 
 
 def loss(vocabulary: Vocabulary, options: Any) -> dict[str, Any]:
@@ -449,7 +475,7 @@ def ceilings(vocabulary: Vocabulary, options: Any) -> dict[str, float]:
     return result
 
 
-PARTS = {part.__name__: part for part in (ceilings, training, base, tiny, loss, images, text)}
+PARTS = {part.__name__: part for part in (ceilings, training, base, tiny, attention, loss, images, text)}
 
 
 def main() -> None:
