@@ -697,6 +697,77 @@ def test_replicas_share_a_port_and_a_killed_one_comes_back(bundle_folder: Path) 
         process.kill()
 
 
+@pytest.mark.slow
+def test_replicas_on_ray_share_the_load_and_a_killed_one_comes_back(bundle_folder: Path) -> None:
+    """Under load from 4 clients; only what the killed replica was serving fails."""
+    pytest.importorskip("ray.serve")
+    import psutil
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--model", str(bundle_folder), "--engine", "ray", "--replicas", "3", "--cpus", "0.2", "--port", str(port))
+    process, url = start_server(*options)
+    try:
+
+        def replicas() -> set[int]:
+            return {
+                p.pid
+                for p in psutil.process_iter()
+                if "ServeReplica" in "".join(p.cmdline() if p.status() != "zombie" else [])
+            }
+
+        first, statuses, is_over = replicas(), list[int](), threading.Event()
+        assert len(first) == 3
+
+        def ask() -> None:
+            with httpx.Client() as client:
+                while not is_over.is_set():
+                    body = {"prompt": "heart", "seed": 0}
+                    statuses.append(client.post(f"{url}/v1/images/generations", json=body, timeout=60).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        os.kill(next(iter(first)), signal.SIGKILL)
+        came_back = until(lambda: len(replicas() - first) == 1, 60)
+        time.sleep(2)
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        assert came_back and set(statuses) <= {200, 500} and statuses.count(500) <= 4 < statuses.count(200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 0
+    finally:
+        process.kill()
+
+
+def test_texts_do_not_wait_behind_drawings(model: Chameleon) -> None:
+    """A quarter of the sequences is theirs: a text is answered before the first of many drawings."""
+    own, finished = Chameleon(model.bundle, max_batch_size=8), list[str]()
+    step = own.engine.run_step
+    with running(own) as url:
+
+        def ask(kind: str) -> None:
+            if kind == "text":
+                httpx.post(f"{url}/v1/chat/completions", json={"messages": asking("a"), "max_tokens": 3, "seed": 0})
+            else:
+                httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "guidance_scale": 3, "seed": 0})
+            finished.append(kind)
+
+        own.engine.run_step = lambda *arguments: (time.sleep(0.02), step(*arguments))  # type: ignore[method-assign]
+        threads = [threading.Thread(target=ask, args=("drawing",)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        assert until(lambda: len(own.engine.scheduler.running) == 3)
+        text = threading.Thread(target=ask, args=("text",))
+        text.start()
+        for thread in (*threads, text):
+            thread.join()
+    assert finished.index("text") <= 3  # of twelve, three at a time
+
+
 # --- the page, the schema, metrics ---
 
 
