@@ -8,7 +8,7 @@ PSNR, ST-LPIPS, the perplexity of the codes, and how often the right emoji is am
     python benchmarks/laboratory.py [VARIANT …] [--steps 1500] [--tokens 6000000] [--out runs/laboratory] [--device cpu]
 
 Results are written to OUT/VARIANT.json, pictures to OUT/VARIANT.png; variants that have a result are not run again.
-`--table` prints the results.
+`--table` prints the results and writes the reconstructions side by side to OUT/compared.png.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PILImage
+from PIL import ImageDraw
 
 from chameleon.data import emoji, labelled
 from chameleon.data.sources import texts_of
@@ -168,6 +169,19 @@ def sheet(*rows: list[PILImage.Image]) -> PILImage.Image:
     return PILImage.fromarray(np.concatenate(arrays))
 
 
+def compare(names: list[str], out: Path) -> PILImage.Image:
+    """Return the held-out pictures, and below them what each variant made of them, from its sheet in `out`."""
+    sheets = {name: PILImage.open(out / f"{name}.png").convert("RGB") for name in names}
+    rows = [("held out", next(iter(sheets.values())).crop((0, 0, 64 * SHOWN, 64)))]
+    rows += [(name, sheet.crop((0, 64, 64 * SHOWN, 128))) for name, sheet in sheets.items()]
+    picture = PILImage.new("RGB", (180 + 64 * SHOWN, 64 * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (name, row) in enumerate(rows):
+        draw.text((4, 64 * index + 24), name, fill="black", font_size=15)
+        picture.paste(row, (180, 64 * index))
+    return picture
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table."""
     lines = [
@@ -201,8 +215,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.table:
-        paths = [options.out / f"{name}.json" for name in VARIANTS]
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]))
+        names = [name for name in VARIANTS if (options.out / f"{name}.json").is_file()]
+        print(table([json.loads((options.out / f"{name}.json").read_text(encoding="utf-8")) for name in names]))
+        compare(names, options.out).save(options.out / "compared.png")
         return
     torch.set_float32_matmul_precision("high")
     judge = DrawingJudge(emoji.load("train"), emoji.load("validation"), options.device)
