@@ -219,6 +219,25 @@ def test_stop_texts_end_an_answer_before_the_first_of_them(text: str, stops: lis
         assert text.startswith(shown) and len(shown) <= (min(ends) if ends else len(text))
 
 
+def test_log_probabilities_reach_to_the_end_of_the_context(client: Any, model: Chameleon) -> None:
+    token_ids = [model.vocabulary.bos, *[30] * 250]
+    answer = client.completions.create(model="small", prompt=token_ids, max_tokens=100, logprobs=0, seed=1)
+    room = model.model.config.context_length + 1 - len(token_ids)
+    assert len(answer.choices[0].logprobs.token_logprobs) in (room, answer.usage.completion_tokens)
+
+
+def test_usage_and_token_ids_end_with_what_is_shown(client: Any, model: Chameleon) -> None:
+    body = {"model": "small", "messages": asking("heart"), "seed": 6, "max_tokens": 40}
+    extra = {"return_token_ids": True}
+    whole = client.chat.completions.create(**body, extra_body=extra).choices[0]
+    cut = client.chat.completions.create(**body, stop=[whole.message.content[4:7]], extra_body=extra)
+    token_ids = cut.choices[0].token_ids
+    assert token_ids == whole.token_ids[: len(token_ids)] and len(token_ids) == cut.usage.completion_tokens
+    text = model.tokenizer.text_bytes(token_ids[:-1]).decode(errors="replace")
+    assert cut.choices[0].message.content.startswith(text[: len(cut.choices[0].message.content)])
+    assert len(token_ids) < len(whole.token_ids)
+
+
 def test_a_stop_text_ends_the_answer(client: Any) -> None:
     body = {"model": "small", "messages": asking("heart"), "seed": 6, "max_tokens": 20}
     whole = client.chat.completions.create(**body).choices[0].message.content
@@ -472,6 +491,7 @@ def test_bombs_are_refused(model: Chameleon) -> None:
         large = data_url(PILImage.new("RGB", (101, 100)))
         cases = [
             (asking("a", PILImage.new("RGB", (101, 100))), 400, "101 × 100 pixels"),
+            (asking("a", *[PILImage.new("RGB", (90, 100))] * 2), 400, "90 × 100 pixels; a request may have 10,000"),
             (asking("a", *[noise(0, 2)] * 3), 400, "3 pictures"),
             ([{"role": "user", "content": large + "x" * 20_000}], 413, "20,000 bytes"),
         ]
@@ -493,6 +513,18 @@ def test_a_request_that_fails_fails_alone(model: Chameleon, monkeypatch: pytest.
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
         streamed = httpx.post(f"{url}/v1/chat/completions", json=body | {"logprobs": True, "stream": True})
         assert '"error"' in streamed.text and streamed.status_code == 200
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was doing and what comes later gets status 503, and so does the question whether it is ready."""
+    own = Chameleon(model.bundle)
+    with running(own) as url:
+        monkeypatch.setattr("chameleon.serve.worker.EngineWorker.deliver", lambda _: 1 / 0)
+        body = {"messages": asking("a"), "max_tokens": 4, "seed": 0}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20).status_code == 503
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20).status_code == 503
+        assert httpx.post(f"{url}/inspect", json={"tokens": [1, 2]}, timeout=20).status_code == 503
+        assert [httpx.get(f"{url}/{path}").status_code for path in ("health", "ready")] == [500, 503]
 
 
 class Paused:
@@ -602,6 +634,21 @@ def test_a_rate_is_never_exceeded(gaps: list[float], per_minute: int) -> None:
             assert not key.seconds_to_wait(now)
         served.append(now)
     assert all(sum(time <= other < time + 60 for other in served) <= 2 * per_minute for time in served)
+
+
+def test_pages_of_other_hosts_cannot_use_a_server_without_keys(model: Chameleon) -> None:
+    """Neither by a name of theirs that leads here, nor by a form."""
+    with running(Chameleon(model.bundle), hosts=("127.0.0.1", "localhost")) as url:
+        port = url.rpartition(":")[2]
+        for headers, status in (
+            ({}, 200),
+            ({"Host": f"localhost:{port}"}, 200),
+            ({"Origin": url}, 200),
+            ({"Host": "evil.example"}, 403),
+            ({"Origin": "https://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+        ):
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status, headers
 
 
 def test_keys_are_compared_whole() -> None:

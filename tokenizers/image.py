@@ -177,7 +177,12 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
     return picture.convert("RGB")
 
 
-def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImage.Image:
+def fit_square(
+    picture: PILImage.Image,
+    side: int,
+    fit: Fit = "crop",
+    resampling: PILImage.Resampling = PILImage.Resampling.LANCZOS,
+) -> PILImage.Image:
     """Return an RGB picture as a square of `side` pixels: centre-cropped, or with a white border."""
     width, height = picture.size
     if (width, height) == (side, side):
@@ -188,8 +193,8 @@ def fit_square(picture: PILImage.Image, side: int, fit: Fit = "crop") -> PILImag
     if fit == "crop" and size[0] * size[1] > MAX_PIXELS:  # a long strip: only scale what the square shows
         x_scale, y_scale = width / size[0], height / size[1]
         box = (-left * x_scale, -top * y_scale, (side - left) * x_scale, (side - top) * y_scale)
-        return picture.resize((side, side), PILImage.Resampling.LANCZOS, box=box)
-    picture = picture.resize(size, PILImage.Resampling.LANCZOS)
+        return picture.resize((side, side), resampling, box=box)
+    picture = picture.resize(size, resampling)
     if fit == "crop":
         return picture.crop((-left, -top, side - left, side - top))
     square = PILImage.new("RGB", (side, side), "white")

@@ -66,7 +66,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def replica_options(arguments: argparse.Namespace) -> ReplicaOptions:
     """Return the options of each replica. Raise `BadInput` for options that cannot be meant."""
     from chameleon.serve.replica import ReplicaOptions
-    from chameleon.serve.settings import ApiKey, Limits, check_exposure, read_keys
+    from chameleon.serve.settings import LOOPBACK, ApiKey, Limits, check_exposure, read_keys
 
     keys = read_keys(Path(arguments.api_keys)) if arguments.api_keys else []
     if key := arguments.api_key or os.environ.get(KEY_VARIABLE):
@@ -83,6 +83,7 @@ def replica_options(arguments: argparse.Namespace) -> ReplicaOptions:
         name=arguments.name or bundle_name(arguments.model),
         limits=Limits(waiting=arguments.max_waiting, seconds=arguments.timeout),
         keys=tuple(keys),
+        hosts=LOOPBACK if arguments.host in LOOPBACK and not keys else (),
         threads=threads,
     )
 

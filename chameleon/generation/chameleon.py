@@ -339,7 +339,8 @@ class Chameleon:
         if mask.size != image.size:
             raise BadInput(f"{mask.size} pixels, but the picture has {image.size}", where="mask")
         square = fit_square(image, side)
-        painted = np.asarray(fit_square(mask.convert("L").convert("RGB"), side))[:, :, 0] > 0
+        marked = fit_square(mask.convert("L").convert("RGB"), side, resampling=PILImage.Resampling.BOX)
+        painted = np.asarray(marked)[:, :, 0] > 0
         codes = self.vocabulary.codes_to_ids(self.tokenizer.image.encode([square])[0]).flatten().tolist()
         return Painting(square, painted, unpainted_codes(codes, painted, self.vocabulary.grid))
 

@@ -13,6 +13,9 @@ from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.transformer import ScaledDotProductAttention
 
+POSITIONS_PER_CHUNK = 256
+"""Positions whose logits exist at one time."""
+
 
 class TokenScores(NamedTuple):
     """What the model predicted at each position of a sequence [T] but the first, from the tokens before it."""
@@ -34,19 +37,22 @@ def token_scores(model: Chameleon, token_ids: list[int], top: int) -> TokenScore
     Raises `BadInput` for a sequence that is longer than the context, and for token ids outside the vocabulary.
     """
     check_sequence(model, token_ids)
-    hidden = model.model(torch.tensor([token_ids], device=model.engine.device))[0, :-1]
-    log_probs = model.model.logits(hidden).float().log_softmax(-1)
-    chosen = log_probs.gather(1, torch.tensor(token_ids[1:], device=log_probs.device).unsqueeze(1)).squeeze(1)
-    entropies = -(log_probs.exp() * log_probs).sum(-1)
-    values, ids = log_probs.topk(min(top, log_probs.shape[1]), dim=-1)
-    return TokenScores(chosen.cpu(), entropies.cpu(), values.cpu(), ids.cpu())
+    inputs, targets = torch.tensor([token_ids[:-1] or token_ids]), torch.tensor(token_ids[1:])
+    hidden = model.model(inputs.to(model.engine.device))[0, : len(targets)]
+    parts = []
+    for states, target in zip(hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
+        log_probs = model.model.logits(states).float().log_softmax(-1)
+        chosen = log_probs.gather(1, target.to(log_probs.device).unsqueeze(1)).squeeze(1)
+        values, ids = log_probs.topk(min(top, log_probs.shape[1]), dim=-1)
+        parts.append((chosen, -(log_probs.exp() * log_probs).sum(-1), values, ids))
+    return TokenScores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def check_sequence(model: Chameleon, token_ids: list[int]) -> None:
-    if not 1 <= len(token_ids) <= model.model.config.context_length:
-        raise BadInput(
-            f"{len(token_ids)} tokens, the context length is {model.model.config.context_length}", where="token ids"
-        )
+    """Raise `BadInput` unless the model can read the sequence; the last token need not be an input."""
+    context_length = model.model.config.context_length
+    if not 1 <= len(token_ids) <= context_length + 1:
+        raise BadInput(f"{len(token_ids)} tokens, the context length is {context_length}", where="token ids")
     if not 0 <= min(token_ids) <= max(token_ids) < model.vocabulary.size:
         raise BadInput(f"a token id is not below {model.vocabulary.size}", where="token ids")
 
@@ -56,8 +62,8 @@ def attention_weights(model: Chameleon, token_ids: list[int], position: int, lay
     """Return the attention of the token at `position` to itself and those before it: float32 [H, position + 1]."""
     check_sequence(model, token_ids)
     config = model.model.config
-    if not 0 <= position < len(token_ids):
-        raise BadInput(f"{position} is outside the {len(token_ids)} tokens", where="position")
+    if not 0 <= position < min(len(token_ids), config.context_length):
+        raise BadInput(f"{position} is outside the {len(token_ids)} tokens or the context", where="position")
     if not 0 <= layer < config.layers:
         raise BadInput(f"{layer} is none of {config.layers} layers", where="layer")
     seen: list[tuple[Tensor, Tensor]] = []

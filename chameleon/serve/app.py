@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -28,16 +29,26 @@ PAGE = Path(__file__).parent / "page"
 
 
 def build_app(
-    load: Callable[[], Chameleon], *, name: str = "chameleon", limits: Limits | None = None, keys: Sequence[ApiKey] = ()
+    load: Callable[[], Chameleon],
+    *,
+    name: str = "chameleon",
+    limits: Limits | None = None,
+    keys: Sequence[ApiKey] = (),
+    hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """Load a model in an engine thread and return the application for it; the thread ends when the application does."""
+    """Load a model in an engine thread and return the application for it; the thread ends when the application does.
+
+    hosts: see `Guards`.
+    """
     limits = limits or Limits()
     service = Service(load, limits, name, Metrics())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.attach()
+        gauges = asyncio.ensure_future(service.keep_gauges())
         yield
+        gauges.cancel()
         service.worker.stop()
 
     problem = {"description": "Invalid request", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
@@ -59,7 +70,7 @@ def build_app(
     chameleon.serve.images.add_routes(router, service)
     app.include_router(router)
     add_page(app)
-    app.add_middleware(Guards, keys=ApiKeys(keys), max_body_bytes=limits.body_bytes, metrics=service.metrics)
+    app.add_middleware(Guards, keys=ApiKeys(keys), max_body_bytes=limits.body_bytes, metrics=service.metrics, hosts=hosts)
     return app
 
 

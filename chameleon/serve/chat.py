@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -23,6 +25,9 @@ from chameleon.serve.schema import ChatBody, CompletionBody, ImageBody
 from chameleon.serve.service import Answer, Service, Shown, encode_picture, while_connected
 from chameleon.serve.streams import DONE, event, event_stream, merge
 
+MAX_COMPLETIONS = 128
+"""Answers of one request for completions."""
+Scored = dict[tuple[int, ...], TokenScores]
 NOTHING: dict[str, Any] = {}
 EMPTY = Document()
 """The prompt of guidance."""
@@ -37,10 +42,11 @@ def add_routes(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation of texts and pictures")
     async def chat(body: ChatBody, http: HttpRequest) -> Any:
-        conversation = await service.conversation(body.messages)
-        prompt = await service.token_ids(conversation)
+        async def read() -> tuple[int, ...]:
+            return await service.token_ids(await service.conversation(body.messages))
+
+        prompt = await while_connected(http, service.limits, read)
         requests = [chat_request(service, body, prompt, seed) for seed in service.seeds(body.seed, body.n)]
-        service.count_prompts([prompt])
         if body.stream:
             return event_stream(await opened(service, requests, chat_events, body, prompt), service.limits)
 
@@ -65,9 +71,10 @@ def add_routes(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/completions", summary="Continue a text")
     async def completions(body: CompletionBody, http: HttpRequest) -> Any:
-        prompts = prompts_of(service, body)
+        prompts = await asyncio.to_thread(prompts_of, service, body)
+        if body.n * len(prompts) > MAX_COMPLETIONS:
+            raise ApiError(400, f"{len(prompts)} prompts × n {body.n}: at most {MAX_COMPLETIONS} answers", param="n")
         seeds = service.seeds(body.seed, body.n * len(prompts))
-        service.count_prompts(prompts)
         is_scored_alone = body.echo and body.max_tokens == 0
         if not is_scored_alone and body.max_tokens == 0:
             raise ApiError(400, "max_tokens: 0 tokens need echo", param="max_tokens")
@@ -80,10 +87,11 @@ def add_routes(router: APIRouter, service: Service) -> None:
             answers = [Answer(finish_reason="length") for _ in range(count)]
             if not is_scored_alone:
                 answers = await service.whole_answers(requests, body.stops)
-            choices = []
-            for index, answer in enumerate(answers):
-                prompt = prompts[index // body.n]
-                choices.append(await completion_choice(service, body, prompt, index, answer))
+            scored: Scored = {}
+            choices = [
+                await completion_choice(service, body, prompts[index // body.n], index, answer, scored)
+                for index, answer in enumerate(answers)
+            ]
             return completion_envelope(service) | {"choices": choices, "usage": service.usage(prompts, answers).chat()}
 
         return await while_connected(http, service.limits, run)
@@ -231,18 +239,21 @@ def completion_envelope(service: Service) -> dict[str, Any]:
 
 
 async def completion_choice(
-    service: Service, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer
+    service: Service, body: CompletionBody, prompt: tuple[int, ...], index: int, answer: Answer, scored: Scored
 ) -> dict[str, Any]:
-    """Return one choice, with the prompt before it and log-probabilities where they are asked for."""
+    """Return one choice, with the prompt before it and log-probabilities where they are asked for.
+
+    scored: sequences that were scored already, each once.
+    """
     text, shown = answer.text, tuple(answer.token_ids)
     if body.echo:
         text, shown = "".join(piece_texts(service, prompt)) + text, (*prompt, *shown)
     logprobs = None
     if body.logprobs is not None:
         whole = (*prompt, *answer.token_ids)
-        logprobs = completion_logprobs(
-            service, shown, len(whole), await service.scores(whole, body.logprobs), body.logprobs
-        )
+        if whole not in scored:
+            scored[whole] = await service.scores(whole, body.logprobs)
+        logprobs = completion_logprobs(service, shown, len(whole), scored[whole], body.logprobs)
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
 
@@ -264,7 +275,7 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """Return the log-probabilities of the shown tokens, the last ones of a sequence of `num_tokens`."""
     texts = piece_texts(service, shown)
-    offsets = [sum(map(len, texts[:index])) for index in range(len(texts))]
+    offsets = [0, *itertools.accumulate(map(len, texts))][: len(texts)]
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     first = num_tokens - len(shown)
@@ -305,7 +316,7 @@ async def completion_events(
             yield chunk(index, part.text)
     for index, answer in enumerate(answers):
         if body.logprobs is not None:
-            choice = await completion_choice(service, body, prompts[index // body.n], index, answer)
+            choice = await completion_choice(service, body, prompts[index // body.n], index, answer, {})
             yield event(envelope | {"choices": [choice]})
         else:
             yield chunk(index, "", answer.finish_reason)

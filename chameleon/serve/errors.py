@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from chameleon.errors import BadInput
-from chameleon.serve.worker import Overloaded, Stopped
+from chameleon.serve.worker import GenerationFailed, Overloaded, Stopped
 
 RETRY_AFTER_SECONDS = 1
 KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
@@ -44,6 +44,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, f"too many requests: {error}", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
     if isinstance(error, Stopped):
         return ApiError(503, str(error), headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+    if isinstance(error, GenerationFailed):
+        logger.error("%s", error)
+        return ApiError(500, str(error))
     if isinstance(error, TimeoutError):
         return ApiError(408, "the request took too long")
     logger.exception("a request failed", exc_info=error)
@@ -78,7 +81,7 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return respond(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
-    for kind in (ApiError, BadInput, Overloaded, Stopped, TimeoutError, Exception):
+    for kind in (ApiError, BadInput, GenerationFailed, Overloaded, Stopped, TimeoutError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_invalid)
     app.add_exception_handler(HTTPException, handle_http)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from chameleon.serve.errors import ApiError, respond
 from chameleon.serve.metrics import Metrics
@@ -31,8 +32,10 @@ SAFETY_HEADERS = {
 class Guards:
     """Checks requests before they reach the routes."""
 
-    def __init__(self, app: Any, keys: ApiKeys, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: Any, keys: ApiKeys, max_body_bytes: int, metrics: Metrics, hosts: Sequence[str] = ()) -> None:
+        """hosts: names by which the server may be addressed, and of whose pages it answers requests; empty for any."""
         self.app, self.keys, self.max_body_bytes, self.metrics = app, keys, max_body_bytes, metrics
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +54,7 @@ class Guards:
             await send(message)
 
         try:
+            self.check_host(scope)
             self.check_key(scope)
             await self.app(scope, self.limited(scope, receive), counted_send)
         except ApiError as error:
@@ -60,6 +64,16 @@ class Guards:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.responses.labels(route, status).inc()
+
+    def check_host(self, scope: Scope) -> None:
+        """Raise `ApiError` for a page of another host that uses a browser here (DNS rebinding, forms of other sites)."""
+        for header, value in scope["headers"]:
+            name = header.lower()
+            if not self.hosts or name not in (b"host", b"origin"):
+                continue
+            given = value.decode("latin-1")
+            if urlsplit(given if name == b"origin" else f"//{given}").hostname not in self.hosts:
+                raise ApiError(403, f"this server answers to {', '.join(self.hosts)} alone; use --api-key for others")
 
     def check_key(self, scope: Scope) -> None:
         """Raise `ApiError` for a request without a key, or with too many in a minute."""

@@ -78,7 +78,7 @@ class ImageJob:
         if self.body.rank:
             scores = self.service.model.caption_log_likelihoods
             for extra, value in zip(
-                extras, await self.service.worker.call(scores, pictures, self.body.prompt), strict=True
+                extras, await self.service.worker.call(scores, pictures, self.body.prompt, is_new=False), strict=True
             ):
                 extra["log_likelihood"] = value
         return extras
@@ -153,6 +153,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/images/generations", summary="Draw pictures of a prompt")
     async def generations(body: ImageBody, http: HttpRequest) -> Any:
+        check(body)
         return await draw(http, "image_generation", body, lambda seed: (), unchanged)
 
     @router.post("/v1/images/edits", summary="Draw a part of a picture anew")
@@ -164,8 +165,10 @@ def add_routes(router: APIRouter, service: Service) -> None:
             UploadFile | None, File(description="As large as the picture; transparent where it is drawn anew.")
         ] = None,
     ) -> Any:
+        check(body)
         data, mask_data = await image.read(), await mask.read() if mask is not None else None
-        picture, painted = await asyncio.to_thread(read_mask, service, data, mask_data)
+        async with service.reading:
+            picture, painted = await asyncio.to_thread(read_mask, service, data, mask_data)
         task = await service.worker.call(service.model.painting, picture, painted)
         return await draw(http, "image_edit", body, lambda seed: task.fixed_codes, task.merge)
 
@@ -178,16 +181,18 @@ def add_routes(router: APIRouter, service: Service) -> None:
             float, Form(ge=0, le=1, description="Share of the picture's codes that each variation keeps.")
         ] = 0.3,
     ) -> Any:
-        picture = fit_square(await asyncio.to_thread(service.read_picture, await image.read(), "image"), side)
+        check(body)
+        data = await image.read()
+        async with service.reading:
+            picture = await asyncio.to_thread(lambda: fit_square(service.read_picture(data, "image"), side))
         codes = await service.worker.call(service.model.image_token_ids, picture)
-        body.prompt = body.prompt or await service.caption(picture)
+        body.prompt = body.prompt or await while_connected(http, service.limits, lambda: service.caption(picture))
         return await draw(http, "image_variation", body, lambda seed: randomly_kept_codes(codes, keep, seed), unchanged)
 
     async def draw(
         http: HttpRequest, kind: str, body: ImageBody, fixed_codes: Callable[[int], tuple[int, ...]], finish: Finish
     ) -> Any:
         """Answer with drawings; `fixed_codes` are those of the drawing of a seed."""
-        check(body)
         scale = GUIDANCE_SCALE if body.guidance_scale is None else body.guidance_scale
         requests = [
             image_request(
@@ -200,7 +205,6 @@ def add_routes(router: APIRouter, service: Service) -> None:
             )
             for seed in service.seeds(body.seed, body.n or 1)
         ]
-        service.count_prompts([request.prompt for request in requests])
         job = ImageJob(service, kind, body, requests, finish)
         if body.stream:
             return event_stream(await opened(service, requests, job.events), service.limits)
@@ -221,4 +225,4 @@ def read_mask(service: Service, data: bytes, mask_data: bytes | None) -> tuple[P
     if alpha.getextrema()[0] == 255:
         raise ApiError(400, f"{where}: nothing is transparent, so nothing is to be drawn anew", param=where)
     marked = PILImage.fromarray(np.where(np.asarray(alpha) < 255, 255, 0).astype(np.uint8))
-    return fit_square(picture, side), fit_square(marked.convert("RGB"), side)
+    return fit_square(picture, side), fit_square(marked.convert("RGB"), side, resampling=PILImage.Resampling.BOX)

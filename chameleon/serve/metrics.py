@@ -41,7 +41,8 @@ class Metrics:
         gauge: dict[str, Any] = common | {"multiprocess_mode": "livesum"}
         self.running = Gauge("chameleon:num_requests_running", "Requests being served.", **gauge)
         self.waiting = Gauge("chameleon:num_requests_waiting", "Requests in the queue.", **gauge)
-        self.cache_use = Gauge("chameleon:kv_cache_usage_perc", "Share of the KV cache's sequences in use.", **gauge)
+        share = common | {"multiprocess_mode": "livemax"}
+        self.cache_use = Gauge("chameleon:kv_cache_usage_perc", "Share of the KV cache's sequences in use.", **share)
 
     def text(self) -> bytes:
         """Return all values in Prometheus' text format, those of all replicas of this machine."""

@@ -25,7 +25,7 @@ class RayPlace:
     """Of the cluster; None starts one on this machine."""
     host: str
     port: int
-    """Of the proxies: one on each machine that has a replica."""
+    """Of the proxies, one on each machine; where Ray Serve runs on the cluster already, they stay where they are."""
     cpus: float
     gpus: float
     """CPUs and GPUs that a replica takes."""
@@ -36,7 +36,7 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
     import ray
     from ray import serve
 
-    ray.init(address=place.address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    ray.init(address=place.address or "local", log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     serve.start(http_options={"host": place.host, "port": place.port, "location": "EveryNode"})
 
     def build() -> Any:  # Ray takes a function, not a partial
@@ -58,4 +58,7 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
         signal.signal(number, lambda *_: stopped.set())
     on_ready()
     stopped.wait()
-    serve.shutdown()
+    if place.address is None:
+        serve.shutdown()
+    else:  # others may use the cluster's Ray Serve
+        serve.delete("chameleon")

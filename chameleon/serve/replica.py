@@ -25,6 +25,8 @@ class ReplicaOptions:
     name: str = "chameleon"
     limits: Limits = field(default_factory=Limits)
     keys: tuple[ApiKey, ...] = ()
+    hosts: tuple[str, ...] = ()
+    """Names by which the server may be addressed; empty for any."""
     threads: int | None = None
     """Threads of an operation; None leaves them to each operation's work."""
 
@@ -34,4 +36,4 @@ def build_replica(options: ReplicaOptions) -> FastAPI:
     if options.threads is not None:
         set_threads(options.threads)
     load = partial(Chameleon.load, options.model, **options.load_options)
-    return build_app(load, name=options.name, limits=options.limits, keys=options.keys)
+    return build_app(load, name=options.name, limits=options.limits, keys=options.keys, hosts=options.hosts)

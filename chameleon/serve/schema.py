@@ -29,6 +29,12 @@ class Body(BaseModel):
 
     model: str | None = Field(None, description="Name of the model, as /v1/models gives it; it may be left out.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        """Take a field that is null as one that is left out, as OpenAI's API does."""
+        return {key: field for key, field in value.items() if field is not None} if isinstance(value, dict) else value
+
 
 class SamplingBody(Body):
     """Sampling of text."""

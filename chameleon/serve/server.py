@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from chameleon.bundle import SHIPPED, read_header
 from chameleon.errors import BadInput
 from chameleon.serve.metrics import MULTIPROCESS_FOLDER
 from chameleon.serve.replica import ReplicaOptions, build_replica
@@ -39,8 +45,9 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         def stop(signal_number: int, frame: Any) -> None:
+            self.force_exit = self.should_exit
+            self.should_exit = True
             self.on_stop()
-            self.handle_exit(signal_number, frame)
 
         old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -91,6 +98,15 @@ def serve(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> N
     server.run(sockets=[bound])
 
 
+def build_or_exit(options: ReplicaOptions) -> FastAPI:
+    """Build a replica in its process; one that cannot be built ends all of them, since another would fail as well."""
+    try:
+        return build_replica(options)
+    except BadInput as error:
+        print(f"chameleon serve: {error}", file=sys.stderr)
+        raise SystemExit(STARTUP_FAILURE) from None
+
+
 class Replicas(Multiprocess):
     """Processes that share a socket. One that dies is started again; SIGTERM drains all."""
 
@@ -100,15 +116,32 @@ class Replicas(Multiprocess):
 
     def init_processes(self) -> None:
         super().init_processes()
-        if all(process.wait_until_ready(START_SECONDS, self.should_exit) for process in self.processes):
-            self.on_ready()
+        end = time.monotonic() + START_SECONDS
+        while not all(process.is_ready(timeout=0.2) for process in self.processes):
+            self.handle_signals()
+            is_over = time.monotonic() > end or not all(process.process.is_alive() for process in self.processes)
+            if self.should_exit.is_set() or is_over:
+                return
+        self.on_ready()
+
+    def keep_subprocess_alive(self) -> None:
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            mark_process_dead(pid)
+
+    def terminate_all(self) -> None:
+        for bound in self.sockets:  # nobody is to wait here who will not be answered
+            bound.close()
+        super().terminate_all()
 
 
 def serve_replicas(options: ReplicaOptions, replicas: int, bound: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve with several processes, each with a model of its own, until a signal comes."""
+    read_header(Path(options.model) if options.model else SHIPPED)  # what is wrong with it is said once, here
     with TemporaryDirectory(prefix="chameleon-metrics-") as folder:
         os.environ[MULTIPROCESS_FOLDER] = folder
-        config = config_of(partial(build_replica, options), options.limits, factory=True, workers=replicas)
+        config = config_of(partial(build_or_exit, options), options.limits, factory=True, workers=replicas)
         config.timeout_worker_healthcheck = HEALTH_CHECK_SECONDS
         try:
             Replicas(config, [bound], on_ready).run()

@@ -6,13 +6,12 @@ import asyncio
 import base64
 import io
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
-import torch
 from fastapi import Request as HttpRequest
 from PIL import Image as PILImage
 
@@ -31,9 +30,11 @@ from chameleon.serve.settings import Limits
 from chameleon.serve.worker import EngineWorker, Generation
 from chameleon.tokenizers.image import ImageFile
 from chameleon.tokenizers.mixed import Content
-from chameleon.vocabulary import Modality, Vocabulary
+from chameleon.vocabulary import Vocabulary
 
 CLIENT_CLOSED_REQUEST = 499
+MAX_READING = 4
+GAUGE_SECONDS = 2.0
 Result = TypeVar("Result")
 Shown = Part | PartialImage
 
@@ -133,6 +134,8 @@ class Service:
         self.vocabulary, self.fingerprint = model.vocabulary, model.bundle.fingerprint
         self.special_names = {token_id: name for name, token_id in self.vocabulary.specials.items()}
         self.is_draining = False
+        self.reading = asyncio.Semaphore(MAX_READING)
+        """Prompts whose pictures are decoded at one time."""
         self.counted: dict[Any, int] = {}
         """Counter of the engine's → its value when it was last read."""
 
@@ -146,40 +149,40 @@ class Service:
         num_images = sum(part.type == "image_url" for content in contents for part in content)
         if num_images > self.limits.images:
             raise ApiError(400, f"{num_images} pictures, at most {self.limits.images} are allowed", param="messages")
-        result = []
+        result, pixels_left = [], self.limits.pixels
         for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
-            parts = [await self.content_part(part, f"messages.{index}") for part in content]
+            parts: list[Part] = []
+            for part in content:
+                if part.type == "text":
+                    parts.append(Text(part.text or ""))
+                else:
+                    data = read_data_url(part, f"messages.{index}")
+                    pixels_left -= self.check_pixels(data, f"messages.{index}", pixels_left)
+                    parts.append(Image(data))
             role: Role = "system" if message.role == "developer" else message.role
             result.append(Message(role, Document(parts)))
         return Conversation(result)
 
-    async def content_part(self, part: ContentPart, where: str) -> Part:
-        if part.type == "text":
-            return Text(part.text or "")
-        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url if part.image_url else ""
-        header, comma, data = url.partition(",")
-        if not header.startswith("data:") or not comma:
-            raise ApiError(400, "image_url must be a data: URL; nothing is fetched", param=where)
-        try:
-            content = base64.b64decode(data, validate=True) if header.endswith(";base64") else b""
-        except ValueError:
-            content = b""
-        if not content:
-            raise ApiError(400, "the data: URL is not base64", param=where)
-        return Image(await asyncio.to_thread(self.read_picture, content, where))
+    def check_pixels(self, data: bytes, where: str, most: int) -> int:
+        """Return the number of pixels of a picture, of which nothing but the header is decoded. Raises `ApiError`."""
+        width, height = ImageFile(data, where).size
+        if width * height > most:
+            raise ApiError(400, f"{width} × {height} pixels; a request may have {self.limits.pixels:,} in all", param=where)
+        return width * height
 
     def read_picture(self, data: bytes, where: str) -> PILImage.Image:
-        """Return a picture that a client sent. Raises `ApiError` for one that is damaged or too large."""
-        file = ImageFile(data, where)
-        width, height = file.size
-        if width * height > self.limits.pixels:
-            raise ApiError(400, f"{width} × {height} pixels, at most {self.limits.pixels:,} are allowed", param=where)
-        return file.rgb
+        """Return a picture that a client sent. Raises `ApiError` or `BadInput` for one that is damaged or too large."""
+        self.check_pixels(data, where, self.limits.pixels)
+        return ImageFile(data, where).rgb
 
     async def token_ids(self, content: Content) -> tuple[int, ...]:
         """Return the token ids of a prompt; its pictures are fitted here and encoded in the engine thread."""
         prompts = self.model.prompts
-        prepared = await asyncio.to_thread(prompts.prepare, content)
+        async with self.reading:
+            prepared = await asyncio.to_thread(prompts.prepare, content)
+        length, most = sum(len(document.token_ids) for document in prepared), self.model.model.config.context_length
+        if length > most:
+            raise ApiError(400, f"the prompt has {length} tokens, the context length is {most}")
         if not any(document.pictures for document in prepared):
             return prompts.encode_all([prepared])[0]
         return await self.worker.encode(prepared)
@@ -199,7 +202,7 @@ class Service:
             except UnicodeDecodeError:
                 return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         if token_id in self.vocabulary.image_ids:
-            return f"<code {int(self.vocabulary.image_ids.indices(torch.tensor([token_id])))}>"
+            return f"<code {self.vocabulary.image_ids.index_of[token_id]}>"
         return f"<{self.special_names.get(token_id, token_id)}>"
 
     # --- generation ---
@@ -222,9 +225,8 @@ class Service:
     @asynccontextmanager
     async def generations(self, requests: Sequence[Request]) -> AsyncIterator[list[Generation]]:
         """Submit requests; those that have not ended are cancelled at the end, however it comes."""
-        if self.is_draining:
-            raise ApiError(503, "the server is stopping", headers={"Retry-After": "1"})
         generations = self.worker.submit(requests)
+        self.count_prompts({request.prompt for request in requests})
         try:
             yield generations
         finally:
@@ -245,24 +247,36 @@ class Service:
             async with aclosing(self.worker.tokens(generation)) as batches:  # type: ignore[type-var]
                 async for token_ids in batches:
                     clock.count(len(token_ids))
-                    answer.token_ids += token_ids
-                    items = [item for token_id in token_ids for item in decoder.push_undecoded(token_id)]
-                    for item in joined_texts(items):
-                        shown = item.show(await self.worker.decode(item.codes)) if isinstance(item, CodeBlock) else item
-                        for part in self.before_stop([shown], stop, answer):
-                            yield part
+                    shown: list[Shown] = []
+                    for token_id in token_ids:
+                        answer.token_ids.append(token_id)
+                        for item in decoder.push_undecoded(token_id):
+                            if isinstance(item, CodeBlock):
+                                for part in joined_texts(shown):
+                                    yield part
+                                shown = [item.show(await self.worker.decode(item.codes))]
+                                shown = self.before_stop(shown, stop, answer)
+                            else:
+                                shown += self.before_stop([item], stop, answer)
+                        if stop.is_stopped:
+                            break
+                    for part in joined_texts(shown):
+                        yield part
                     if stop.is_stopped:
                         break
             answer.finish_reason = "length" if generation.is_length_limited and not stop.is_stopped else "stop"
             if not stop.is_stopped:
-                rest = await self.worker.call(lambda: list(decoder.finish()))
-                for part in self.before_stop([*rest, Text(stop.finish())], StopTexts(()), answer):
+                rest: list[Shown] = list(decoder.flush_text())
+                if decoder.image_block:
+                    rest += await self.worker.call(lambda: list(decoder.finish()), is_new=False)
+                for part in joined_texts([*self.before_stop(rest, stop, answer), *self.held_text(stop, answer)]):
                     yield part
             reason = answer.finish_reason
         except Exception:
             reason = "error"
             raise
         finally:
+            self.worker.cancel([generation])
             clock.end(reason)
             self.count_generated(answer)
 
@@ -274,13 +288,20 @@ class Service:
                 part = Text(stop.push(part.text))
                 if not part.text:
                     continue
-            elif isinstance(part, Image) and (held := stop.finish()):  # a stop text does not continue after a picture
-                answer.add(Text(held))
-                shown.append(Text(held))
+            elif isinstance(part, Image):  # a stop text does not continue after a picture
+                shown += self.held_text(stop, answer)
             if not isinstance(part, PartialImage):
                 answer.add(part)
             shown.append(part)
         return shown
+
+    def held_text(self, stop: StopTexts, answer: Answer) -> list[Shown]:
+        """Return the text that was held back, which turned out to be no start of a stop text."""
+        held = Text(stop.finish())
+        if not held.text:
+            return []
+        answer.add(held)
+        return [held]
 
     async def whole_answer(self, generation: Generation, stops: Sequence[str] = ()) -> Answer:
         """Return a generation's answer once it has ended."""
@@ -293,7 +314,13 @@ class Service:
     async def whole_answers(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Answer]:
         """Return the answers of several requests, which run side by side."""
         async with self.generations(requests) as generations:
-            return list(await asyncio.gather(*(self.whole_answer(generation, stops) for generation in generations)))
+            tasks = [asyncio.ensure_future(self.whole_answer(generation, stops)) for generation in generations]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def caption(self, picture: PILImage.Image) -> str:
         """Return the model's caption of a picture, as `Chameleon.caption` does."""
@@ -309,11 +336,11 @@ class Service:
 
     def count_by_modality(self, token_ids: Sequence[int]) -> tuple[int, int]:
         """Return the number of image codes, and of all other tokens."""
-        images = int((self.vocabulary.modality(torch.tensor(token_ids, dtype=torch.int64)) == Modality.IMAGE).sum())
+        images = sum(token_id in self.vocabulary.image_ids for token_id in token_ids)
         return images, len(token_ids) - images
 
-    def usage(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Usage:
-        """Return the usage of a request and count its prompts in the metrics."""
+    def usage(self, prompts: Iterable[Sequence[int]], answers: Sequence[Answer]) -> Usage:
+        """Return the usage of prompts and answers."""
         usage = Usage()
         for prompt in prompts:
             images, texts = self.count_by_modality(prompt)
@@ -325,7 +352,7 @@ class Service:
             usage.text += texts
         return usage
 
-    def count_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+    def count_prompts(self, prompts: Iterable[Sequence[int]]) -> None:
         usage = self.usage(prompts, ())
         self.metrics.prompt_tokens.labels("text").inc(usage.prompt_text)
         self.metrics.prompt_tokens.labels("image").inc(usage.prompt_image)
@@ -334,6 +361,12 @@ class Service:
         usage = self.usage((), [answer])
         self.metrics.generation_tokens.labels("text").inc(usage.text)
         self.metrics.generation_tokens.labels("image").inc(usage.image)
+
+    async def keep_gauges(self) -> None:
+        """Set the gauges again and again, for a replica that another one is asked about."""
+        while True:
+            self.update_gauges()
+            await asyncio.sleep(GAUGE_SECONDS)
 
     def update_gauges(self) -> None:
         """Set the metrics that are read off the engine."""
@@ -349,11 +382,11 @@ class Service:
             self.counted[counter] = value
 
 
-def joined_texts(items: Sequence[Part | CodeBlock]) -> Iterator[Part | CodeBlock]:
-    """Yield the items, with texts that follow each other as one."""
-    for is_text, group in groupby(items, lambda item: isinstance(item, Text)):
+def joined_texts(parts: Sequence[Shown]) -> Iterator[Shown]:
+    """Yield the parts, with texts that follow each other as one."""
+    for is_text, group in groupby(parts, lambda part: isinstance(part, Text)):
         if is_text:
-            yield Text("".join(item.text for item in group if isinstance(item, Text)))
+            yield Text("".join(part.text for part in group if isinstance(part, Text)))
         else:
             yield from group
 
@@ -372,6 +405,21 @@ def changed(sampling: Sampling, body: Any, names: Sequence[str]) -> Sampling:
     """Return the sampling with those fields that the body gives."""
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     return replace(sampling, **given)
+
+
+def read_data_url(part: ContentPart, where: str) -> bytes:
+    """Return the bytes of a data: URL. Raises `ApiError` for any other URL."""
+    url = part.image_url if isinstance(part.image_url, str) else part.image_url.url if part.image_url else ""
+    header, comma, data = url.partition(",")
+    if not header.startswith("data:") or not comma:
+        raise ApiError(400, "image_url must be a data: URL; nothing is fetched", param=where)
+    try:
+        content = base64.b64decode(data, validate=True) if header.endswith(";base64") else b""
+    except ValueError:
+        content = b""
+    if not content:
+        raise ApiError(400, "the data: URL is not base64", param=where)
+    return content
 
 
 def encode_picture(picture: PILImage.Image, format: str = "png") -> str:

@@ -44,8 +44,9 @@ class ApiKey:
         if not self.per_minute:
             return 0.0
         if self.allowance < 0:
-            self.allowance, self.latest = self.per_minute, now
-        self.allowance = min(self.per_minute, self.allowance + (now - self.latest) * self.per_minute / 60)
+            self.allowance, self.latest = max(1.0, self.per_minute), now
+        most = max(1.0, self.per_minute)
+        self.allowance = min(most, self.allowance + (now - self.latest) * self.per_minute / 60)
         self.latest = now
         if self.allowance < 1:
             return (1 - self.allowance) * 60 / self.per_minute

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 
 from chameleon.generation.inspection import attention_weights, picture_of_code, pictures_in
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import AttentionBody, DetokenizeBody, InspectBody, TokenizeBody
-from chameleon.serve.service import Service, encode_picture
+from chameleon.serve.service import Service, encode_picture, while_connected
 from chameleon.vocabulary import Modality
 
 KINDS = {Modality.TEXT: "text", Modality.IMAGE: "code", Modality.STRUCTURE: "special"}
@@ -77,7 +80,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             token_ids = list(await service.token_ids(await service.conversation(body.messages)))
         else:
             bos = [model.vocabulary.bos] if body.add_special_tokens else []
-            token_ids = [*bos, *model.tokenizer.text_to_ids(body.prompt or "")]
+            token_ids = [*bos, *await asyncio.to_thread(model.tokenizer.text_to_ids, body.prompt or "")]
         result: dict[str, Any] = {"count": len(token_ids), "max_model_len": model.model.config.context_length}
         result["tokens"] = token_ids
         if body.return_token_strs:
@@ -97,8 +100,11 @@ def add_routes(router: APIRouter, service: Service) -> None:
         return {f"{name}_token": text for name, text in names.items()} | ids | {"chat_template": None}
 
     @router.post("/inspect", summary="What the model thinks of each token of a sequence")
-    async def inspect(body: InspectBody) -> dict[str, Any]:
+    async def inspect(body: InspectBody, http: HttpRequest) -> Any:
         check_ids(body.tokens)
+        return await while_connected(http, service.limits, lambda: look_inside(body))
+
+    async def look_inside(body: InspectBody) -> dict[str, Any]:
         scores = await service.scores(body.tokens, body.top)
         kinds = model.vocabulary.modality(scores.top_ids.new_tensor(body.tokens)).tolist()
         tokens = []
@@ -118,9 +124,10 @@ def add_routes(router: APIRouter, service: Service) -> None:
         return {"tokens": tokens, "pictures": [{"start": s, "b64_json": encode_picture(p)} for s, p in pictures]}
 
     @router.post("/inspect/attention", summary="Where a token attends, by head")
-    async def attention(body: AttentionBody) -> dict[str, Any]:
+    async def attention(body: AttentionBody, http: HttpRequest) -> dict[str, Any]:
         check_ids(body.tokens)
-        weights = await service.worker.call(attention_weights, model, body.tokens, body.position, body.layer)
+        call = partial(service.worker.call, attention_weights, model, body.tokens, body.position, body.layer)
+        weights = await while_connected(http, service.limits, call)
         return {"layer": body.layer, "position": body.position, "weights": weights.tolist()}
 
     @router.get("/inspect/code/{code}", summary="What an entry of the image codebook looks like")

@@ -7,6 +7,7 @@ so that streams of tokens go on.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -25,10 +26,15 @@ from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.request import ActiveRequest, Request
 from chameleon.tokenizers.image import BATCH_SIZE
 
+MAX_JOBS = 256
+"""Jobs that wait for the engine thread, from which on new work is refused."""
+JOB_SECONDS = 0.005
+"""Between two passes jobs are begun for so long."""
 PASS_SECONDS = 0.02
 """Time after which the engine is to look for new requests: so long it may decode image codes without a look."""
 DELIVERY_SECONDS = 0.02
 """Tokens that follow each other faster are sent together; the first of a request is sent at once."""
+logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -39,6 +45,29 @@ class Overloaded(Exception):
 
 class Stopped(Exception):
     """The engine thread has ended."""
+
+
+class GenerationFailed(Exception):
+    """A request that was valid failed while it was served."""
+
+
+class Job(Generic[Result]):
+    """A function to be called in the engine thread, and its result."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self.function = function
+        self.future: Future[Result] = Future()
+
+    def run(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.function())
+            except Exception as error:
+                self.future.set_exception(error)
+
+    def fail(self, error: Exception) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 @dataclass(eq=False)
@@ -69,19 +98,26 @@ class Generation:
 class Batcher(Generic[Item, Result]):
     """Calls a function of several items in the engine thread, with all that were given since its last call."""
 
-    def __init__(self, worker: EngineWorker, function: Callable[[Sequence[Item]], Sequence[Result]]) -> None:
-        self.worker, self.function = worker, function
+    def __init__(
+        self, worker: EngineWorker, function: Callable[[Sequence[Item]], Sequence[Result]], *, is_new: bool
+    ) -> None:
+        """is_new: see `EngineWorker.call`."""
+        self.worker, self.function, self.is_new = worker, function, is_new
         self.pending: deque[tuple[Item, Future[Result]]] = deque()
 
     async def __call__(self, item: Item) -> Result:
         """Return the function's result for an item."""
         future: Future[Result] = Future()
         self.pending.append((item, future))
-        await self.worker.call(self.run)
+        try:
+            await self.worker.call(self.run, is_new=self.is_new)
+        finally:
+            future.cancel()  # where nobody waits for it any more
         return future.result()
 
     def run(self) -> None:
-        pending = [self.pending.popleft() for _ in range(len(self.pending))]
+        taken = [self.pending.popleft() for _ in range(len(self.pending))]
+        pending = [(item, future) for item, future in taken if future.set_running_or_notify_cancel()]
         if not pending:
             return
         try:
@@ -108,7 +144,7 @@ class EngineWorker:
 
         max_waiting: requests that wait for the engine at most; further ones are refused.
         """
-        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self.is_stopped = False
         loaded: Future[Chameleon] = Future()
         self.thread = threading.Thread(target=self.run_thread, args=(load, loaded), name="engine", daemon=True)
@@ -118,15 +154,15 @@ class EngineWorker:
         self.max_buffered_codes = 1
         """Image codes that the engine decodes between two looks for new requests."""
         self.latest_delivery = 0.0
-        self.encode = Batcher(self, model.prompts.encode_all)
-        self.decode = Batcher(self, self.decode_codes)
+        self.encode = Batcher(self, model.prompts.encode_all, is_new=True)
+        self.decode = Batcher(self, self.decode_codes, is_new=False)
         self.max_sequences = self.engine.scheduler.max_sequences
         self.max_drawing_sequences = self.max_sequences - self.max_sequences // 4
         self.held: deque[Generation] = deque()
         """Accepted requests that the engine does not have yet, in order of arrival."""
         self.running: list[Generation] = []
         """Those that it has. Only the engine thread changes this list, and removes what is held."""
-        self.jobs.put(self.serve)
+        self.jobs.put(Job(self.serve))
 
     def attach(self) -> None:
         """Send tokens to the event loop that runs now."""
@@ -135,12 +171,16 @@ class EngineWorker:
     def stop(self) -> None:
         """End the thread after its current pass."""
         self.is_stopped = True
-        self.jobs.put(None)
+        self.wake()
         self.thread.join()
+
+    def wake(self) -> None:
+        """Let the thread look at what is held, if it waits for a job."""
+        self.jobs.put(Job(lambda: None))
 
     @property
     def is_alive(self) -> bool:
-        return self.thread.is_alive()
+        return self.thread.is_alive() and not self.is_stopped
 
     # --- called in the event loop ---
 
@@ -149,31 +189,30 @@ class EngineWorker:
         """Number of requests that are not being served yet."""
         return len(self.held) + len(self.engine.scheduler.waiting)
 
-    async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Run a function in the engine thread, between two passes, and return its result."""
-        if self.is_stopped or not self.is_alive:
+    async def call(self, function: Callable[..., Result], *arguments: Any, is_new: bool = True) -> Result:
+        """Run a function in the engine thread, between two passes, and return its result.
+
+        is_new: whether it is work for a request that could still be refused; it is, by `Overloaded`, where many jobs wait.
+        """
+        if not self.is_alive:
             raise Stopped("the server is stopping")
-        future: Future[Result] = Future()
-
-        def job() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except Exception as error:
-                    future.set_exception(error)
-
+        if is_new and self.jobs.qsize() >= MAX_JOBS:
+            raise Overloaded(f"{self.jobs.qsize()} jobs are waiting")
+        job = Job(lambda: function(*arguments))
         self.jobs.put(job)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(job.future)
 
     def submit(self, requests: Sequence[Request]) -> list[Generation]:
         """Queue requests, all or none. Raises `BadInput` for invalid ones, `Overloaded` where the queue is full."""
-        if self.num_waiting + len(requests) > self.max_waiting:
+        if not self.is_alive:
+            raise Stopped("the server is stopping")
+        if self.num_waiting and self.num_waiting + len(requests) > self.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests are waiting")
         for request in requests:
             request.validate(self.model.vocabulary, self.model.model.config.context_length, self.max_sequences)
         generations = [Generation(request) for request in requests]
         self.held.extend(generations)
-        self.jobs.put(None)
+        self.wake()
         return generations
 
     def decode_codes(self, codes: Sequence[Tensor]) -> list[PILImage.Image]:
@@ -182,15 +221,15 @@ class EngineWorker:
         return self.model.tokenizer.image.decode(torch.stack(list(codes)), batch_size=batch_size)
 
     async def tokens(self, generation: Generation) -> AsyncIterator[list[int]]:
-        """Yield lists of new token ids, eos excluded. Raise the request's error where it failed."""
+        """Yield lists of new token ids, eos excluded. Raise `GenerationFailed` where the request failed."""
         while (item := await generation.tokens.get()) is not None:
             if isinstance(item, Exception):
-                raise item
+                raise item if isinstance(item, Stopped) else GenerationFailed(str(item)) from item
             yield item
 
     def cancel(self, generations: Sequence[Generation]) -> None:
         """End requests at the next pass, if they have not ended."""
-        self.jobs.put(lambda: self.forget(generations))
+        self.jobs.put(Job(lambda: self.forget(generations)))
 
     # --- called in the engine thread ---
 
@@ -200,18 +239,40 @@ class EngineWorker:
         except BaseException as error:
             loaded.set_exception(error)
             return
-        serve = self.jobs.get()  # what the thread needs is set by now
-        assert serve is not None
-        serve()
+        self.jobs.get().run()  # `serve`: what the thread needs is set by now
 
     def serve(self) -> None:
-        """Serve until the worker is stopped."""
-        while not self.is_stopped:
-            self.run_job(wait=self.engine.is_idle and not self.held)
-            self.feed()
-            if not self.engine.is_idle:
-                self.step()
-            self.deliver()
+        """Serve until the worker is stopped. Whatever ends it, nobody waits for what will not come."""
+        try:
+            while not self.is_stopped:
+                self.run_jobs(wait=self.engine.is_idle and not self.held)
+                self.feed()
+                if not self.engine.is_idle:
+                    self.step()
+                self.deliver()
+        except Exception:
+            logger.exception("the engine thread ends")
+        finally:
+            self.is_stopped = True
+            error = Stopped("the server is stopping")
+            left = [*self.held, *self.running]
+            self.held.clear()
+            self.running.clear()
+            if left:
+                self.loop.call_soon_threadsafe(self.receive, [(generation, error) for generation in left])
+            while not self.jobs.empty():
+                self.jobs.get().fail(error)
+
+    def run_jobs(self, wait: bool) -> None:
+        """Run what jobs there are, for a short time; all but the first may have nothing to do."""
+        try:
+            job = self.jobs.get(block=wait)
+            start = time.perf_counter()
+            job.run()
+            while time.perf_counter() - start < JOB_SECONDS:
+                self.jobs.get(block=False).run()
+        except queue.Empty:
+            return
 
     def step(self) -> None:
         """Run one pass of the engine, or as many codes of images as take the time of `PASS_SECONDS`."""
@@ -223,26 +284,20 @@ class EngineWorker:
             min(most, 2 * self.max_buffered_codes) if is_short else max(1, self.max_buffered_codes // 2)
         )
 
-    def run_job(self, wait: bool) -> None:
-        try:
-            job = self.jobs.get(block=wait)
-        except queue.Empty:
-            return
-        if job is not None:
-            job()
-
     def feed(self) -> None:
         """Give the engine what is held, as far as there are sequences for it; of each kind the first come first."""
         used = {True: 0, False: 0}
         for generation in self.running:
             used[generation.draws] += len(generation.request.prompts)
-        is_blocked = {True: False, False: False}
+        is_blocked = False
         for generation in list(self.held):
             draws, size = generation.draws, len(generation.request.prompts)
             is_full = sum(used.values()) + size > self.max_sequences
-            is_reserved = draws and used[draws] and used[draws] + size > self.max_drawing_sequences
-            is_blocked[draws] |= is_full or bool(is_reserved)
-            if is_blocked[draws]:
+            is_reserved = draws and used[draws] > 0 and used[draws] + size > self.max_drawing_sequences
+            if is_full:
+                return  # nobody overtakes one that only waits for a place
+            is_blocked |= is_reserved
+            if draws and is_blocked:
                 continue
             self.held.remove(generation)
             generation.entry = self.engine.scheduler.submit(generation.request)

@@ -1,7 +1,7 @@
 // Conversation: pictures in and out, streamed; stop, edit, again.
 
 import { stream } from "./api.js";
-import { byId, download, element, number, readFile, say, task } from "./dom.js";
+import { byId, download, element, isBusy, number, readFile, say, task } from "./dom.js";
 
 const messages = [];
 let attachments = [];
@@ -54,6 +54,7 @@ function part(item) {
 }
 
 function edit(index) {
+  if (isBusy(byId("chat-stop"))) return;
   const [message] = messages.splice(index);
   byId("message").value = message.content.filter((item) => item.type === "text").map((item) => item.text).join("");
   attachments = message.content.filter((item) => item.type === "image_url").map((item) => item.image_url.url);
@@ -114,6 +115,7 @@ async function answer() {
     }
   });
   reply.content = reply.content.filter((item) => item.type !== "partial_image");
+  if (!reply.content.length && messages.at(-1) === reply) messages.pop();
   show();
 }
 
@@ -134,6 +136,7 @@ export function start(given) {
   actions = given;
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
+    if (isBusy(byId("chat-stop"))) return;
     const text = byId("message").value;
     const content = attachments.map((url) => ({ type: "image_url", image_url: { url } }));
     if (text) content.push({ type: "text", text });
@@ -157,12 +160,14 @@ export function start(given) {
     attach(event.dataTransfer.files);
   });
   byId("chat-again").addEventListener("click", () => {
+    if (isBusy(byId("chat-stop"))) return;
     while (messages.at(-1)?.role === "assistant") messages.pop();
     byId("chat-seed").value = (number("chat-seed") ?? 0) + 1;
     if (byId("chat-temperature").value === "0") byId("chat-temperature").value = 0.7;
     answer();
   });
   byId("chat-new").addEventListener("click", () => {
+    if (isBusy(byId("chat-stop"))) return;
     messages.length = 0;
     show();
     say("");

@@ -40,6 +40,12 @@ export function readFile(file) {
   });
 }
 
+/** Whether a task of this button runs; says so. */
+export function isBusy(stopButton) {
+  if (!stopButton.disabled) say("Stop what is running first.", true);
+  return !stopButton.disabled;
+}
+
 /** Run a task that can be stopped; errors are shown. */
 export async function task(stopButton, run) {
   const controller = new AbortController();

@@ -1,7 +1,7 @@
 // Drawing: a grid of seeds, the likeliest marked; painting into one, and variations.
 
 import { pngUrl, stream } from "./api.js";
-import { byId, element, number, say, task } from "./dom.js";
+import { byId, element, isBusy, number, say, task } from "./dom.js";
 
 const PREVIEWS = 3;
 let drawings = [];
@@ -46,6 +46,7 @@ function show() {
 
 /** Run a streamed request for pictures and show them as their rows come. */
 async function run(path, body, prompt, seed, count) {
+  if (isBusy(byId("draw-stop"))) return;
   drawings = Array.from({ length: count }, (_, index) => ({ seed: seed + index, prompt }));
   byId("easel").hidden = true;
   show();
@@ -159,6 +160,7 @@ async function form(withMask) {
 
 async function redraw(path, withMask) {
   if (withMask && !mask.some(Boolean)) return say("Brush over a part of the picture first.", true);
+  if (isBusy(byId("draw-stop"))) return;
   say("Drawing …");
   await run(path, await form(withMask), byId("paint-prompt").value, number("draw-seed") ?? 0, 4);
 }
