@@ -771,7 +771,11 @@ def test_replicas_on_ray_share_the_load_and_a_killed_one_comes_back(bundle_folde
             with httpx.Client() as client:
                 while not is_over.is_set():
                     body = {"prompt": "heart", "seed": 0}
-                    statuses.append(client.post(f"{url}/v1/images/generations", json=body, timeout=60).status_code)
+                    try:
+                        response = client.post(f"{url}/v1/images/generations", json=body, timeout=20)
+                        statuses.append(response.status_code)
+                    except httpx.TimeoutException:  # the proxy may wait for a replica that was killed
+                        statuses.append(408)
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
@@ -783,7 +787,8 @@ def test_replicas_on_ray_share_the_load_and_a_killed_one_comes_back(bundle_folde
         is_over.set()
         for thread in threads:
             thread.join()
-        assert came_back and set(statuses) <= {200, 500} and statuses.count(500) <= 4 < statuses.count(200)
+        num_lost = len(statuses) - statuses.count(200)
+        assert came_back and set(statuses) <= {200, 408, 500} and num_lost <= 4 < statuses.count(200)
         process.send_signal(signal.SIGTERM)
         assert process.wait(90) == 0
     finally:

@@ -37,7 +37,9 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
     from ray import serve
 
     ray.init(address=place.address or "local", log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
-    serve.start(http_options={"host": place.host, "port": place.port, "location": "EveryNode"})
+    timeout = options.limits.seconds
+    http_options = {"host": place.host, "port": place.port, "location": "EveryNode", "request_timeout_s": timeout}
+    serve.start(http_options=http_options)
 
     def build() -> Any:  # Ray takes a function, not a partial
         return build_replica(options)
@@ -49,6 +51,7 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
         num_replicas=replicas,
         max_ongoing_requests=2 * options.limits.waiting,
         health_check_period_s=HEALTH_CHECK_SECONDS,
+        health_check_timeout_s=5 * HEALTH_CHECK_SECONDS,
         graceful_shutdown_timeout_s=options.limits.drain_seconds,
         ray_actor_options={"num_cpus": place.cpus, "num_gpus": place.gpus},
     )
