@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -22,13 +21,13 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1000, "height": 640})
         page.goto(url)
         page.wait_for_selector("body[data-ready]")
-        page.fill("#chat-seed", sys.argv[1] if len(sys.argv) > 1 else "1")
-        page.fill("#message", "two animals")
+        page.select_option("#chat-modalities", "image")
+        page.fill("#message", "red heart")
         page.click("text=Send")
         done(page)
         page.click("#messages >> text=Look inside")
         done(page)
-        page.locator(".codes button").nth(36).focus()
+        page.locator(".codes button").nth(28).focus()
         page.locator("#attention-note").wait_for()
         page.locator("h1").scroll_into_view_if_needed()
         page.screenshot(path=DOCS / "page.png")

@@ -140,7 +140,7 @@ function paintAttention() {
   const largest = Math.max(...inPictures, 1e-9);
   for (const node of document.querySelectorAll(".codes button")) {
     const weight = weights[Number(node.dataset.position)] ?? 0;
-    node.style.background = weight ? `rgb(255 60 0 / ${(0.75 * weight) / largest})` : "transparent";
+    node.style.background = weight ? `rgb(40 80 255 / ${(0.75 * weight) / largest})` : "transparent";
   }
   const total = inPictures.reduce((sum, value) => sum + value, 0);
   document.getElementById("attention-note")?.remove();
