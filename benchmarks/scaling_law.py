@@ -6,8 +6,8 @@ budget, on the shipped tokenizers' codes of the embedded pictures. A law
     L(N, D) = E + A / N^α + B / D^β
 
 is fitted to the held-out losses of image codes and of texts, by the Huber loss of log L (arXiv 2203.15556, appendix D.3). N
-counts parameters without the input embedding, D the target tokens. The law is checked twice: fitted without the largest
-size it predicts that size's losses; fitted to all it predicts those of a bundle trained much longer.
+counts parameters without the input embedding, D the tokens of training. The law is checked twice: fitted without the
+largest size it predicts that size's losses; fitted to all it predicts those of a bundle trained much longer.
 
     python benchmarks/scaling_law.py [--out runs/scaling] [--threads 2]          # about 70 minutes on one core, AVX-512
     python benchmarks/scaling_law.py --fit [--bundle BUNDLE --tokens 180000000]  # fit, plot, and compare with a bundle
