@@ -9,7 +9,7 @@ is fitted to the held-out losses of image codes and of texts, by the Huber loss 
 counts parameters without the input embedding, D the tokens of training. The law is checked twice: fitted without the
 largest size it predicts that size's losses; fitted to all it predicts those of a bundle trained much longer.
 
-    python benchmarks/scaling_law.py [--out runs/scaling] [--threads 2]          # about 70 minutes on one core, AVX-512
+    python benchmarks/scaling_law.py [--out runs/scaling] [--threads 2]          # about 2 hours on one core, AVX-512
     python benchmarks/scaling_law.py --fit [--bundle BUNDLE --tokens 180000000]  # fit, plot, and compare with a bundle
 
 Runs that have a result in OUT are not run again.
@@ -146,7 +146,7 @@ def fit(parameters: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> np.nd
     starts = itertools.product((-1.0, 0.5, 1.5), (0.0, 5.0), (0.2, 0.6), (0.0, 5.0), (0.2, 0.6))
     bounds = [(-5.0, 2.0), (-5.0, 25.0), (0.02, 2.0), (-5.0, 25.0), (0.02, 2.0)]
     fits = [minimize(objective, start, method="L-BFGS-B", bounds=bounds) for start in starts]
-    return np.asarray(min(fits, key=lambda found: float(found.fun)).x)
+    return np.asarray(min(fits, key=lambda result: float(result.fun)).x)
 
 
 def law_text(law: np.ndarray) -> str:
@@ -178,10 +178,10 @@ def report(results: list[dict[str, Any]], out: Path, bundle: Bundle | None, bund
         ):
             print(f"  the largest size at {budget:,.0f} tokens: predicted {guess:.3f}, measured {loss:.3f}")
         for size in SIZES:
-            chosen = np.array([result["size"] == size for result in results])
-            points = axis.plot(6 * parameters[chosen] * tokens[chosen], losses[chosen], "o", label=size)
+            is_of_size = np.array([result["size"] == size for result in results])
+            points = axis.plot(6 * parameters[is_of_size] * tokens[is_of_size], losses[is_of_size], "o", label=size)
             budgets = np.geomspace(tokens.min() / 1.2, max(tokens.max() * 1.2, bundle_tokens), 100)
-            size_parameters = parameters[chosen][0]
+            size_parameters = parameters[is_of_size][0]
             axis.plot(
                 6 * size_parameters * budgets, predicted(law, size_parameters, budgets), color=points[0].get_color(), lw=1
             )
@@ -191,6 +191,10 @@ def report(results: list[dict[str, Any]], out: Path, bundle: Bundle | None, bund
             print(
                 f"  {count:,} parameters at {bundle_tokens:,.0f} tokens: predicted {guess:.3f}, measured {longer[kind]:.3f}"
             )
+            _, a, alpha, b, beta = law  # the size with the least loss for as many operations: dL/dN = 0 on N · D = const
+            ratio = np.exp((np.log(alpha) + a - np.log(beta) - b) / (alpha + beta))
+            best = ratio * (count * bundle_tokens) ** (beta / (alpha + beta))
+            print(f"  best size for as many operations: {best:,.0f}, with {count * bundle_tokens / best:,.0f} tokens")
             axis.plot(6 * count * bundle_tokens, longer[kind], "k*", ms=12, label="shipped")
         axis.set(xscale="log", xlabel="operations of training, 6 N D", ylabel=f"held-out loss of {kind}, nats a token")
         axis.legend(title="parameters")

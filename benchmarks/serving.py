@@ -52,7 +52,8 @@ torch.set_num_threads(2)
 bundle = Bundle.load({bundle!r}, dtype=torch.bfloat16 if {bfloat16} else torch.float32)
 model = ChameleonForConditionalGeneration(config_of(bundle.model.config)).to(next(bundle.model.parameters()).dtype).eval()
 state = {{f"model.{{name}}": value for name, value in state_of(bundle.model).items()}}
-model.load_state_dict(state | {{"lm_head.weight": bundle.model.head.weight}}, strict=False)
+loaded = model.load_state_dict(state | {{"lm_head.weight": bundle.model.head.weight}}, strict=False)
+assert not loaded.unexpected_keys and all("vqmodel" in key for key in loaded.missing_keys), loaded
 app, lock = FastAPI(), Lock()
 
 @app.post("/v1/completions")

@@ -26,7 +26,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 
-from test_serve import noise, png, running  # noqa: E402
+from test_serve import noise, png, running, same  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,6 @@ def wait_until_done(page: Any) -> None:
 def picture_of(image: Any) -> PILImage.Image:
     data = image.get_attribute("src").partition(",")[2]
     return PILImage.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-
-
-def same(one: PILImage.Image, other: PILImage.Image) -> bool:
-    return np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_a_conversation_with_pictures_in_and_out(page: Any, model: Chameleon, tmp_path: Path) -> None:

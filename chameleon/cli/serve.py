@@ -93,11 +93,11 @@ def serve_with_ray(arguments: argparse.Namespace, options: ReplicaOptions, on_re
         import ray.serve  # noqa: F401
     except ImportError as error:
         raise BadInput(f"{error.name} is missing", where="serve", remedy="pip install 'open-chameleon[ray]'") from None
-    from chameleon.serve.ray_deployment import RayPlace, serve_on_ray
+    from chameleon.serve.ray_deployment import RayCluster, serve_on_ray
 
     gpus = 0.0 if arguments.device == "cpu" else 1.0
-    place = RayPlace(arguments.ray_address, arguments.host, arguments.port, arguments.cpus, gpus)
-    serve_on_ray(options, arguments.replicas, place, on_ready)
+    cluster = RayCluster(arguments.ray_address, arguments.host, arguments.port, arguments.cpus, gpus)
+    serve_on_ray(options, arguments.replicas, cluster, on_ready)
 
 
 def bundle_name(model: str | None) -> str:

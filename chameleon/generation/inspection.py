@@ -42,9 +42,9 @@ def token_scores(model: Chameleon, token_ids: list[int], top: int) -> TokenScore
     parts = []
     for states, target in zip(hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
         log_probs = model.model.logits(states).float().log_softmax(-1)
-        chosen = log_probs.gather(1, target.to(log_probs.device).unsqueeze(1)).squeeze(1)
+        target_log_probs = log_probs.gather(1, target.to(log_probs.device).unsqueeze(1)).squeeze(1)
         values, ids = log_probs.topk(min(top, log_probs.shape[1]), dim=-1)
-        parts.append((chosen, -(log_probs.exp() * log_probs).sum(-1), values, ids))
+        parts.append((target_log_probs, -(log_probs.exp() * log_probs).sum(-1), values, ids))
     return TokenScores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
@@ -92,15 +92,15 @@ def picture_of_code(model: Chameleon, code: int) -> PILImage.Image:
 def pictures_in(model: Chameleon, token_ids: list[int]) -> list[tuple[int, PILImage.Image]]:
     """Return the complete images of a sequence, each with the position of its first code."""
     v = model.vocabulary
-    found, codes = [], []
+    starts, codes = [], []
     for position, token_id in enumerate(token_ids):
         end = position + 1 + v.codes_per_image
         if token_id != v.boi or token_ids[end : end + 1] != [v.eoi]:
             continue
         block = torch.tensor(token_ids[position + 1 : end])
         if v.is_image(block).all():
-            found.append(position + 1)
+            starts.append(position + 1)
             codes.append(v.ids_to_codes(block).view(v.grid))
-    if not found or not model.tokenizer.image.config.decoder:
+    if not starts or not model.tokenizer.image.config.decoder:
         return []
-    return list(zip(found, model.tokenizer.image.decode(torch.stack(codes)), strict=True))
+    return list(zip(starts, model.tokenizer.image.decode(torch.stack(codes)), strict=True))

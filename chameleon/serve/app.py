@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -99,6 +98,6 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(schema_page(json.loads(json.dumps(app.openapi()))))
+        return HTMLResponse(schema_page(app.openapi()))
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")

@@ -72,7 +72,11 @@ class Guards:
             if not self.hosts or name not in (b"host", b"origin"):
                 continue
             given = value.decode("latin-1")
-            if urlsplit(given if name == b"origin" else f"//{given}").hostname not in self.hosts:
+            try:
+                host = urlsplit(given if name == b"origin" else f"//{given}").hostname
+            except ValueError:  # such as a bracket that is not closed
+                host = None
+            if host not in self.hosts:
                 raise ApiError(403, f"this server answers to {', '.join(self.hosts)} alone; use --api-key for others")
 
     def check_key(self, scope: Scope) -> None:

@@ -18,8 +18,8 @@ HEALTH_CHECK_SECONDS = 2
 
 
 @dataclass(frozen=True)
-class RayPlace:
-    """Where the replicas run."""
+class RayCluster:
+    """The cluster on which the replicas run."""
 
     address: str | None
     """Of the cluster; None starts one on this machine."""
@@ -31,14 +31,16 @@ class RayPlace:
     """CPUs and GPUs that a replica takes."""
 
 
-def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_ready: Callable[[], None]) -> None:
+def serve_on_ray(options: ReplicaOptions, replicas: int, cluster: RayCluster, on_ready: Callable[[], None]) -> None:
     """Serve on a cluster until SIGTERM or SIGINT."""
     import ray
     from ray import serve
 
-    ray.init(address=place.address or "local", log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    ray.init(
+        address=cluster.address or "local", log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True
+    )
     timeout = options.limits.seconds
-    http_options = {"host": place.host, "port": place.port, "location": "EveryNode", "request_timeout_s": timeout}
+    http_options = {"host": cluster.host, "port": cluster.port, "location": "EveryNode", "request_timeout_s": timeout}
     serve.start(http_options=http_options)
 
     def build() -> Any:  # Ray takes a function, not a partial
@@ -53,7 +55,7 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
         health_check_period_s=HEALTH_CHECK_SECONDS,
         health_check_timeout_s=5 * HEALTH_CHECK_SECONDS,
         graceful_shutdown_timeout_s=options.limits.drain_seconds,
-        ray_actor_options={"num_cpus": place.cpus, "num_gpus": place.gpus},
+        ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
     )
     serve.run(deployment.bind(), name="chameleon", route_prefix="/")
     stopped = threading.Event()
@@ -61,7 +63,7 @@ def serve_on_ray(options: ReplicaOptions, replicas: int, place: RayPlace, on_rea
         signal.signal(number, lambda *_: stopped.set())
     on_ready()
     stopped.wait()
-    if place.address is None:
+    if cluster.address is None:
         serve.shutdown()
     else:  # others may use the cluster's Ray Serve
         serve.delete("chameleon")

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,14 +25,12 @@ from chameleon.serve.metrics import MULTIPROCESS_FOLDER
 from chameleon.serve.replica import ReplicaOptions, build_replica
 from chameleon.serve.settings import Limits
 
-START_SECONDS = 120.0
-"""Time that a replica may take to load its model."""
 HEALTH_CHECK_SECONDS = 20
 """A replica that does not answer for so long is started again."""
 
 
 class Server(uvicorn.Server):
-    """A server that SIGTERM and SIGINT drain: running requests end, new ones get status 503, and the process exits with 0.
+    """A server that SIGTERM and SIGINT drain: running requests end, no others are accepted, and the process exits with 0.
 
     A second signal ends it at once.
     """
@@ -116,11 +113,10 @@ class Replicas(Multiprocess):
 
     def init_processes(self) -> None:
         super().init_processes()
-        end = time.monotonic() + START_SECONDS
         while not all(process.is_ready(timeout=0.2) for process in self.processes):
             self.handle_signals()
-            is_over = time.monotonic() > end or not all(process.process.is_alive() for process in self.processes)
-            if self.should_exit.is_set() or is_over:
+            has_failed = not all(process.process.is_alive() for process in self.processes)
+            if self.should_exit.is_set() or has_failed:
                 return
         self.on_ready()
 
@@ -144,6 +140,9 @@ def serve_replicas(options: ReplicaOptions, replicas: int, bound: socket.socket,
         config = config_of(partial(build_or_exit, options), options.limits, factory=True, workers=replicas)
         config.timeout_worker_healthcheck = HEALTH_CHECK_SECONDS
         try:
-            Replicas(config, [bound], on_ready).run()
+            supervisor = Replicas(config, [bound], on_ready)
+            supervisor.run()
         finally:
             del os.environ[MULTIPROCESS_FOLDER]
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise BadInput("a replica cannot be started, for the reason above", where="serve")

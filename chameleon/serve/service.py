@@ -43,27 +43,27 @@ class StopTexts:
     """Ends a text before the first of some strings; what may be the start of one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.held, self.is_stopped = list(stops), "", False
+        self.stops, self.withheld, self.is_stopped = list(stops), "", False
 
     def push(self, text: str) -> str:
         """Add text and return what can be shown."""
         if self.is_stopped:
             return ""
-        self.held += text
-        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
-        if found:
+        self.withheld += text
+        stop_starts = [self.withheld.find(stop) for stop in self.stops if stop in self.withheld]
+        if stop_starts:
             self.is_stopped = True
-            shown, self.held = self.held[: min(found)], ""
+            shown, self.withheld = self.withheld[: min(stop_starts)], ""
             return shown
         longest = max(
-            (size for stop in self.stops for size in range(1, len(stop)) if self.held.endswith(stop[:size])), default=0
+            (size for stop in self.stops for size in range(1, len(stop)) if self.withheld.endswith(stop[:size])), default=0
         )
-        shown, self.held = self.held[: len(self.held) - longest], self.held[len(self.held) - longest :]
+        shown, self.withheld = self.withheld[: len(self.withheld) - longest], self.withheld[len(self.withheld) - longest :]
         return shown
 
     def finish(self) -> str:
         """Return what was held back."""
-        shown, self.held = self.held, ""
+        shown, self.withheld = self.withheld, ""
         return shown
 
 
@@ -269,7 +269,7 @@ class Service:
                 rest: list[Shown] = list(decoder.flush_text())
                 if decoder.image_block:
                     rest += await self.worker.call(lambda: list(decoder.finish()), is_new=False)
-                for part in joined_texts([*self.before_stop(rest, stop, answer), *self.held_text(stop, answer)]):
+                for part in joined_texts([*self.before_stop(rest, stop, answer), *self.withheld_text(stop, answer)]):
                     yield part
             reason = answer.finish_reason
         except Exception:
@@ -289,19 +289,19 @@ class Service:
                 if not part.text:
                     continue
             elif isinstance(part, Image):  # a stop text does not continue after a picture
-                shown += self.held_text(stop, answer)
+                shown += self.withheld_text(stop, answer)
             if not isinstance(part, PartialImage):
                 answer.add(part)
             shown.append(part)
         return shown
 
-    def held_text(self, stop: StopTexts, answer: Answer) -> list[Shown]:
+    def withheld_text(self, stop: StopTexts, answer: Answer) -> list[Shown]:
         """Return the text that was held back, which turned out to be no start of a stop text."""
-        held = Text(stop.finish())
-        if not held.text:
+        withheld = Text(stop.finish())
+        if not withheld.text:
             return []
-        answer.add(held)
-        return [held]
+        answer.add(withheld)
+        return [withheld]
 
     async def whole_answer(self, generation: Generation, stops: Sequence[str] = ()) -> Answer:
         """Return a generation's answer once it has ended."""

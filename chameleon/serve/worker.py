@@ -1,7 +1,7 @@
 """The engine thread: the one thread that uses the model, fed from the event loop.
 
-Between two passes of the engine it runs at most one job, such as encoding the pictures of a prompt or decoding a drawing,
-so that streams of tokens go on.
+Between two passes of the engine it runs jobs, such as encoding the pictures of a prompt or decoding a drawing, for a few
+milliseconds, so that streams of tokens go on.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Generation:
 
     request: Request
     entry: ActiveRequest | None = None
-    """The engine's; None while the request is held back."""
+    """The engine's; None while the request is queued."""
     tokens: asyncio.Queue[list[int] | Exception | None] = field(default_factory=asyncio.Queue)
     """New token ids; the error of a failed request; None at the end."""
     has_started: bool = False
@@ -158,10 +158,10 @@ class EngineWorker:
         self.decode = Batcher(self, self.decode_codes, is_new=False)
         self.max_sequences = self.engine.scheduler.max_sequences
         self.max_drawing_sequences = self.max_sequences - self.max_sequences // 4
-        self.held: deque[Generation] = deque()
+        self.queued: deque[Generation] = deque()
         """Accepted requests that the engine does not have yet, in order of arrival."""
         self.running: list[Generation] = []
-        """Those that it has. Only the engine thread changes this list, and removes what is held."""
+        """Those that it has. Only the engine thread changes this list, and removes what is queued."""
         self.jobs.put(Job(self.serve))
 
     def attach(self) -> None:
@@ -175,7 +175,7 @@ class EngineWorker:
         self.thread.join()
 
     def wake(self) -> None:
-        """Let the thread look at what is held, if it waits for a job."""
+        """Let the thread look at what is queued, if it waits for a job."""
         self.jobs.put(Job(lambda: None))
 
     @property
@@ -187,7 +187,7 @@ class EngineWorker:
     @property
     def num_waiting(self) -> int:
         """Number of requests that are not being served yet."""
-        return len(self.held) + len(self.engine.scheduler.waiting)
+        return len(self.queued) + len(self.engine.scheduler.waiting)
 
     async def call(self, function: Callable[..., Result], *arguments: Any, is_new: bool = True) -> Result:
         """Run a function in the engine thread, between two passes, and return its result.
@@ -200,6 +200,8 @@ class EngineWorker:
             raise Overloaded(f"{self.jobs.qsize()} jobs are waiting")
         job = Job(lambda: function(*arguments))
         self.jobs.put(job)
+        if not self.is_alive:  # the thread may have ended since
+            self.fail_jobs()
         return await asyncio.wrap_future(job.future)
 
     def submit(self, requests: Sequence[Request]) -> list[Generation]:
@@ -211,8 +213,10 @@ class EngineWorker:
         for request in requests:
             request.validate(self.model.vocabulary, self.model.model.config.context_length, self.max_sequences)
         generations = [Generation(request) for request in requests]
-        self.held.extend(generations)
+        self.queued.extend(generations)
         self.wake()
+        if not self.is_alive:  # the thread may have ended since
+            raise Stopped("the server is stopping")
         return generations
 
     def decode_codes(self, codes: Sequence[Tensor]) -> list[PILImage.Image]:
@@ -245,7 +249,7 @@ class EngineWorker:
         """Serve until the worker is stopped. Whatever ends it, nobody waits for what will not come."""
         try:
             while not self.is_stopped:
-                self.run_jobs(wait=self.engine.is_idle and not self.held)
+                self.run_jobs(wait=self.engine.is_idle and not self.queued)
                 self.feed()
                 if not self.engine.is_idle:
                     self.step()
@@ -255,13 +259,20 @@ class EngineWorker:
         finally:
             self.is_stopped = True
             error = Stopped("the server is stopping")
-            left = [*self.held, *self.running]
-            self.held.clear()
+            left = [*self.queued, *self.running]
+            self.queued.clear()
             self.running.clear()
             if left:
                 self.loop.call_soon_threadsafe(self.receive, [(generation, error) for generation in left])
-            while not self.jobs.empty():
-                self.jobs.get().fail(error)
+            self.fail_jobs()
+
+    def fail_jobs(self) -> None:
+        """Tell those who wait for a job that none will be run any more."""
+        try:
+            while True:
+                self.jobs.get(block=False).fail(Stopped("the server is stopping"))
+        except queue.Empty:
+            return
 
     def run_jobs(self, wait: bool) -> None:
         """Run what jobs there are, for a short time; all but the first may have nothing to do."""
@@ -285,12 +296,12 @@ class EngineWorker:
         )
 
     def feed(self) -> None:
-        """Give the engine what is held, as far as there are sequences for it; of each kind the first come first."""
+        """Give the engine what is queued, as far as there are sequences for it; of each kind the first come first."""
         used = {True: 0, False: 0}
         for generation in self.running:
             used[generation.draws] += len(generation.request.prompts)
         is_blocked = False
-        for generation in list(self.held):
+        for generation in list(self.queued):
             draws, size = generation.draws, len(generation.request.prompts)
             is_full = sum(used.values()) + size > self.max_sequences
             is_reserved = draws and used[draws] > 0 and used[draws] + size > self.max_drawing_sequences
@@ -299,7 +310,7 @@ class EngineWorker:
             is_blocked |= is_reserved
             if draws and is_blocked:
                 continue
-            self.held.remove(generation)
+            self.queued.remove(generation)
             generation.entry = self.engine.scheduler.submit(generation.request)
             self.running.append(generation)
             used[draws] += size
@@ -308,8 +319,8 @@ class EngineWorker:
         for generation in generations:
             if generation.entry is not None:
                 self.engine.cancel(generation.entry.request_id)
-            if generation in self.held:
-                self.held.remove(generation)
+            if generation in self.queued:
+                self.queued.remove(generation)
             if generation in self.running:
                 self.running.remove(generation)
 
