@@ -21,6 +21,7 @@ from chameleon.data.tokenize import Report, tokenize
 from chameleon.device import fast_bfloat16, matmul_peak
 from chameleon.evaluation.emoji import evaluate
 from chameleon.generation.chameleon import Chameleon
+from chameleon.html_page import page
 from chameleon.model.config import ModelConfig
 from chameleon.plan import flops_per_token
 from chameleon.tokenizers.image import ImageTokenizer
@@ -149,10 +150,10 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
                 shipped.bundle.provenance.get("evaluation", {}),
             )
         )
-    page = out / "gallery.html"
-    page.write_text(gallery.page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
+    path = out / "gallery.html"
+    path.write_text(page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
     log.begin("done")
-    return page
+    return path
 
 
 def tokenize_tasks(pipeline: PipelineRecipe, tokenizers: Path, shards: Path) -> Iterator[tuple[str, Report]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chameleon.data.token_shards import TokenShard
-from chameleon.gallery import page, picture_tag
+from chameleon.html_page import page, picture_tag
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
 from chameleon.vocabulary import Modality, Vocabulary
 

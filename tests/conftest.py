@@ -8,8 +8,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +148,24 @@ def recipe_file(tmp_path: Path, tokenizer: MixedTokenizer, **changes: object) ->
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@contextmanager
+def running(model: Chameleon, **options: Any) -> Iterator[str]:
+    """Serve a model in a thread; yields its address. Needs the extra `serve`."""
+    from chameleon.serve.app import build_app
+    from chameleon.serve.server import Server, bind, config_of
+
+    bound = bind("127.0.0.1", 0)
+    app = build_app(lambda: model, **options)
+    server = Server(config_of(app, app.state.service.limits), lambda: None)
+    server.capture_signals = lambda: contextmanager(lambda: iter([None]))()  # type: ignore[method-assign]  # not in a thread
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

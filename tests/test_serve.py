@@ -15,14 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
@@ -41,28 +40,9 @@ uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx2")
 
-from chameleon.serve.app import PAGE, build_app  # noqa: E402
-from chameleon.serve.server import Server, bind, config_of  # noqa: E402
+from chameleon.serve.app import PAGE  # noqa: E402
 from chameleon.serve.service import StopTexts  # noqa: E402
 from chameleon.serve.settings import ApiKey, ApiKeys, Limits, read_keys  # noqa: E402
-
-
-@contextmanager
-def running(model: Chameleon, **options: Any) -> Iterator[str]:
-    """Serve a model in a thread; yields its address."""
-    bound = bind("127.0.0.1", 0)
-    app = build_app(lambda: model, **options)
-    server = Server(config_of(app, app.state.service.limits), lambda: None)
-    server.capture_signals = lambda: contextmanager(lambda: iter([None]))()  # type: ignore[method-assign]  # not in a thread
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

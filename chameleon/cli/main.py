@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from chameleon.cli import convert, data, evaluate, generate, inspect, serve, train
+from chameleon.cli import convert, data, evaluate, generate, inspect, serve, study, train
 from chameleon.cli.options import Parser, Verbs
 from chameleon.cli.output import print_error
 from chameleon.errors import BadInput
@@ -21,7 +21,7 @@ def build_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--verbose", action="store_true", help="log what is chosen here, such as the form of the weights")
     verbs = Verbs(parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser))
-    for module in (train, data, generate, serve, evaluate, inspect, convert):
+    for module in (train, data, generate, serve, evaluate, study, inspect, convert):
         module.add_verbs(verbs)
     return parser
 

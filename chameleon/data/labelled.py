@@ -20,6 +20,8 @@ from chameleon.data.webdataset import read_samples
 from chameleon.tokenizers.image import affine_augment
 
 EMBEDDED = Path(__file__).parent / "embedded"
+SIDE = 64
+"""Pixels of a picture."""
 NO_TONE = "none"
 FIXED_HANDEDNESS = ("left", "right", "arrow", "clock", "thirty", "east", "west", "letter", "button", "calendar", "text")
 WITHOUT_MIRRORING = ("flags", "symbols")

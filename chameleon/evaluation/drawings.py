@@ -10,8 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +28,8 @@ from chameleon.tokenizers.image import to_tensor
 from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 
 BATCH_SIZE = 64
+Hit = dict[str, float]
+"""What is right about a drawing, 0 or 1 each."""
 Progress = Callable[[str, int, int], None]
 """Called as (part of the suite, number done, total)."""
 STYLE_STEPS, STYLE_LR, STYLE_WEIGHT_DECAY, STYLE_BLOCKS = 300, 0.01, 0.1, 3
@@ -90,7 +90,8 @@ class StyleClassifier:
         """Return means and standard deviations of the feature maps of pictures: [N, features]."""
         rows = []
         for start in range(0, len(pictures), BATCH_SIZE):
-            maps = (to_tensor(pictures[start : start + BATCH_SIZE]) - self.network.shift) / self.network.scale
+            batch = [at_side(picture, labelled.SIDE) for picture in pictures[start : start + BATCH_SIZE]]
+            maps = (to_tensor(batch) - self.network.shift) / self.network.scale
             statistics = []
             for block in list(self.network.net.values())[:STYLE_BLOCKS]:
                 maps = block(maps)
@@ -99,11 +100,10 @@ class StyleClassifier:
         return torch.cat(rows).clone()
 
     @torch.no_grad()
-    def accuracy(self, pictures: Sequence[PILImage.Image], wanted: Sequence[LabelledPicture]) -> float:
-        """Return the share of the pictures that have the style of `wanted`."""
+    def are_right(self, pictures: Sequence[PILImage.Image], wanted: Sequence[LabelledPicture]) -> list[bool]:
+        """Return for each picture whether it has the style of `wanted`."""
         indices = self.layer((self.features(pictures) - self.mean) / self.std).argmax(1).tolist()
-        pairs = zip(indices, wanted, strict=True)
-        return sum(emoji.STYLES[index] == entry.style for index, entry in pairs) / len(wanted)
+        return [emoji.STYLES[index] == entry.style for index, entry in zip(indices, wanted, strict=True)]
 
 
 class DrawingJudge:
@@ -135,20 +135,19 @@ class DrawingJudge:
         """Return the 10 nearest names of each picture."""
         return nearest_names(self.features(pictures), self.gallery_features, self.gallery_names)
 
-    def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
-        """Return the metrics of pictures that are to show `names`."""
-        return self.shares(self.nearest(pictures), names, len(set(self.gallery_names)))
+    def hits(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> list[Hit]:
+        """Return for each picture that is to show a name whether the name is among the 10 nearest, and the nearest."""
+        return [as_hit(name, near) for name, near in zip(names, self.nearest(pictures), strict=True)]
 
-    @staticmethod
-    def shares(nearest: Sequence[Sequence[str]], names: Sequence[str], num_choices: int) -> dict[str, float]:
+    def judge(self, pictures: Sequence[PILImage.Image], names: Sequence[str]) -> dict[str, float]:
         """Return the shares of pictures whose names are among their 10 nearest, and the nearest."""
-        pairs = list(zip(names, nearest, strict=True))
-        return {
-            "drawings": len(pairs),
-            "right_among_10": sum(name in near for name, near in pairs) / len(pairs),
-            "right_nearest": sum(name == near[0] for name, near in pairs) / len(pairs),
-            "base_emoji": num_choices,
-        }
+        hits = self.hits(pictures, names)
+        return {key: sum(hit[key] for hit in hits) / len(hits) for key in hits[0]}
+
+    @cached_property
+    def num_names(self) -> int:
+        """Names that a drawing is told from."""
+        return len(set(self.gallery_names))
 
     # --- styles ---
 
@@ -156,22 +155,25 @@ class DrawingJudge:
     def style_classifier(self) -> StyleClassifier:
         return StyleClassifier(self.drawable)
 
-    def judge_unseen(self, pictures: Sequence[PILImage.Image], wanted: Sequence[LabelledPicture]) -> dict[str, float]:
-        """Return the metrics of drawings of pairs of concept and style that training had no picture of.
+    def unseen_hits(self, pictures: Sequence[PILImage.Image], wanted: Sequence[LabelledPicture]) -> list[Hit]:
+        """Return the hits of drawings of pairs of concept and style that training had no picture of, and of their style.
 
         They are compared with pictures in other styles than the one asked for.
         """
-        features = self.features(pictures)
-        nearest = []
-        for row, entry in zip(features, wanted, strict=True):
+        result = []
+        styles = self.style_classifier.are_right(pictures, wanted)
+        for row, entry, is_right_style in zip(self.features(pictures), wanted, styles, strict=True):
             others = [index for index, other in enumerate(self.gallery) if other.style != entry.style]
             names = [self.gallery_names[index] for index in others]
-            nearest += nearest_names(row[None], self.gallery_features[others], names)
-        result = self.shares(nearest, [entry.caption for entry in wanted], len(set(self.gallery_names)))
-        real = [entry for entry in self.held_out if not entry.is_variant]
-        result["right_style"] = self.style_classifier.accuracy(pictures, wanted)
-        result["right_style_of_real_pictures"] = self.style_classifier.accuracy([entry.picture for entry in real], real)
+            near = nearest_names(row[None], self.gallery_features[others], names)[0]
+            result.append({**as_hit(entry.caption, near), "right_style": float(is_right_style)})
         return result
+
+    def real_style_accuracy(self) -> float:
+        """Return the share of real held-out pictures whose style is told right, which bounds what is said of drawings."""
+        real = [entry for entry in self.held_out if not entry.is_variant]
+        results = self.style_classifier.are_right([entry.picture for entry in real], real)
+        return sum(results) / len(results)
 
     # --- colours ---
 
@@ -181,18 +183,29 @@ class DrawingJudge:
         named = [(entry, thing) for entry in self.gallery if (thing := thing_of(entry)) is not None]
         return self.features([grey(entry.picture) for entry, _ in named]), [thing for _, thing in named]
 
-    def judge_coloured(self, pictures: Sequence[PILImage.Image], wanted: Sequence[tuple[str, str]]) -> dict[str, float]:
-        """Return how often drawings have the main colour that was asked for, show the thing (in grey), and both.
+    def coloured_hits(self, pictures: Sequence[PILImage.Image], wanted: Sequence[tuple[str, str]]) -> list[Hit]:
+        """Return whether drawings have the main colour that was asked for, show the thing (in grey), and both.
 
         wanted: pairs of colour and thing.
         """
         features, things = self.things
         nearest = nearest_names(self.features([grey(picture) for picture in pictures]), features, things)
-        right_colour = [main_colour(picture) == colour for picture, (colour, _) in zip(pictures, wanted, strict=True)]
-        right_thing = [thing in near for near, (_, thing) in zip(nearest, wanted, strict=True)]
-        both = [a and b for a, b in zip(right_colour, right_thing, strict=True)]
-        shares = {"right_colour": right_colour, "right_thing": right_thing, "right_both": both}
-        return {"drawings": len(wanted), **{name: sum(values) / len(values) for name, values in shares.items()}}
+        result = []
+        for picture, (colour, thing), near in zip(pictures, wanted, nearest, strict=True):
+            right_colour, right_thing = main_colour(picture) == colour, thing in near
+            hit = {"right_colour": right_colour, "right_thing": right_thing, "right_both": right_colour and right_thing}
+            result.append({name: float(value) for name, value in hit.items()})
+        return result
+
+
+def as_hit(name: str, nearest: Sequence[str]) -> Hit:
+    """Return whether a name is among the nearest, and the nearest."""
+    return {"right_among_10": float(name in nearest), "right_nearest": float(name == nearest[0])}
+
+
+def at_side(picture: PILImage.Image, side: int) -> PILImage.Image:
+    """Return a square picture at the resolution of the set's pictures."""
+    return picture if picture.width == side else picture.resize((side, side), PILImage.Resampling.LANCZOS)
 
 
 def grey(picture: PILImage.Image) -> PILImage.Image:
@@ -206,13 +219,6 @@ def drawing_accuracy(
     """Draw names of training concepts and judge the drawings."""
     names = judge.choose_names(num_drawings, names_seed)
     return judge.judge(settings.draw(model, names, "drawings"), names)
-
-
-def unseen_accuracy(model: Chameleon, judge: DrawingJudge, settings: DrawingSettings) -> dict[str, float]:
-    """Draw the held-out pairs of concept and style, "hamster, twemoji style", and judge the drawings."""
-    wanted = labelled.representatives(judge.held_out)
-    prompts = [f"{entry.caption}, {entry.style} style" for entry in wanted]
-    return judge.judge_unseen(settings.draw(model, prompts, "unseen pairs"), wanted)
 
 
 def coloured_prompts(count: int, seed: int) -> list[tuple[str, str]]:
@@ -241,30 +247,8 @@ def unseen_colours(count: int, seed: int) -> list[tuple[str, str]]:
     return chosen
 
 
-def colour_accuracy(
-    model: Chameleon, judge: DrawingJudge, settings: DrawingSettings, num_seen: int = 200, num_unseen: int = 100
-) -> dict[str, Any]:
-    """Draw "COLOUR THING" for pairs that may occur in training and for pairs that do not."""
-    result = {}
-    for name, pairs in (
-        ("seen", coloured_prompts(num_seen, settings.seed)),
-        ("unseen", unseen_colours(num_unseen, settings.seed)),
-    ):
-        pictures = settings.draw(model, [f"{colour} {thing}" for colour, thing in pairs], f"colours, {name} pairs")
-        result[name] = judge.judge_coloured(pictures, pairs)
-    return result
-
-
-def variety(
-    model: Chameleon, judge: DrawingJudge, settings: DrawingSettings, num_prompts: int = 100, num_drawings: int = 9
-) -> dict[str, float]:
-    """Return by how many of their codes drawings of one prompt differ, on average over pairs of drawings and prompts."""
-    names = judge.choose_names(num_prompts, settings.seed)
-    prompts = [name for name in names for _ in range(num_drawings)]
-    codes = model.tokenizer.image.encode(settings.draw(model, prompts, "variety")).flatten(1)
-    shares = [
-        float((codes[first] != codes[second]).float().mean())
-        for start in range(0, len(codes), num_drawings)
-        for first, second in combinations(range(start, start + num_drawings), 2)
-    ]
-    return {"prompts": len(names), "differing_codes": sum(shares) / len(shares)}
+def differing_codes(codes: Tensor) -> list[float]:
+    """Return for each of several drawings of one prompt by how many of its codes [N, L] it differs from the others."""
+    flat = codes.flatten(1)
+    shares = (flat[:, None] != flat[None]).float().mean(2)  # [N, N], 0 on the diagonal
+    return (shares.sum(1) / (len(flat) - 1)).tolist()

@@ -1,179 +1,258 @@
-"""The evaluation suite on the embedded set: reconstruction, captions, questions, drawings, mixed documents, likelihood."""
+"""The suite on the embedded set: reconstruction, captions, questions, drawings, mixed documents, likelihood."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import sqrt
-from statistics import NormalDist
 from typing import Any
 
-from chameleon.data import emoji, labelled
-from chameleon.data.labelled import LabelledPicture
+import torch
+from PIL import Image as PILImage
+
+from chameleon.data import emoji, labelled, mixed_tasks
+from chameleon.data.labelled import LabelledPicture, plain_view
 from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
+from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
-from chameleon.evaluation.captions import cider_d, exact_match, words
+from chameleon.evaluation.caption_metrics import CiderD, simple_words
+from chameleon.evaluation.counting import COUNTED_THINGS, NUMBERS, count_objects, several
 from chameleon.evaluation.drawings import (
-    BATCH_SIZE,
     DrawingJudge,
-    DrawingSettings,
-    Progress,
-    colour_accuracy,
-    drawing_accuracy,
-    no_progress,
-    unseen_accuracy,
-    variety,
+    Hit,
+    coloured_prompts,
+    differing_codes,
+    unseen_colours,
 )
-from chameleon.evaluation.likelihood import bits_per_byte
-from chameleon.evaluation.mixed import mixed_accuracy
-from chameleon.evaluation.pictures import reconstruction
+from chameleon.evaluation.likelihood import document_bits
+from chameleon.evaluation.mixed import MAX_IMAGES, MAX_NEW_TOKENS, Truth, has_right_form
+from chameleon.evaluation.part import EvaluatedModel, Item, LocalModel, Output, Part, Scores, image_tokenizer
+from chameleon.evaluation.pictures import score_reconstructions
+from chameleon.evaluation.statistics import Figure, Metric, Term
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
-from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
+from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
+from chameleon.tokenizers.image import load_picture
 
 NAMED_LANGUAGES = ("de", "es", "fr", "ja", "zh")
 """Languages in which names are asked for."""
-NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
-"""Of the standard normal distribution, for intervals of 95%."""
+QUICK_PARTS = ("reconstruction", "captions", "questions", "drawings", "likelihood")
+"""Parts that take minutes on a CPU."""
+MAX_ANSWER_TOKENS = 30
+NUM_COLOURED, NUM_UNSEEN_COLOURS = 200, 100
+NUM_VARIED, NUM_VARIATIONS = 100, 9
+NUM_MIXED_PROMPTS = 200
+MAX_BYTES = 200_000
+"""Of text whose likelihood is measured, of each kind."""
+Progress = Callable[[str, int, int], None]
+"""Called as (part, number of items done, total)."""
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share of `count` independent trials (Wilson, 1927)."""
-    z2 = NORMAL_QUANTILE**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = NORMAL_QUANTILE * sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def no_progress(part: str, num_done: int, total: int) -> None:
+    """Report nothing."""
 
 
-class Suite:
-    """The parts of the suite for one model. Each is a method that returns its metrics."""
+@dataclass
+class EmojiSuite:
+    """Settings of the suite on the embedded set."""
 
-    def __init__(self, model: Chameleon, concepts: int | None, num_drawings: int, settings: DrawingSettings) -> None:
-        self.model, self.num_drawings, self.settings = model, num_drawings, settings
-        self.training_set, self.held_out = (emoji.subset(split, concepts) for split in ("train", "validation"))
+    parts: list[str] = field(default_factory=lambda: list(QUICK_PARTS))
+    """Of `PARTS`; or all."""
+    concepts: int | None = None
+    """A subset of this many concepts."""
+    drawings: int = 200
+    """Number of names that are drawn."""
+    seed: int = 0
+    guidance_scale: float = GUIDANCE_SCALE
+    temperature: float = IMAGE_SAMPLING.temperature
+    top_p: float = IMAGE_SAMPLING.top_p
+
+    def build_parts(self) -> list[Part]:
+        """Return the parts. Raise `BadInput` for unknown ones, and where no style is held out."""
+        check_seed(self.seed)
+        names = list(PARTS) if self.parts == ["all"] else self.parts
+        for name in names:
+            if name not in PARTS:
+                raise BadInput(f"no part {name!r}", where="emoji.parts", remedy=f"use {', '.join(PARTS)} or all")
+        pictures = EmojiPictures(self)
+        return [PARTS[name](pictures) for name in names if name != "drawings" or self.drawings]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of the embedded set."""
+        from chameleon.evaluation.suite import fingerprint_of
+
+        return {"emoji": fingerprint_of(sorted(labelled.EMBEDDED.glob("emoji*")))}
+
+
+class EmojiPictures:
+    """The pictures that the parts share, and the judge of drawings."""
+
+    def __init__(self, suite: EmojiSuite) -> None:
+        self.suite = suite
+        self.training_set, self.held_out = (emoji.subset(split, suite.concepts) for split in ("train", "validation"))
         if not self.held_out:
-            raise BadInput(f"no style is held out of {concepts} concepts", where="evaluate", remedy="use more")
-        self.shown = labelled.representatives(self.held_out, settings.seed)
+            raise BadInput(f"no style is held out of {suite.concepts} concepts", where="emoji.concepts", remedy="use more")
+        self.shown = labelled.representatives(self.held_out, suite.seed)
+        self.sampling = Sampling(suite.temperature, suite.top_p)
 
     @cached_property
     def judge(self) -> DrawingJudge:
-        return DrawingJudge(self.training_set, self.held_out, self.model.engine.device)
-
-    def reconstruction(self) -> dict[str, Any]:
-        tokenizer = self.model.tokenizer.image
-        return reconstruction(tokenizer, [entry.picture for entry in self.held_out])
-
-    def recognition(self) -> dict[str, Any]:
-        tokenizer, pictures = self.model.tokenizer.image, [entry.picture for entry in self.shown]
-        names = [entry.caption for entry in self.shown]
-        return self.judge.judge(tokenizer.decode(tokenizer.encode(pictures)), names)
-
-    def captions(self) -> dict[str, Any]:
-        return captions(self.model, self.shown, self.settings.progress)
-
-    def languages(self) -> dict[str, Any]:
-        return name_accuracy(self.model, self.shown, self.settings.progress)
-
-    def questions(self) -> dict[str, Any]:
-        return question_accuracy(self.model, self.held_out, self.settings.seed, self.settings.progress)
-
-    def drawings(self) -> dict[str, Any]:
-        return drawing_accuracy(self.model, self.judge, self.num_drawings, self.settings, self.settings.seed)
-
-    def unseen(self) -> dict[str, Any]:
-        return unseen_accuracy(self.model, self.judge, self.settings)
-
-    def colours(self) -> dict[str, Any]:
-        return colour_accuracy(self.model, self.judge, self.settings)
-
-    def variety(self) -> dict[str, Any]:
-        return variety(self.model, self.judge, self.settings)
-
-    def mixed(self) -> dict[str, Any]:
-        return mixed_accuracy(self.model, self.judge, self.settings)
-
-    def likelihood(self) -> dict[str, Any]:
-        return {
-            "text_bits_per_byte": bits_per_byte(self.model, emoji.words("validation")),
-            "code_bits_per_byte": bits_per_byte(self.model, emoji.code("validation")),
-        }
+        return DrawingJudge(self.training_set, self.held_out, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
-    "reconstruction": Suite.reconstruction,
-    "captions": Suite.captions,
-    "questions": Suite.questions,
-    "drawings": Suite.drawings,
-    "likelihood": Suite.likelihood,
-    "recognition": Suite.recognition,
-    "languages": Suite.languages,
-    "unseen": Suite.unseen,
-    "colours": Suite.colours,
-    "variety": Suite.variety,
-    "mixed": Suite.mixed,
-}
-QUICK_PARTS = ("reconstruction", "captions", "questions", "drawings", "likelihood")
-"""Parts that take minutes on a CPU."""
+class EmojiPart:
+    """A part of the suite; subclasses say what is asked and how answers are scored."""
+
+    name: str
+    batch_size = 64
+
+    def __init__(self, pictures: EmojiPictures) -> None:
+        self.pictures, self.suite = pictures, pictures.suite
+        self.method: dict[str, Any] = {}
 
 
-def evaluate(
-    model: Chameleon,
-    *,
-    concepts: int | None = None,
-    drawings: int = 200,
-    seed: int = 0,
-    parts: Sequence[str] = QUICK_PARTS,
-    guidance_scale: float = GUIDANCE_SCALE,
-    sampling: Sampling = IMAGE_SAMPLING,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Return all metrics of the suite, as nested dictionaries.
-
-    concepts: evaluate on a subset of so many concepts. drawings: number of drawings. parts: of `PARTS`. guidance_scale and
-    sampling: of drawings.
-    """
-    check_seed(seed)
-    suite = Suite(model, concepts, drawings, DrawingSettings(seed, guidance_scale, sampling, progress))
-    result: dict[str, Any] = {}
-    for part in parts:
-        if part == "likelihood":
-            result |= suite.likelihood()
-        elif part != "drawings" or drawings:
-            result[part] = PARTS[part](suite)
-    return result
+def is_same(answer: str, expected: str) -> float:
+    """Return 1 if two texts have the same words."""
+    return float(simple_words(answer) == simple_words(expected))
 
 
-def captions(model: Chameleon, held_out: Sequence[LabelledPicture], progress: Progress = no_progress) -> dict[str, float]:
-    """Evaluate greedy captions of the pictures against their names and tags."""
-    generated: list[str] = []
-    for start in range(0, len(held_out), BATCH_SIZE):
-        generated += model.caption_batch([entry.picture for entry in held_out[start : start + BATCH_SIZE]])
-        progress("captions", len(generated), len(held_out))
-    references = [[entry.caption, " ".join(entry.tags)] for entry in held_out]
-    return {
-        "pictures": len(held_out),
-        "exact_name": exact_match(generated, [entry.caption for entry in held_out]),
-        "commonest_name": Counter(entry.caption for entry in held_out).most_common(1)[0][1] / len(held_out),
-        "cider_d": cider_d(generated, references),
-    }
+def share_of_commonest(answers: Sequence[str]) -> float:
+    """Return how often one is right who always gives the commonest answer."""
+    return Counter(answers).most_common(1)[0][1] / len(answers)
 
 
-def name_accuracy(
-    model: Chameleon, held_out: Sequence[LabelledPicture], progress: Progress = no_progress
-) -> dict[str, dict[str, float]]:
-    """Return for each of `NAMED_LANGUAGES` how often the name is given exactly when it is asked for in that language."""
-    names, result = emoji.names_in_languages(), {}
-    for language in NAMED_LANGUAGES:
-        asked = [entry for entry in held_out if language in names.get(entry.base, {})]
-        answers: list[str] = []
-        for start in range(0, len(asked), BATCH_SIZE):
-            batch = asked[start : start + BATCH_SIZE]
-            answers += model.answer_batch([(entry.picture, NAME_QUESTIONS[language]) for entry in batch])
-            progress(f"names ({language})", len(answers), len(asked))
-        expected = [names[entry.base][language] for entry in asked]
-        result[language] = {"asked": len(asked), "exact_name": exact_match(answers, expected)}
-    return result
+def load_all(outputs: Sequence[Output]) -> list[PILImage.Image]:
+    return [load_picture(output) for output in outputs]
+
+
+# --- the image tokenizer ---
+
+
+class Reconstruction(EmojiPart):
+    """PSNR and ST-LPIPS of held-out pictures, and how much of the codebook they use."""
+
+    name = "reconstruction"
+
+    def items(self) -> list[Item]:
+        return [Item(entry.key, entry.picture, group=entry.concept) for entry in self.pictures.held_out]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        return image_tokenizer(model).decode(image_tokenizer(model).encode([item.prompt for item in items]))
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        tokenizer = image_tokenizer(model)
+        return score_reconstructions(tokenizer, [item.prompt for item in items], load_all(outputs))
+
+
+class Recognition(EmojiPart):
+    """How often a reconstruction is recognised, which bounds what a drawing can reach; also by kind of thing."""
+
+    name = "recognition"
+
+    def items(self) -> list[Item]:
+        return [Item(entry.key, entry.picture, entry.caption, data=entry) for entry in self.pictures.shown]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        return image_tokenizer(model).decode(image_tokenizer(model).encode([item.prompt for item in items]))
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        hits = self.pictures.judge.hits(load_all(outputs), [item.expected for item in items])
+        return recognised(self.pictures.judge, hits, [item.data.group for item in items])
+
+
+def recognised(judge: DrawingJudge, hits: Sequence[Hit], kinds: Sequence[str]) -> Scores:
+    """Return the shares of drawings that show the right emoji, in all and by kind of thing."""
+    rows: list[dict[str, Term]] = []
+    for hit, kind in zip(hits, kinds, strict=True):
+        rows.append({**hit, f"right_among_10, {kind}": hit["right_among_10"]})
+    among_10, nearest = (Metric(base_rate=count / judge.num_names) for count in (10, 1))
+    by_kind = {f"right_among_10, {kind}": among_10 for kind in sorted(set(kinds))}
+    return Scores(rows, {"right_among_10": among_10, "right_nearest": nearest, **by_kind})
+
+
+# --- reading pictures ---
+
+
+class Captions(EmojiPart):
+    """Greedy captions of one held-out picture of each concept, against its name; CIDEr-D against name and keywords."""
+
+    name = "captions"
+
+    def items(self) -> list[Item]:
+        return [
+            Item(entry.key, entry.picture, entry.caption, data=[entry.caption, " ".join(entry.tags)])
+            for entry in self.pictures.shown
+        ]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        prompts = [Document((Image(item.prompt),)) for item in items]
+        return model.generate_texts(prompts, (), MAX_ANSWER_TOKENS, GREEDY)
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        cider = CiderD([[simple_words(text) for text in item.data] for item in items])
+        rows: list[dict[str, Term]] = [
+            {"exact_name": is_same(output, item.expected), "cider_d": cider.score(simple_words(output), index)}
+            for index, (item, output) in enumerate(zip(items, outputs, strict=True))
+        ]
+        base_rate = share_of_commonest([item.expected for item in items])
+        return Scores(rows, {"exact_name": Metric(base_rate=base_rate), "cider_d": Metric()})
+
+
+class Asked(EmojiPart):
+    """Questions with one right answer; the family of each names its metric."""
+
+    def asked(self) -> list[tuple[LabelledPicture, Question]]:
+        raise NotImplementedError
+
+    def items(self) -> list[Item]:
+        return [
+            Item(
+                f"{entry.key} {question.question}",
+                Document((Image(entry.picture), Text(question.question))),
+                question.answer,
+                group=entry.concept,
+                data=question.family,
+            )
+            for entry, question in self.asked()
+        ]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        return model.generate_texts([item.prompt for item in items], (), MAX_ANSWER_TOKENS, GREEDY)
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        rows: list[dict[str, Term]] = [
+            {item.data: is_same(output, item.expected)} for item, output in zip(items, outputs, strict=True)
+        ]
+        of_family: dict[str, list[str]] = {}
+        for item in items:
+            of_family.setdefault(item.data, []).append(item.expected)
+        base_rates = {family: share_of_commonest(answers) for family, answers in of_family.items()}
+        return Scores(rows, {family: Metric(base_rate=rate) for family, rate in base_rates.items()})
+
+
+class Questions(Asked):
+    """Name, kind, style, skin tone, colour, and yes-no questions with as many of either answer."""
+
+    name = "questions"
+
+    def asked(self) -> list[tuple[LabelledPicture, Question]]:
+        return suite_questions(self.pictures.held_out, self.suite.seed)
+
+
+class Languages(Asked):
+    """Names, asked for in other languages."""
+
+    name = "languages"
+
+    def asked(self) -> list[tuple[LabelledPicture, Question]]:
+        names = emoji.names_in_languages()
+        return [
+            (entry, Question(language, NAME_QUESTIONS[language], names[entry.base][language]))
+            for language in NAMED_LANGUAGES
+            for entry in self.pictures.shown
+            if language in names.get(entry.base, {})
+        ]
 
 
 def suite_questions(held_out: Sequence[LabelledPicture], seed: int) -> list[tuple[LabelledPicture, Question]]:
@@ -203,22 +282,239 @@ def suite_questions(held_out: Sequence[LabelledPicture], seed: int) -> list[tupl
     return pairs
 
 
-def question_accuracy(
-    model: Chameleon, held_out: Sequence[LabelledPicture], seed: int = 0, progress: Progress = no_progress
-) -> dict[str, dict[str, float]]:
-    """Return, for each family, the number of questions, the accuracy, and the base rate (that of the commonest answer)."""
-    pairs = suite_questions(held_out, seed)
-    answers: list[str] = []
-    for start in range(0, len(pairs), BATCH_SIZE):
-        batch = pairs[start : start + BATCH_SIZE]
-        answers += model.answer_batch([(entry.picture, question.question) for entry, question in batch])
-        progress("questions", len(answers), len(pairs))
-    families: dict[str, list[tuple[str, str]]] = {}
-    for (_, question), answer in zip(pairs, answers, strict=True):
-        families.setdefault(question.family, []).append((answer, question.answer))
-    result = {}
-    for family, rows in families.items():
-        num_right = sum(words(answer) == words(expected) for answer, expected in rows)
-        commonest = Counter(expected for _, expected in rows).most_common(1)[0][1]
-        result[family] = {"asked": len(rows), "right": num_right / len(rows), "commonest_answer": commonest / len(rows)}
+# --- drawing ---
+
+
+class DrawingPart(EmojiPart):
+    """Drawings of prompts. Seeds are counted on, so that a prompt that is repeated gives different drawings."""
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        start = self.suite.seed + first
+        return model.draw_batch(
+            [item.prompt for item in items],
+            seeds=range(start, start + len(items)),
+            guidance_scale=self.suite.guidance_scale,
+            sampling=self.pictures.sampling,
+        )
+
+
+class Drawings(DrawingPart):
+    """Names of training concepts, in all and by kind of thing."""
+
+    name = "drawings"
+
+    def items(self) -> list[Item]:
+        names = self.pictures.judge.choose_names(self.suite.drawings, self.suite.seed)
+        kinds = {entry.caption: entry.group for entry in self.pictures.judge.drawable}
+        return [Item(name, name, data=kinds[name]) for name in names]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        hits = self.pictures.judge.hits(load_all(outputs), [item.key for item in items])
+        return recognised(self.pictures.judge, hits, [item.data for item in items])
+
+
+class Unseen(DrawingPart):
+    """Held-out pairs of concept and style, "hamster, twemoji style"."""
+
+    name = "unseen"
+
+    def items(self) -> list[Item]:
+        wanted = labelled.representatives(self.pictures.judge.held_out)
+        return [Item(entry.key, f"{entry.caption}, {entry.style} style", data=entry) for entry in wanted]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        judge, wanted = self.pictures.judge, [item.data for item in items]
+        rows = judge.unseen_hits(load_all(outputs), wanted)
+        metrics = {
+            "right_among_10": Metric(base_rate=10 / judge.num_names),
+            "right_nearest": Metric(base_rate=1 / judge.num_names),
+            "right_style": Metric(base_rate=share_of_commonest([entry.style for entry in wanted])),
+        }
+        bound = Figure(judge.real_style_accuracy(), count=len(judge.held_out))
+        return Scores([dict(row) for row in rows], metrics, {"right_style_of_real_pictures": bound})
+
+
+class Colours(DrawingPart):
+    """ "COLOUR THING": pairs that may occur in training, and pairs that do not."""
+
+    name = "colours"
+
+    def items(self) -> list[Item]:
+        seed = self.suite.seed
+        pairs = {"seen": coloured_prompts(NUM_COLOURED, seed), "unseen": unseen_colours(NUM_UNSEEN_COLOURS, seed)}
+        return [
+            Item(f"{kind}: {colour} {thing}", f"{colour} {thing}", data=(kind, colour, thing))
+            for kind, of_kind in pairs.items()
+            for colour, thing in of_kind
+        ]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        hits = self.pictures.judge.coloured_hits(load_all(outputs), [item.data[1:] for item in items])
+        rows: list[dict[str, Term]] = [
+            {f"{item.data[0]}_{name}": value for name, value in hit.items()} for item, hit in zip(items, hits, strict=True)
+        ]
+        return Scores(rows, {name: Metric() for row in (rows[0], rows[-1]) for name in row})
+
+
+class Counts(DrawingPart):
+    """ "three hearts": whether so many separate things are drawn, with the bound that reconstructions set."""
+
+    name = "counts"
+
+    def items(self) -> list[Item]:
+        return [
+            Item(f"{number} {thing}", several(number, thing), data=(number, thing))
+            for thing in COUNTED_THINGS
+            for number in NUMBERS
+        ]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        rows: list[dict[str, Term]] = [
+            {"right_number": float(count_objects(picture) == item.data[0])}
+            for item, picture in zip(items, load_all(outputs), strict=True)
+        ]
+        return Scores(rows, {"right_number": Metric(base_rate=1 / len(NUMBERS))}, self.bound(model))
+
+    def bound(self, model: EvaluatedModel) -> dict[str, Figure]:
+        """Return how often the number is told right in reconstructions of real pictures, put side by side."""
+        from chameleon.evaluation.counting import side_by_side
+
+        tokenizer = image_tokenizer(model)
+        things = {entry.name: entry.picture for entry in self.pictures.training_set if not entry.is_variant}
+        wanted = [(number, thing) for thing in COUNTED_THINGS for number in NUMBERS if thing in things]
+        if not wanted:
+            return {}
+        pages = [side_by_side(things[thing], number) for number, thing in wanted]
+        drawn = tokenizer.decode(tokenizer.encode(pages))
+        right = [count_objects(picture) == number for picture, (number, _) in zip(drawn, wanted, strict=True)]
+        return {"right_number_of_reconstructions": Figure(sum(right) / len(right), count=len(right))}
+
+
+class Variety(DrawingPart):
+    """By how many of their codes drawings of one prompt differ."""
+
+    name = "variety"
+    batch_size = 72
+
+    def items(self) -> list[Item]:
+        names = self.pictures.judge.choose_names(NUM_VARIED, self.suite.seed)
+        return [Item(f"{name} {index}", name, group=name) for name in names for index in range(NUM_VARIATIONS)]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        codes = image_tokenizer(model).encode(load_all(outputs))
+        rows: list[dict[str, Term]] = []
+        for start in range(0, len(codes), NUM_VARIATIONS):
+            rows += [{"differing_codes": share} for share in differing_codes(codes[start : start + NUM_VARIATIONS])]
+        return Scores(rows, {"differing_codes": Metric()})
+
+
+# --- documents and texts ---
+
+
+class Mixed(EmojiPart):
+    """Prompts for documents of texts and pictures that are kept out of training: form, true texts, true pictures."""
+
+    name = "mixed"
+    batch_size = 32
+
+    def items(self) -> list[Item]:
+        per_task = -(-NUM_MIXED_PROMPTS // len(mixed_tasks.MAKERS))
+        pictures = emoji.load("train")
+        return [
+            Item(f"{task} {index}", conversation.messages[0].content, conversation.messages[1].content, data=task)
+            for task in mixed_tasks.MAKERS
+            for index, conversation in enumerate(
+                mixed_tasks.conversations(task, pictures, per_task, self.suite.seed, plain_view, "validation")
+            )
+        ]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        start = self.suite.seed + first
+        return model.generate_batch(
+            [item.prompt for item in items],
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_images=MAX_IMAGES,
+            guidance_scale=self.suite.guidance_scale,
+            text_sampling=GREEDY,
+            image_sampling=self.pictures.sampling,
+            seeds=range(start, start + len(items)),
+        )
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        truth = Truth(self.pictures.judge)
+        rows: list[dict[str, Term]] = []
+        for item, answer in zip(items, outputs, strict=True):
+            terms: dict[str, Term] = {"right_form": float(has_right_form(item.data, answer, item.expected))}
+            for kind, values in (
+                ("right_texts", truth.texts(item.data, item.prompt, answer, item.expected)),
+                ("right_pictures", truth.pictures(item.data, answer, item.expected)),
+            ):
+                if values:
+                    terms[kind] = (float(sum(values)), float(len(values)))
+            rows.append(terms | {f"{name}, {item.data}": value for name, value in terms.items()})
+        names = dict.fromkeys(name for row in rows for name in row)
+        return Scores(rows, {name: Metric() for name in sorted(names, key=lambda name: ("," in name, name))})
+
+
+class Likelihood(EmojiPart):
+    """Bits per byte of held-out words and code, the end of each document included."""
+
+    name = "likelihood"
+    batch_size = 16
+
+    def items(self) -> list[Item]:
+        result = []
+        for kind, documents in (("text", emoji.words("validation")), ("code", emoji.code("validation"))):
+            size = 0
+            for index, document in enumerate(documents):
+                if size >= MAX_BYTES:
+                    break
+                size += len(document.text.encode())
+                result.append(Item(f"{kind} {index}", document.text[:200], data=(kind, document)))
+        return result
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        return document_bits(model.local("likelihood"), [item.data[1] for item in items])
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        rows: list[dict[str, Term]] = [
+            {f"{kind}_bits_per_byte": (bits, len(document.text.encode()))}
+            for bits, (kind, document) in ((output, item.data) for item, output in zip(items, outputs, strict=True))
+        ]
+        metric = Metric(higher_is_better=False)
+        return Scores(rows, {"text_bits_per_byte": metric, "code_bits_per_byte": metric})
+
+
+PARTS: dict[str, Callable[[EmojiPictures], Part]] = {
+    part.name: part
+    for part in (
+        *(Reconstruction, Captions, Questions, Drawings, Likelihood),
+        *(Recognition, Languages, Unseen, Colours, Counts, Variety, Mixed),
+    )
+}
+
+
+def evaluate(
+    model: Chameleon,
+    *,
+    concepts: int | None = None,
+    drawings: int = 200,
+    seed: int = 0,
+    parts: Sequence[str] = QUICK_PARTS,
+    progress: Progress = no_progress,
+) -> dict[str, dict[str, Any]]:
+    """Return all figures of the suite without a folder: "part / metric" → a `Figure` as JSON.
+
+    concepts: evaluate on a subset of so many concepts. drawings: number of drawings. parts: of `PARTS`.
+    """
+    suite = EmojiSuite(list(parts), concepts, drawings, seed)
+    result: dict[str, dict[str, Any]] = {}
+    local = LocalModel(model)
+    for part in suite.build_parts():
+        items, outputs = list(part.items()), []
+        for start in range(0, len(items), part.batch_size):
+            outputs += part.run(local, items[start : start + part.batch_size], start)
+            progress(part.name, len(outputs), len(items))
+        figures = part.score(local, items, outputs).all_figures(items)
+        result |= {f"{part.name} / {name}": figure.to_json() for name, figure in figures.items()}
     return result

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image as PILImage
 
 from chameleon.data import mixed_tasks
-from chameleon.data.emoji import load
 from chameleon.data.labelled import LabelledPicture, plain_view
 from chameleon.data.questions import CATEGORIES, categories_of, without_colour
 from chameleon.document import Conversation, Document, Image, Text
-from chameleon.evaluation.drawings import DrawingJudge, DrawingSettings
-from chameleon.generation.chameleon import Chameleon
-from chameleon.generation.sampling import GREEDY
+from chameleon.evaluation.drawings import DrawingJudge
+from chameleon.tokenizers.image import load_picture
 
-BATCH_SIZE = 32
 MAX_NEW_TOKENS, MAX_IMAGES = 360, 5
+"""Of an answer."""
 TEXT_ANSWERS = ("rebus_reading", "comparing")
 """Tasks whose answers are text alone, with one right answer."""
 FIXED_TEXTS = ("restyling", "recolouring", "rebus_writing", "odd_one_out", *TEXT_ANSWERS)
@@ -78,7 +75,8 @@ class Truth:
 
     def pictures(self, task: str, answer: Document, expected: Document) -> list[bool]:
         """Return for each picture of an answer whether it shows what the text before it says (in a rebus: the prompt)."""
-        pictures, names = [], []
+        pictures: list[PILImage.Image] = []
+        names: list[str] = []
         pending: list[str] = []
         expected_images = iter(self.expected_names(expected)) if task == "rebus_writing" else None
         for part in answer.parts:
@@ -87,15 +85,14 @@ class Truth:
                 continue
             if expected_images is not None:
                 pending = [next(expected_images, "")]
-            assert isinstance(part.image, PILImage.Image)
-            pictures.append(part.image)
+            pictures.append(load_picture(part.image))
             names.append(pending.pop(0) if pending else "")
         if not pictures:
             return []
         if task == "recolouring":
             pairs = [(name.partition(" ")[0], without_colour(name)) for name in names]
             return [
-                bool(self.judge.judge_coloured([picture], [pair])["right_both"])
+                bool(self.judge.coloured_hits([picture], [pair])[0]["right_both"])
                 for picture, pair in zip(pictures, pairs, strict=True)
             ]
         nearest = self.judge.nearest(pictures)
@@ -104,7 +101,7 @@ class Truth:
     def expected_names(self, expected: Document) -> list[str]:
         """Return the names that are nearest to the pictures of an expected answer."""
         pictures = [part.image for part in expected.parts if isinstance(part, Image)]
-        return [near[0] for near in self.judge.nearest(pictures)]  # type: ignore[arg-type]
+        return [near[0] for near in self.judge.nearest([load_picture(picture) for picture in pictures])]
 
 
 def held_out_prompts(pictures: Sequence[LabelledPicture], per_task: int, seed: int) -> list[tuple[str, Conversation]]:
@@ -114,42 +111,3 @@ def held_out_prompts(pictures: Sequence[LabelledPicture], per_task: int, seed: i
         for task in mixed_tasks.MAKERS
         for conversation in mixed_tasks.conversations(task, pictures, per_task, seed, plain_view, "validation")
     ]
-
-
-def mixed_accuracy(
-    model: Chameleon, judge: DrawingJudge, settings: DrawingSettings, num_prompts: int = 200
-) -> dict[str, Any]:
-    """Return the shares of answers with the right form, of true texts, and of true pictures, in all and by task."""
-    per_task = -(-num_prompts // len(mixed_tasks.MAKERS))
-    prompts = held_out_prompts(load("train"), per_task, settings.seed)
-    answers: list[Document] = []
-    for start in range(0, len(prompts), BATCH_SIZE):
-        batch = [conversation.messages[0].content for _, conversation in prompts[start : start + BATCH_SIZE]]
-        answers += model.generate_batch(
-            batch,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_images=MAX_IMAGES,
-            guidance_scale=settings.guidance_scale,
-            text_sampling=GREEDY,
-            image_sampling=settings.sampling,
-            seeds=range(settings.seed + start, settings.seed + start + len(batch)),
-        )
-        settings.progress("mixed documents", len(answers), len(prompts))
-    truth = Truth(judge)
-    by_task: dict[str, dict[str, list[bool]]] = {}
-    for (task, conversation), answer in zip(prompts, answers, strict=True):
-        prompt, expected = (message.content for message in conversation.messages)
-        counts = by_task.setdefault(task, {"form": [], "texts": [], "pictures": []})
-        counts["form"].append(has_right_form(task, answer, expected))
-        counts["texts"] += truth.texts(task, prompt, answer, expected)
-        counts["pictures"] += truth.pictures(task, answer, expected)
-    total = {
-        kind: [value for counts in by_task.values() for value in counts[kind]] for kind in ("form", "texts", "pictures")
-    }
-    return {"prompts": len(prompts), **shares(total), "by_task": {task: shares(counts) for task, counts in by_task.items()}}
-
-
-def shares(counts: dict[str, list[bool]]) -> dict[str, float]:
-    """Return the shares of true values, and the numbers of texts and pictures."""
-    result = {f"right_{kind}": sum(values) / len(values) for kind, values in counts.items() if values}
-    return result | {f"num_{kind}": len(values) for kind, values in counts.items() if kind != "form"}

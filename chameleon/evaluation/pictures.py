@@ -17,7 +17,9 @@ from torch import Tensor
 
 from chameleon.device import fast_bfloat16
 from chameleon.errors import BadInput
-from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, to_tensor
+from chameleon.evaluation.part import Item, Scores
+from chameleon.evaluation.statistics import Figure, Metric, Term
+from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, Picture, to_tensor
 from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 
 INPUT_SIDE = 224
@@ -43,15 +45,16 @@ class EffNetLite0:
         self.device = torch.device(device)
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[PILImage.Image], batch_size: int = 32) -> Tensor:
-        """Return features float32 [N, 1280], each of norm 1."""
+    def __call__(self, pictures: Sequence[PILImage.Image], batch_size: int = 32, *, normalised: bool = True) -> Tensor:
+        """Return features float32 [N, 1280], each of norm 1 if `normalised`."""
         features = [torch.empty(0, 1280)]
         for start in range(0, len(pictures), batch_size):
             values = to_tensor(pictures[start : start + batch_size]).to(self.device)
             values = F.interpolate(values, size=(INPUT_SIDE, INPUT_SIDE), mode="bicubic", align_corners=False)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
                 maps = self.network.extract_features(values.clamp(-1, 1))
-            features.append(F.normalize(maps.float().mean((2, 3)), dim=1).cpu())
+            means = maps.float().mean((2, 3)).cpu()
+            features.append(F.normalize(means, dim=1) if normalised else means)
         return torch.cat(features)
 
 
@@ -82,23 +85,43 @@ def perplexity(counts: Tensor) -> Tensor:
     return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
 
 
-def reconstruction(tokenizer: ImageTokenizer, pictures: Sequence[PILImage.Image]) -> dict[str, float]:
-    """Return mean PSNR in dB of 8-bit reconstructions, share of the codebook used, and perplexity of the codes.
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """Return the structural similarity of images [B, 3, R, R] in [-1, 1]: [B] (Wang et al., 2004, by torchmetrics)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    Of pictures of at least 32 pixels also the mean ST-LPIPS.
+    values = structural_similarity_index_measure(first, second, data_range=2.0, reduction="none")
+    assert isinstance(values, Tensor)
+    return values
+
+
+def score_reconstructions(
+    tokenizer: ImageTokenizer, originals: Sequence[Picture], reconstructed: Sequence[PILImage.Image]
+) -> Scores:
+    """Return PSNR in dB and ST-LPIPS of 8-bit reconstructions, the share of the codebook used, and the codes' perplexity.
+
+    ST-LPIPS is that of pictures of at least 32 pixels.
     """
-    codes = tokenizer.encode(pictures)
-    reconstructed = to_tensor(tokenizer.decode(codes))
-    original = tokenizer.preprocess(pictures)
+    codes = tokenizer.encode(originals)
+    original, drawn = tokenizer.preprocess(originals), to_tensor(reconstructed)
     counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size)
-    result = {
-        "psnr_db": float(psnr(reconstructed, original).mean()),
-        "codebook_used": float((counts > 0).double().mean()),
-        "codebook_perplexity": float(perplexity(counts)),
-    }
+    rows: list[dict[str, Term]] = [{"psnr_db": value} for value in psnr(drawn, original).tolist()]
+    metrics = {"psnr_db": Metric()}
     if tokenizer.config.resolution >= MIN_PERCEPTUAL_SIDE:
-        result["st_lpips"] = float(perceptual_distances(reconstructed, original).mean())
-    return result
+        metrics["st_lpips"] = Metric(higher_is_better=False)
+        for row, distance in zip(rows, perceptual_distances(drawn, original).tolist(), strict=True):
+            row["st_lpips"] = distance
+    figures = {
+        "codebook_used": Figure(float((counts > 0).double().mean()), count=len(originals)),
+        "codebook_perplexity": Figure(float(perplexity(counts)), count=len(originals)),
+    }
+    return Scores(rows, metrics, figures)
+
+
+def reconstruction(tokenizer: ImageTokenizer, pictures: Sequence[Picture]) -> dict[str, float]:
+    """Return the figures of `score_reconstructions` without intervals."""
+    scores = score_reconstructions(tokenizer, pictures, tokenizer.decode(tokenizer.encode(pictures)))
+    figures = scores.all_figures([Item(str(index)) for index in range(len(pictures))])
+    return {name: figure.value for name, figure in figures.items()}
 
 
 @torch.inference_mode()

@@ -31,9 +31,10 @@ class TokenScores(NamedTuple):
 
 
 @torch.inference_mode()
-def token_scores(model: Chameleon, token_ids: list[int], top: int) -> TokenScores:
+def token_scores(model: Chameleon, token_ids: list[int], top: int, *, text_only: bool = False) -> TokenScores:
     """Score a sequence in one pass, over the whole vocabulary and without any constraint or temperature.
 
+    text_only: over all tokens but image codes, where the target is none.
     Raises `BadInput` for a sequence that is longer than the context, and for token ids outside the vocabulary.
     """
     check_sequence(model, token_ids)
@@ -41,11 +42,22 @@ def token_scores(model: Chameleon, token_ids: list[int], top: int) -> TokenScore
     hidden = model.model(inputs.to(model.engine.device))[0, : len(targets)]
     parts = []
     for states, target in zip(hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
-        log_probs = model.model.logits(states).float().log_softmax(-1)
+        logits = model.model.logits(states).float()
+        if text_only:
+            is_text = ~model.vocabulary.is_image(target).to(logits.device)
+            logits[is_text] = mask_image_codes(model, logits[is_text])
+        log_probs = logits.log_softmax(-1)
         target_log_probs = log_probs.gather(1, target.to(log_probs.device).unsqueeze(1)).squeeze(1)
         values, ids = log_probs.topk(min(top, log_probs.shape[1]), dim=-1)
         parts.append((target_log_probs, -(log_probs.exp() * log_probs).sum(-1), values, ids))
     return TokenScores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def mask_image_codes(model: Chameleon, logits: Tensor) -> Tensor:
+    """Return logits [..., vocab_size] whose values for image codes are the least of their dtype, changed in place."""
+    for first, count in model.vocabulary.image_ids.ranges:
+        logits[..., first : first + count] = torch.finfo(logits.dtype).min
+    return logits
 
 
 def check_sequence(model: Chameleon, token_ids: list[int]) -> None:

@@ -252,7 +252,7 @@ async def completion_choice(
     if body.logprobs is not None:
         whole = (*prompt, *answer.token_ids)
         if whole not in scored:
-            scored[whole] = await service.scores(whole, body.logprobs)
+            scored[whole] = await service.scores(whole, body.logprobs, text_only=True)
         logprobs = completion_logprobs(service, shown, len(whole), scored[whole], body.logprobs)
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 

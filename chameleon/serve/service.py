@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -328,9 +329,10 @@ class Service:
         (answer,) = await self.whole_answers([Request(prompt, OutputConstraints(30), GREEDY)])
         return answer.text.strip()
 
-    async def scores(self, token_ids: Sequence[int], top: int) -> TokenScores:
-        """Score a sequence in the engine thread."""
-        return await self.worker.call(token_scores, self.model, list(token_ids), max(1, top))
+    async def scores(self, token_ids: Sequence[int], top: int, *, text_only: bool = False) -> TokenScores:
+        """Score a sequence in the engine thread, see `token_scores`."""
+        score = partial(token_scores, text_only=text_only)
+        return await self.worker.call(score, self.model, list(token_ids), max(1, top))
 
     # --- counting ---
 

@@ -1,0 +1,179 @@
+"""Text tasks of lm-evaluation-harness as a suite: each task is a part, and resumes within a task by the harness's cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from chameleon.errors import BadInput
+from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
+from chameleon.evaluation.statistics import Figure, Metric, Term
+from chameleon.evaluation.suite import existing_folder, fingerprint_of
+
+PAPER_TASKS = {
+    "piqa": 0,
+    "social_iqa": 0,
+    "hellaswag": 0,
+    "winogrande": 0,
+    "arc_easy": 0,
+    "arc_challenge": 0,
+    "openbookqa": 0,
+    "boolq": 0,
+    "gsm8k": 8,
+    "minerva_math": 4,
+    "mmlu": 5,
+}
+"""The tasks of the paper's table 6 by their names in the harness, with its numbers of examples (arXiv 2405.09818, 5.1)."""
+
+
+@dataclass
+class TextSuite:
+    """Settings of text tasks."""
+
+    tasks: dict[str, int] = field(default_factory=lambda: dict(PAPER_TASKS))
+    """Task or group of the harness → number of examples in its prompt."""
+    include_path: str = ""
+    """Folder with task files of your own, in the harness's form; they name their data by path."""
+    limit: int = 0
+    """Samples of each task; 0 is all."""
+    online: bool = False
+    """Whether the harness may download the data of its own tasks. Without it they are read from Hugging Face's cache."""
+    seed: int = 1234
+    """Of the choice of examples."""
+    add_bos_token: bool = True
+    conversation: bool | None = None
+    """Whether answers are those to messages; by default as the bundle was trained."""
+
+    def build_parts(self) -> list[Part]:
+        """Return a part for each task."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise BadInput("lm-eval is not installed", where="text", remedy="pip install 'open-chameleon[lm-eval]'")
+        if self.include_path:
+            existing_folder(self.include_path, "a folder with task files")
+        return [TaskPart(self, name, shots) for name, shots in self.tasks.items()]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of the task files. Each part's method has the version and configuration of its task."""
+        if not self.include_path:
+            return {}
+        return {"include_path": fingerprint_of(sorted(Path(self.include_path).glob("**/*.y*ml")))}
+
+
+class TaskPart:
+    """One task or group: a single item, whose output is what the harness gives."""
+
+    batch_size = 1
+
+    def __init__(self, suite: TextSuite, task: str, shots: int) -> None:
+        self.suite, self.name, self.shots = suite, task, shots
+        self.method: dict[str, Any] = {"num_fewshot": shots}
+
+    def items(self) -> list[Item]:
+        return [Item(self.name)]
+
+    @cached_property
+    def manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        # The harness's own tasks are indexed only where one of them is asked for: that takes seconds.
+        own = set(PAPER_TASKS) | ({self.name} if not self.suite.include_path else set())
+        return TaskManager(include_path=self.suite.include_path or None, include_defaults=self.name in own)
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        if not self.suite.online:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+            os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        from lm_eval import simple_evaluate
+
+        from chameleon.evaluation.lm_eval_model import ChameleonLM
+
+        source = model.describe().get("server")
+        adapter = ChameleonLM(
+            model=model.local("text tasks"),
+            server=source,
+            add_bos_token=self.suite.add_bos_token,
+            conversation=self.suite.conversation,
+        )
+        try:
+            results = simple_evaluate(
+                adapter,
+                tasks=[self.name],
+                task_manager=self.manager,
+                num_fewshot=self.shots,
+                limit=self.suite.limit or None,
+                bootstrap_iters=0,
+                fewshot_random_seed=self.suite.seed,
+                random_seed=self.suite.seed,
+            )
+        except (ValueError, KeyError, OSError, ConnectionError) as error:
+            raise BadInput(
+                f"the harness could not run the task ({error})",
+                where=f"text / {self.name}",
+                remedy="is its name right, and are its data in Hugging Face's cache? online=true may download them",
+            ) from None
+        assert results is not None
+        samples = {
+            task: [
+                {
+                    "key": f"{task} {sample['doc_id']} {sample.get('filter', 'none')}",
+                    "target": str(sample["target"]),
+                    "output": [str(response)[:2000] for response in sample["filtered_resps"]],
+                    "metrics": {name: jsonable(sample[name]) for name in sample.get("metrics", ()) if name in sample},
+                }
+                for sample in of_task
+            ]
+            for task, of_task in results["samples"].items()
+        }
+        figures = {
+            task: {
+                metric.removesuffix(",none"): value
+                for metric, value in values.items()
+                if isinstance(value, float) and "stderr" not in metric
+            }
+            for task, values in results["results"].items()
+        }
+        versions = {task: str(version) for task, version in results.get("versions", {}).items()}
+        return [{"samples": samples, "figures": figures, "versions": versions}]
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        """Return the harness's figures. Those that are means over samples get an interval, and can be compared in pairs."""
+        (output,) = outputs
+        self.method |= {"versions": output["versions"]}
+        scores = Scores([], {}, items=[], outputs=[])
+        for task, samples in output["samples"].items():
+            rows: list[dict[str, Term]] = [{} for _ in samples]
+            for metric, value in output["figures"].get(task, {}).items():
+                name = metric if task == self.name else f"{task}, {metric}"
+                values = [sample["metrics"].get(metric.partition(",")[0]) for sample in samples]
+                is_mean = all(isinstance(v, (int, float)) for v in values) and abs(sum(values) / len(values) - value) < 1e-9
+                if is_mean:
+                    scores.metrics[name] = Metric(higher_is_better=not is_cost(name))
+                    for row, number in zip(rows, values, strict=True):
+                        row[name] = float(number)
+                else:
+                    scores.figures[name] = Figure(value, count=len(samples), higher_is_better=not is_cost(name))
+            scores.of_items += rows
+            scores.items += [Item(sample["key"], expected=sample["target"]) for sample in samples]
+            scores.outputs += [sample["output"] for sample in samples]
+        for group in output["figures"].keys() - output["samples"].keys():
+            for metric, value in output["figures"][group].items():
+                scores.figures[metric if group == self.name else f"{group}, {metric}"] = Figure(value)
+        return scores
+
+
+def is_cost(name: str) -> bool:
+    return any(word in name for word in ("perplexity", "bits_per_byte"))
+
+
+def jsonable(value: Any) -> Any:
+    """Return a metric of a sample as JSON."""
+    if isinstance(value, (list, tuple)):
+        return [jsonable(element) for element in value]
+    if hasattr(value, "item"):
+        return value.item()
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
