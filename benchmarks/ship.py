@@ -2,7 +2,8 @@
 
     python benchmarks/ship.py runs/emoji-gpu/finetune/bundle [--device cpu] [--training "…"]
 
-The figures are those of `chameleon evaluate --parts all`, seed 0. `--card` writes the card anew from the figures there are.
+The figures are those of `chameleon evaluate emoji parts=[all]`, seed 0, or of a scorecard. `--card` writes the card anew
+from the figures there are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from chameleon.bundle import SHIPPED
-from chameleon.evaluation.emoji import PARTS, evaluate, interval
+from chameleon.evaluation.emoji import NAMED_LANGUAGES, PARTS, evaluate
+from chameleon.evaluation.scorecard import Scorecard
+from chameleon.evaluation.statistics import Figure
 from chameleon.files import write_json
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
 from chameleon.generation.sampling import IMAGE_SAMPLING
@@ -45,11 +48,11 @@ questions are measured on those pictures. Drawings of names, colours and mixed d
 prompts of mixed documents were held out.
 
 ## Figures
-With 95% intervals (Wilson); `python benchmarks/ship.py` made them. Drawings: guidance {guidance:g}, temperature
-{temperature:g}, top-p {top_p:g}.
+With 95% intervals (bootstrap) and what guessing reaches; `chameleon evaluate emoji parts=[all]` made them. Drawings:
+guidance {guidance:g}, temperature {temperature:g}, top-p {top_p:g}.
 
-| figure | value | of |
-| --- | --- | --- |
+| figure | value | base rate | of |
+| --- | --- | --- | --- |
 {rows}
 
 A drawing is recognised by its nearest emoji in the features of EfficientNet-Lite0. The judge of styles is right for
@@ -62,42 +65,48 @@ are drawn as emoji draw them. Flags are those of the sources. It has no filter o
 """
 
 
-def share_rows(figures: dict[str, Any]) -> list[tuple[str, float, int]]:
-    """Return (name, share, number of trials) of all shares among the figures."""
-    captions, drawings, mixed = figures["captions"], figures["drawings"], figures["mixed"]
-    unseen, colours = figures["unseen"], figures["colours"]
-    recognition = figures["recognition"]
-    rows = [("reconstruction: right emoji among the 10 nearest", recognition["right_among_10"], recognition["drawings"])]
-    rows += [("caption: exact name", captions["exact_name"], captions["pictures"])]
-    rows += [(f"name in {code}", of["exact_name"], of["asked"]) for code, of in figures["languages"].items()]
-    rows += [(f"question: {family}", of["right"], of["asked"]) for family, of in figures["questions"].items()]
-    rows += [
-        ("drawing of a name: right among the 10 nearest", drawings["right_among_10"], drawings["drawings"]),
-        ("drawing of a name: right is the nearest", drawings["right_nearest"], drawings["drawings"]),
-        ("unseen pair of concept and style: right among the 10 nearest", unseen["right_among_10"], unseen["drawings"]),
-        ("unseen pair of concept and style: style", unseen["right_style"], unseen["drawings"]),
-        ("“COLOUR THING”: colour", colours["seen"]["right_colour"], colours["seen"]["drawings"]),
-        ("unseen pair of colour and thing: both", colours["unseen"]["right_both"], colours["unseen"]["drawings"]),
-        ("mixed document: form", mixed["right_form"], mixed["prompts"]),
-        ("mixed document: texts", mixed["right_texts"], mixed["num_texts"]),
-        ("mixed document: pictures", mixed["right_pictures"], mixed["num_pictures"]),
-    ]
-    return rows
+LABELS = {
+    "recognition / right_among_10": "reconstruction: right emoji among the 10 nearest",
+    "captions / exact_name": "caption: exact name",
+    **{f"languages / {code}": f"name in {code}" for code in NAMED_LANGUAGES},
+    "questions / ": "question: ",
+    "drawings / right_among_10": "drawing of a name: right among the 10 nearest",
+    "drawings / right_nearest": "drawing of a name: right is the nearest",
+    "unseen / right_among_10": "unseen pair of concept and style: right among the 10 nearest",
+    "unseen / right_style": "unseen pair of concept and style: style",
+    "colours / seen_right_colour": "“COLOUR THING”: colour",
+    "colours / unseen_right_both": "unseen pair of colour and thing: both",
+    "counts / right_number": "“three THINGS”: number",
+    "mixed / right_form": "mixed document: form",
+    "mixed / right_texts": "mixed document: texts",
+    "mixed / right_pictures": "mixed document: pictures",
+}
+"""Shares among the figures and how the card calls them; a name that ends with a slash stands for all of its part."""
+QUANTITIES = {
+    "reconstruction / psnr_db": ("reconstruction: PSNR in dB", ".2f"),
+    "reconstruction / st_lpips": ("reconstruction: ST-LPIPS", ".3f"),
+    "variety / differing_codes": ("codes that differ between drawings of one prompt", ".0%"),
+    "likelihood / text_bits_per_byte": ("bits per byte: words", ".2f"),
+    "likelihood / code_bits_per_byte": ("bits per byte: code", ".2f"),
+}
+"""Other figures: what the card calls them, and their format."""
 
 
 def figure_rows(figures: dict[str, Any]) -> list[str]:
     """Return the rows of the table of figures, in Markdown."""
+    chosen: dict[str, tuple[str, str]] = {}
+    for prefix, label in LABELS.items():
+        if prefix.endswith("/ "):
+            chosen |= {name: (label + name.removeprefix(prefix), ".1%") for name in figures if name.startswith(prefix)}
+        else:
+            chosen[prefix] = label, ".1%"
     rows = []
-    for name, share, count in share_rows(figures):
-        low, high = interval(share, count)
-        rows.append(f"| {name} | {share:.1%} ({low:.0%} to {high:.0%}) | {count} |")
-    quality = figures["reconstruction"]
-    for name, value in (
-        ("reconstruction: PSNR, ST-LPIPS", f"{quality['psnr_db']:.2f} dB, {quality['st_lpips']:.3f}"),
-        ("codes that differ between drawings of one prompt", f"{figures['variety']['differing_codes']:.0%}"),
-        ("bits per byte: words, code", f"{figures['text_bits_per_byte']:.2f}, {figures['code_bits_per_byte']:.2f}"),
-    ):
-        rows.append(f"| {name} | {value} | |")
+    for name, (label, form) in {**chosen, **QUANTITIES}.items():
+        figure = Figure.from_json(figures[name])
+        short = ".0%" if form == ".1%" else form
+        bounds = f" ({figure.low:{short}} to {figure.high:{short}})" if figure.low is not None else ""
+        base_rate = "" if figure.base_rate is None else f"{figure.base_rate:.1%}"
+        rows.append(f"| {label} | {figure.value:{form}}{bounds} | {base_rate} | {figure.count} |")
     return rows
 
 
@@ -118,8 +127,8 @@ def card(model: Chameleon, figures: dict[str, Any], training: str) -> str:
         temperature=IMAGE_SAMPLING.temperature,
         top_p=IMAGE_SAMPLING.top_p,
         rows="\n".join(figure_rows(figures)),
-        style_ceiling=figures["unseen"]["right_style_of_real_pictures"],
-        recognised=figures["recognition"]["right_among_10"],
+        style_ceiling=figures["unseen / right_style_of_real_pictures"]["value"],
+        recognised=figures["recognition / right_among_10"]["value"],
     )
 
 
@@ -129,12 +138,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--training", help="a sentence on how long it was trained, on what")
     parser.add_argument("--card", action="store_true", help="only write the card")
+    parser.add_argument("--scorecard", type=Path, help="take the figures of this scorecard of the suite emoji")
     options = parser.parse_args()
     model = Chameleon.load(options.bundle, device=options.device)
     provenance_file = options.bundle / "provenance.json"
     provenance = json.loads(provenance_file.read_text(encoding="utf-8"))
     provenance["trained"] = options.training or provenance.get("trained", "")
-    if not options.card:
+    if options.scorecard:
+        figures = Scorecard.read(options.scorecard).figures()
+        provenance["evaluation"] = {name.removeprefix("emoji / "): of.to_json() for name, of in figures.items()}
+    elif not options.card:
         provenance["evaluation"] = evaluate(
             model, parts=tuple(PARTS), progress=lambda part, done, total: print(part, done, total, flush=True)
         )

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image as PILImage
-from scipy.stats import binomtest
 
 from chameleon.bundle import Bundle
 from chameleon.data import emoji, labelled
@@ -24,12 +23,14 @@ from chameleon.data.picture_tasks import is_held_out_pair, thing_of
 from chameleon.demo import StageLog, picture_operations, run_pipeline
 from chameleon.document import Document, Text
 from chameleon.evaluation.drawings import DrawingJudge, coloured_prompts, unseen_colours
-from chameleon.evaluation.emoji import evaluate, interval, question_accuracy, suite_questions
-from chameleon.evaluation.likelihood import bits_per_byte
+from chameleon.evaluation.emoji import EmojiPictures, EmojiSuite, Questions, evaluate, suite_questions
+from chameleon.evaluation.likelihood import document_bits
 from chameleon.evaluation.mixed import Truth, has_right_form, held_out_prompts
+from chameleon.evaluation.part import LocalModel
 from chameleon.evaluation.pictures import EffNetLite0, nearest_names, reconstruction
-from chameleon.gallery import codebook_plot, curves_section, model_section, page
+from chameleon.gallery import codebook_plot, curves_section, model_section
 from chameleon.generation.chameleon import Chameleon
+from chameleon.html_page import page
 from chameleon.run_view import plot_curves
 from chameleon.tokenizers.image import ImageTokenizer, to_tensor
 from chameleon.train.recipe import SHIPPED as RECIPES
@@ -52,8 +53,7 @@ def test_bits_a_byte_counts_every_id_once(chameleon: Chameleon) -> None:
         window = torch.cat((torch.tensor([v.bos]), ids[start : start + context_length]))
         logits = chameleon.logits(window[None, :-1])[0]
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
-    expected = total / math.log(2) / len(text)
-    assert bits_per_byte(chameleon, [Document((Text(text),))]) == pytest.approx(expected, rel=1e-5)
+    assert document_bits(chameleon, [Document((Text(text),))]) == pytest.approx([total / math.log(2)], rel=1e-5)
 
 
 def test_reconstruction_figures_by_hand(image_tokenizer: ImageTokenizer) -> None:
@@ -85,25 +85,24 @@ def test_features_recognise_an_augmented_picture() -> None:
 
 def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows all answers has accuracy 1 everywhere; one that always says yes has the share of yes."""
-    held_out = emoji.subset("validation", 40)
-    truth = {(entry.key, question.question): question.answer for entry, question in suite_questions(held_out, 0)}
-    pictures = {entry.picture.tobytes(): entry.key for entry, _ in suite_questions(held_out, 0)}
-    monkeypatch.setattr(
-        model, "answer_batch", lambda batch: [truth[pictures[p.tobytes()], q].upper() + "." for p, q in batch]
-    )
-    figures = question_accuracy(model, held_out)
+    part = Questions(EmojiPictures(EmojiSuite(concepts=40)))
+    items, local = part.items(), LocalModel(model)
+    truth = {id(item.prompt): item.expected for item in items}
+    monkeypatch.setattr(local, "generate_texts", lambda prompts, *_: [truth[id(p)].upper() + "." for p in prompts])
+    figures = part.score(local, items, part.run(local, items, 0)).all_figures(items)
     assert {"name", "group", "style", "flags yes-no"} <= set(figures)
-    assert all(family["right"] == 1 for family in figures.values())
-    monkeypatch.setattr(model, "answer_batch", lambda batch: ["yes"] * len(batch))
-    answers = [question.answer for _, question in suite_questions(held_out, 0) if question.family == "flags yes-no"]
-    assert question_accuracy(model, held_out)["flags yes-no"]["right"] == answers.count("yes") / len(answers)
+    assert all(figure.value == 1 for figure in figures.values())
+    always = part.score(local, items, ["yes"] * len(items)).all_figures(items)
+    assert always["flags yes-no"].value == always["flags yes-no"].base_rate == 0.5
+    assert always["name"].value == 0
 
 
 def test_the_complete_suite_runs(model: Chameleon) -> None:
     figures = evaluate(model, concepts=8, drawings=2)
-    assert set(figures) >= {"reconstruction", "captions", "questions", "drawings", "text_bits_per_byte"}
-    assert figures["drawings"]["drawings"] == 2
-    assert figures["code_bits_per_byte"] > 1
+    parts = {name.partition(" / ")[0] for name in figures}
+    assert parts == {"reconstruction", "captions", "questions", "drawings", "likelihood"}
+    assert figures["drawings / right_among_10"]["count"] == 2
+    assert figures["likelihood / code_bits_per_byte"]["value"] > 1
 
 
 class Tags(HTMLParser):
@@ -137,18 +136,27 @@ def check_page(text: str) -> Tags:
 
 def test_the_gallery_is_one_self_contained_page(model: Chameleon) -> None:
     metrics = {
-        "captions": {"exact_name": 0.25, "cider_d": 1.0, "commonest_name": 0.03},
-        "questions": {"kind": {"asked": 80, "right": 0.65, "commonest_answer": 0.17}},
-        "drawings": {"drawings": 40, "right_among_10": 0.45, "right_nearest": 0.2, "base_emoji": 200},
-        "reconstruction": {"psnr_db": 21.5, "codebook_used": 0.9, "codebook_perplexity": 300.0},
-        "text_bits_per_byte": 3.5,
+        "captions / exact_name": {"value": 0.25, "low": 0.2, "high": 0.31, "count": 40, "base_rate": 0.03},
+        "captions / cider_d": {"value": 1.0, "low": 0.5, "high": 1.5, "count": 40},
+        "questions / kind": {"value": 0.65, "low": 0.6, "high": 0.7, "count": 80, "base_rate": 0.17},
+        "drawings / right_among_10": {"value": 0.45, "low": 0.4, "high": 0.5, "count": 40, "base_rate": 0.05},
+        "reconstruction / psnr_db": {"value": 21.5, "low": 21.0, "high": 22.0, "count": 40},
+        "reconstruction / codebook_used": {"value": 0.9, "count": 40},
+        "likelihood / text_bits_per_byte": {"value": 3.5, "low": 3.4, "high": 3.6, "count": 40},
     }
     section = model_section(model, "A <model>", "note & more", 16, metrics)
     text = page([section], "Gallery", "here")
     tags = check_page(text)
     assert "A &lt;model&gt;" in text and "note &amp; more" in text
-    for values in (("25%", "3%"), ("65%", "17%"), ("45%", "5%"), ("20%", "0%"), ("21.5 dB", ""), ("3.50", "")):
-        assert "<td>{}</td><td>{}</td>".format(*values) in text  # each figure beside its base rate
+    for values in (
+        ("25%", "20% to 31%", "3%"),
+        ("65%", "60% to 70%", "17%"),
+        ("45%", "40% to 50%", "5%"),
+        ("21.50", "21.00 to 22.00", ""),
+        ("90%", "", ""),
+        ("3.50", "3.40 to 3.60", ""),
+    ):
+        assert "<td>{}</td><td>{}</td><td>{}</td>".format(*values) in text  # each figure beside its base rate
     headings = re.findall("<h3>(.*?)</h3>", text)
     assert headings.index("Drawings by prompt") == 0 and headings.index("Metrics on held-out styles") == 4
     shown = len(labelled.representatives(emoji.subset("validation", 16))[:24])
@@ -229,7 +237,8 @@ def test_the_complete_pipeline(tmp_path: Path) -> None:
     check_page(text)
     assert text.count('<section class="model">') == 2
     assert text.count('class="plot"') == 5  # curves of three runs and two codebooks
-    assert json.loads((tmp_path / "run" / "figures.json").read_text())["drawings"]["drawings"] == 2
+    figures = json.loads((tmp_path / "run" / "figures.json").read_text())
+    assert figures["drawings / right_among_10"]["count"] == 2
     assert Bundle.load(tmp_path / "run" / "finetune" / "bundle").prompting == "conversation"
     assert "done" in printed[-1]
 
@@ -267,14 +276,18 @@ def test_expected_answers_of_mixed_prompts_are_judged_right(judge: DrawingJudge)
 
 def test_styles_and_colours_of_real_pictures_are_told(judge: DrawingJudge) -> None:
     wanted = [entry for entry in judge.held_out if not entry.is_variant]
-    figures = judge.judge_unseen([entry.picture for entry in wanted], wanted)
-    assert figures["right_style"] == figures["right_style_of_real_pictures"] > 0.5  # of three styles, from few pictures
+    figures = means(judge.unseen_hits([entry.picture for entry in wanted], wanted))
+    assert figures["right_style"] == judge.real_style_accuracy() > 0.5  # of three styles, from few pictures
     assert figures["right_among_10"] > 0.6  # among 10 of about 180 names, from other styles' pictures alone
     things = [(entry, thing) for entry in judge.drawable if (thing := thing_of(entry)) is not None][:40]
     pictures = [recolour(entry.picture, "blue") for entry, _ in things]
-    figures = judge.judge_coloured(pictures, [("blue", thing) for _, thing in things])
+    figures = means(judge.coloured_hits(pictures, [("blue", thing) for _, thing in things]))
     assert figures["right_colour"] > 0.85 and figures["right_thing"] > 0.85
-    assert judge.judge_coloured(pictures, [("red", thing) for _, thing in things])["right_colour"] == 0
+    assert means(judge.coloured_hits(pictures, [("red", thing) for _, thing in things]))["right_colour"] == 0
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def test_unseen_colours_are_in_no_training_picture() -> None:
@@ -284,12 +297,6 @@ def test_unseen_colours_are_in_no_training_picture() -> None:
     for colour, thing in pairs[:5]:
         of_thing = [entry for entry in emoji.load("train") if thing_of(entry) == thing]
         assert of_thing and all(main_colour(entry.picture) != colour for entry in of_thing)
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (180, 200), (40, 40)])
-def test_intervals_equal_scipys(right: int, count: int) -> None:
-    expected = binomtest(right, count).proportion_ci(method="wilson")
-    assert interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_yes_no_questions_are_balanced() -> None:

@@ -23,6 +23,7 @@ LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.config_reader": 1,
     "chameleon.vocabulary": 1,
     "chameleon.document": 1,
+    "chameleon.html_page": 1,
     "chameleon.tensor_files": 2,
     "chameleon.compiled_code": 2,
     "chameleon.model": 3,

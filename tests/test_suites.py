@@ -19,14 +19,13 @@ from PIL import ImageDraw
 
 from chameleon.bundle import Bundle
 from chameleon.cli import main
-from chameleon.data import emoji
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.evaluation import run as run_module
 from chameleon.evaluation.caption_words import caption_words
 from chameleon.evaluation.captioning import Captioning, CaptionSuite, score_captions
 from chameleon.evaluation.coco import commonest_answer, read_captions, read_questions
-from chameleon.evaluation.emoji import EmojiSuite, evaluate, suite_questions
+from chameleon.evaluation.emoji import EmojiSuite, evaluate
 from chameleon.evaluation.journal import Journal
 from chameleon.evaluation.mixed_suite import read_open_prompts
 from chameleon.evaluation.part import Item, LocalModel, Scores
@@ -558,17 +557,6 @@ def test_open_prompts(model: LocalModel, tmp_path: Path) -> None:
 
 
 # --- the embedded set ---
-
-
-def test_yes_and_no_are_balanced() -> None:
-    held_out = emoji.subset("validation", 60)
-    answers: dict[str, list[str]] = {}
-    for _, question in suite_questions(held_out, 0):
-        if question.family.endswith("yes-no"):
-            answers.setdefault(question.family, []).append(question.answer)
-    assert answers
-    for family in answers.values():
-        assert family.count("yes") == family.count("no")
 
 
 def test_unseen_parts_of_the_suite(model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

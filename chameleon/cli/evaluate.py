@@ -52,7 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     earlier = Scorecard.read(arguments.again) if arguments.again else None
     if earlier is not None and arguments.suites:
         raise BadInput("--again repeats the suites of a scorecard", where="command line", remedy="leave the suites out")
-    suites = suites_of(earlier) if earlier is not None else read_suites(arguments.suites or ["emoji"])
+    suites = suites_of(earlier) if earlier is not None else read_suites(arguments.suites or ["emoji"], arguments.seed)
     if earlier is not None:
         take_model_options(arguments, earlier)
     out = Path(arguments.out or f"{DEFAULT_OUT}/{'-'.join(suite.name for suite in suites)}{'-again' if earlier else ''}")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from chameleon.data import emoji, labelled, mixed_tasks
-from chameleon.data.labelled import LabelledPicture, plain_view
+from chameleon.data.labelled import LabelledPicture
 from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
@@ -27,7 +27,7 @@ from chameleon.evaluation.drawings import (
     unseen_colours,
 )
 from chameleon.evaluation.likelihood import document_bits
-from chameleon.evaluation.mixed import MAX_IMAGES, MAX_NEW_TOKENS, Truth, has_right_form
+from chameleon.evaluation.mixed import MAX_IMAGES, MAX_NEW_TOKENS, Truth, has_right_form, held_out_prompts
 from chameleon.evaluation.part import EvaluatedModel, Item, LocalModel, Output, Part, Scores, image_tokenizer
 from chameleon.evaluation.pictures import score_reconstructions
 from chameleon.evaluation.statistics import Figure, Metric, Term
@@ -419,14 +419,12 @@ class Mixed(EmojiPart):
 
     def items(self) -> list[Item]:
         per_task = -(-NUM_MIXED_PROMPTS // len(mixed_tasks.MAKERS))
-        pictures = emoji.load("train")
-        return [
-            Item(f"{task} {index}", conversation.messages[0].content, conversation.messages[1].content, data=task)
-            for task in mixed_tasks.MAKERS
-            for index, conversation in enumerate(
-                mixed_tasks.conversations(task, pictures, per_task, self.suite.seed, plain_view, "validation")
-            )
-        ]
+        prompts = held_out_prompts(emoji.load("train"), per_task, self.suite.seed)
+        result = []
+        for index, (task, conversation) in enumerate(prompts):
+            prompt, answer = (message.content for message in conversation.messages)
+            result.append(Item(f"{task} {index}", prompt, answer, category=task, data=task))
+        return result
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
         start = self.suite.seed + first

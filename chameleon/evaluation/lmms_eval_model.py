@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
@@ -23,8 +22,10 @@ IMAGE_MARK = "<image>"
 """Where a task's text wants its next picture; pictures without a mark come before the text."""
 
 
-def manifest() -> ModelManifest:
-    """Return what lmms-eval is told of this model."""
+def manifest() -> Any:
+    """Return the `ModelManifest` of this model."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # whose package loads all entry points when it is imported
+
     return ModelManifest("chameleon", simple_class_path=f"{__name__}.ChameleonLMM")
 
 

@@ -101,10 +101,10 @@ def make_suite(name: str, kind: Any, settings: dict[str, Any], where: object) ->
     return NamedSuite(name, kind, parse_config(config_class, settings, where))
 
 
-def read_suites(words: Sequence[str]) -> list[NamedSuite]:
+def read_suites(words: Sequence[str], seed: int = 0) -> list[NamedSuite]:
     """Return the suites of a command line: names or files, and `key=value` or `SUITE.key=value` settings.
 
-    A setting without a suite's name is for the one suite that is given.
+    A setting without a suite's name is for the one suite that is given. seed: of all suites, unless it is 0.
     """
     sources = [word for word in words if "=" not in word]
     if len(set(sources)) < len(sources):
@@ -122,6 +122,8 @@ def read_suites(words: Sequence[str]) -> list[NamedSuite]:
             overrides[next(iter(names))].append(word)
         else:
             raise BadInput(f"{key} of which suite?", where="command line", remedy=f"write SUITE.{key}=…")
+    if seed:
+        overrides = {name: [f"seed={seed}", *of_suite] for name, of_suite in overrides.items()}
     return [read_suite(source, overrides[name]) for name, source in names.items()]
 
 
