@@ -85,6 +85,7 @@ def curves_section(title: str, run: Path) -> str:
 
 def codebook_plot(codes: torch.Tensor, codebook_size: int) -> str:
     """Return a plot of how often each code is used, most frequent first."""
+    from matplotlib.figure import Figure as Plot
 
     counts = torch.bincount(codes.flatten(), minlength=codebook_size).sort(descending=True).values
     plot = Plot(figsize=(5.2, 2.4), layout="constrained")

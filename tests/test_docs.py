@@ -24,7 +24,7 @@ from chameleon.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-GUIDES = ("data", "training", "tokenizers", "scaling", "generation", "conversion")
+GUIDES = ("data", "training", "evaluation", "tokenizers", "scaling", "generation", "conversion")
 TINY_MODEL = ["size=tiny", "model={layers: 1, width: 32, heads: 2, kv_heads: 2, ffn_width: 32}"]
 TINY_RUN = ["run.max_steps=3", "global_batch_size=4", "run.progress=false"]
 SMALLER = {

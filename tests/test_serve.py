@@ -236,7 +236,9 @@ def test_completions_echo_prompts_with_their_log_probabilities(client: Any, mode
     answer = client.completions.create(model="small", prompt=[text, "ein"], max_tokens=0, echo=True, logprobs=2)
     for prompt, choice in zip((text, "ein"), answer.choices, strict=True):
         token_ids = [model.vocabulary.bos, *model.tokenizer.text_to_ids(prompt)]
-        log_probs = model.logits(torch.tensor([token_ids]))[0].double().log_softmax(-1)
+        logits = model.logits(torch.tensor([token_ids]))[0].double().clone()
+        logits[:, model.vocabulary.mask(image=True)] = -torch.inf
+        log_probs = logits.log_softmax(-1)
         expected = [float(log_probs[i, token_id]) for i, token_id in enumerate(token_ids[1:])]
         assert choice.text == prompt
         assert choice.logprobs.token_logprobs[0] is None

@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations, many at a time, and bits per byte of documents.
 
-Continuations are put into one sequence as a tree: what several of them begin with, such as a task's examples and a question
-with its choices, is computed once. A mask lets each token attend to its ancestors alone (SpecInfer, arXiv 2305.09781,
-section 4.2, there for drafts). Log-probabilities of text are over all tokens but image codes, as when text is generated
-and as Hugging Face's Chameleon has them.
+Continuations that begin alike are put into one sequence as a tree: a task's examples, or a question with its choices, are
+computed once. A mask lets each token attend to its ancestors alone (SpecInfer, arXiv 2305.09781, section 4.2, there for
+drafts). A continuation that shares nothing is a tree without branches, whose attention is plainly causal. Log-probabilities
+of text are over all tokens but image codes, as when text is generated and as Hugging Face's Chameleon has them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.inspection import mask_image_codes
 from chameleon.model.loss import chunked_cross_entropy
 
+MIN_SHARED = 8
+"""Tokens that two sequences begin with in common to be in one tree."""
 TREE_TOKENS = 512
 """Tokens of a tree; of longer sequences as many as the longest has, twice over."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -85,6 +87,11 @@ class TokenTree:
             path.append(node)
         self.sequences.append((index, path[len(request.context) - 1 :], list(request.continuation)))
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token has one child at most, so that attention is causal."""
+        return len(self.sequences) == 1
+
     def mask(self, size: int) -> Tensor:
         """Return bool [size, size]: each token attends to itself and its ancestors; padding to the first token alone."""
         mask = torch.zeros(size, size, dtype=torch.bool)
@@ -99,22 +106,25 @@ class TokenTree:
 
 def build_trees(requests: Sequence[Continuation]) -> list[TokenTree]:
     """Return trees that hold all requests; those that begin alike are together."""
-    order = sorted(range(len(requests)), key=lambda index: (*requests[index].context, *requests[index].continuation))
-    longest = max((len(r.context) + len(r.continuation) - 1 for r in requests), default=0)
-    limit = max(TREE_TOKENS, 2 * longest)
-    trees = [TokenTree()]
-    for index in order:
-        if trees[-1].token_ids and trees[-1].size_with(requests[index]) > limit:
+    sequences = [[*request.context, *request.continuation] for request in requests]
+    limit = max(TREE_TOKENS, 2 * max((len(sequence) - 1 for sequence in sequences), default=0))
+    trees: list[TokenTree] = []
+    previous: list[int] = []
+    for index in sorted(range(len(requests)), key=sequences.__getitem__):
+        is_alike = previous[:MIN_SHARED] == sequences[index][:MIN_SHARED]
+        if not (trees and is_alike and trees[-1].size_with(requests[index]) <= limit):
             trees.append(TokenTree())
         trees[-1].add(index, requests[index])
-    return trees if trees[0].token_ids else []
+        previous = sequences[index]
+    return trees
 
 
 def batches_of(trees: Sequence[TokenTree], max_tokens: int) -> Iterator[list[TokenTree]]:
-    """Yield trees of about the same size together, as many as fit."""
+    """Yield trees of about the same size together, as many as fit; those without branches by themselves."""
     batch: list[TokenTree] = []
-    for tree in sorted(trees, key=lambda tree: -len(tree.token_ids)):
-        if batch and (len(batch) + 1) * len(batch[0].token_ids) > max_tokens:
+    for tree in sorted(trees, key=lambda tree: (tree.is_chain, -len(tree.token_ids))):
+        is_full = (len(batch) + 1) * max(len(tree.token_ids) for tree in [tree, *batch[:1]]) > max_tokens
+        if batch and (is_full or tree.is_chain != batch[0].is_chain):
             yield batch
             batch = []
         batch.append(tree)
@@ -135,12 +145,12 @@ def log_likelihoods(model: Chameleon, requests: Sequence[Continuation]) -> list[
     for batch in batches_of(build_trees(fitted), BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])):
         size = len(batch[0].token_ids)
         token_ids, positions = (torch.zeros(len(batch), size, dtype=torch.int64) for _ in range(2))
-        masks = []
         for row, tree in enumerate(batch):
             token_ids[row, : len(tree.token_ids)] = torch.tensor(tree.token_ids)
             positions[row, : len(tree.depths)] = torch.tensor(tree.depths)
-            masks.append(tree.mask(size))
-        mask = torch.stack(masks).unsqueeze(1).to(device)
+        mask = None
+        if not batch[0].is_chain:
+            mask = torch.stack([tree.mask(size) for tree in batch]).unsqueeze(1).to(device)
         hidden = model.model(token_ids.to(device), positions.to(device), mask)
         nodes, targets, sizes, indices = [], [], [], []
         for row, tree in enumerate(batch):
