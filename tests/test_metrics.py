@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
+from chameleon.errors import BadInput
 from chameleon.evaluation.caption_metrics import CiderD, bleu_terms, has_java, meteor, rouge_l
 from chameleon.evaluation.caption_words import caption_words, split_caption
 from chameleon.evaluation.captioning import score_captions
@@ -358,3 +360,56 @@ def test_figures_are_of_the_items_that_have_the_metric() -> None:
     figure = scores.all_figures(items)["x"]
     assert (figure.value, figure.count, figure.base_rate) == (0.5, 2, 0.5)
     assert not math.isnan(figure.low or 0)
+
+
+# --- extractors from the user's files ---
+
+
+def test_inception_features_come_from_the_users_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-fidelity's network with random weights in a file, since the real ones are a download."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    from chameleon.evaluation.extractors import make_extractor
+
+    network: Any = torch.nn.Module.__new__(module.FeatureExtractorInceptionV3)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.torch, "load", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        network = module.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path))
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    pictures = [PILImage.new("RGB", (40, 30), colour) for colour in ("red", "blue", "green")]
+    got = make_extractor("inception", str(tmp_path / "inception.pth"), "cpu")(pictures)
+    values = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    torch.testing.assert_close(got, network(values)[0].float(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(BadInput, match="no such file"):
+        make_extractor("inception", str(tmp_path / "none.pth"), "cpu")
+    with pytest.raises(BadInput, match="use effnet-lite0, inception, clip"):
+        make_extractor("vgg", "", "cpu")
+
+
+def test_clip_scores_are_cosines_of_the_users_model(tmp_path: Path) -> None:
+    """A tiny random CLIP in a folder, against its own logits."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    from chameleon.evaluation.extractors import Clip
+
+    small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 20, "eos_token_id": 1, "max_position_embeddings": 16}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+    words = ["<|startoftext|>", "<|endoftext|>", "a", "b", "c", "a</w>", "b</w>", "c</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path)
+    pictures = [PILImage.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    clip = Clip(str(tmp_path), "cpu")
+    scores = clip.scores(pictures, ["a b", "c"])
+    inputs = clip.processor(text=["a b", "c"], images=pictures, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = clip.model(**inputs)
+    cosines = output.logits_per_image / clip.model.logit_scale.exp()
+    assert scores == pytest.approx([100 * max(0.0, float(cosines[i, i])) for i in range(2)], abs=1e-3)

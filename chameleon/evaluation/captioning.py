@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from chameleon.evaluation.coco import CaptionedImage, read_captions
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Scores
 from chameleon.evaluation.part import Part as SuitePart
 from chameleon.evaluation.statistics import BLEU_ORDERS, Figure, Metric, Term, figure_of
-from chameleon.evaluation.suite import existing_file, existing_folder, fingerprint_of
+from chameleon.evaluation.suite import existing_file, existing_folder, file_fingerprints, listing_fingerprint
 from chameleon.generation.prompting import Example
 from chameleon.generation.sampling import Sampling
 
@@ -57,9 +58,14 @@ class CaptionSuite:
         existing_folder(self.images, "the folder of the images")
         return [Captioning(self)]
 
+    @cached_property
+    def entries(self) -> list[CaptionedImage]:
+        """The pictures that are captioned."""
+        return choose(read_captions(self.annotations, self.images, self.split), self.limit, self.seed)
+
     def fingerprints(self) -> dict[str, str]:
         files = {"annotations": self.annotations, "example_annotations": self.example_annotations}
-        return {name: fingerprint_of([existing_file(path, "a file")]) for name, path in files.items() if path}
+        return file_fingerprints(files) | {"images": listing_fingerprint(entry.path for entry in self.entries)}
 
 
 def choose(entries: Sequence[Any], limit: int, seed: int) -> list[Any]:
@@ -77,9 +83,7 @@ class Captioning:
 
     def __init__(self, suite: CaptionSuite) -> None:
         self.suite, self.batch_size = suite, suite.batch_size
-        self.entries: list[CaptionedImage] = choose(
-            read_captions(suite.annotations, suite.images, suite.split), suite.limit, suite.seed
-        )
+        self.entries = suite.entries
         self.examples, self.method = self.choose_examples()
         self.sampling = Sampling(suite.temperature, suite.top_p)
 

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 
 from chameleon.data import emoji, labelled, mixed_tasks
 from chameleon.data.labelled import LabelledPicture
+from chameleon.data.picture_tasks import thing_of
 from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
@@ -120,6 +121,19 @@ def is_same(answer: str, expected: str) -> float:
 def share_of_commonest(answers: Sequence[str]) -> float:
     """Return how often one is right who always gives the commonest answer."""
     return Counter(answers).most_common(1)[0][1] / len(answers)
+
+
+def reconstructions(model: EvaluatedModel, pictures: Sequence[PILImage.Image]) -> list[PILImage.Image]:
+    """Return pictures after encoding and decoding."""
+    return image_tokenizer(model).decode(image_tokenizer(model).encode(pictures))
+
+
+def shares_of(hits: Sequence[Hit]) -> dict[str, Figure]:
+    """Return the shares of what is right about reconstructions, which bound what drawings can reach."""
+    return {
+        f"{name}_of_reconstructions": Figure(sum(hit[name] for hit in hits) / len(hits), count=len(hits))
+        for name in hits[0]
+    }
 
 
 def load_all(outputs: Sequence[Output]) -> list[PILImage.Image]:
@@ -330,8 +344,10 @@ class Unseen(DrawingPart):
             "right_nearest": Metric(base_rate=1 / judge.num_names),
             "right_style": Metric(base_rate=share_of_commonest([entry.style for entry in wanted])),
         }
-        bound = Figure(judge.real_style_accuracy(), count=len(judge.held_out))
-        return Scores([dict(row) for row in rows], metrics, {"right_style_of_real_pictures": bound})
+        bounds = {"right_style_of_real_pictures": Figure(judge.real_style_accuracy(), count=len(judge.held_out))}
+        if model.is_here:
+            bounds |= shares_of(judge.unseen_hits(reconstructions(model, [entry.picture for entry in wanted]), wanted))
+        return Scores([dict(row) for row in rows], metrics, bounds)
 
 
 class Colours(DrawingPart):
@@ -353,7 +369,16 @@ class Colours(DrawingPart):
         rows: list[dict[str, Term]] = [
             {f"{item.data[0]}_{name}": value for name, value in hit.items()} for item, hit in zip(items, hits, strict=True)
         ]
-        return Scores(rows, {name: Metric() for row in (rows[0], rows[-1]) for name in row})
+        bounds = self.bounds(model) if model.is_here else {}
+        return Scores(rows, {name: Metric() for row in (rows[0], rows[-1]) for name in row}, bounds)
+
+    def bounds(self, model: EvaluatedModel) -> dict[str, Figure]:
+        """Return how often colour and thing are told right in reconstructions of real pictures that have one."""
+        named = [(entry, thing_of(entry)) for entry in self.pictures.judge.drawable if not entry.is_variant]
+        known = [(entry, (entry.colour, thing)) for entry, thing in named if entry.colour and thing]
+        chosen = random.Random(self.suite.seed).sample(known, min(NUM_COLOURED, len(known)))
+        pictures = reconstructions(model, [entry.picture for entry, _ in chosen])
+        return shares_of(self.pictures.judge.coloured_hits(pictures, [pair for _, pair in chosen]))
 
 
 class Counts(DrawingPart):
@@ -373,19 +398,19 @@ class Counts(DrawingPart):
             {"right_number": float(count_objects(picture) == item.data[0])}
             for item, picture in zip(items, load_all(outputs), strict=True)
         ]
-        return Scores(rows, {"right_number": Metric(base_rate=1 / len(NUMBERS))}, self.bound(model))
+        bound = self.bound(model) if model.is_here else {}
+        return Scores(rows, {"right_number": Metric(base_rate=1 / len(NUMBERS))}, bound)
 
     def bound(self, model: EvaluatedModel) -> dict[str, Figure]:
         """Return how often the number is told right in reconstructions of real pictures, put side by side."""
         from chameleon.evaluation.counting import side_by_side
 
-        tokenizer = image_tokenizer(model)
         things = {entry.name: entry.picture for entry in self.pictures.training_set if not entry.is_variant}
         wanted = [(number, thing) for thing in COUNTED_THINGS for number in NUMBERS if thing in things]
         if not wanted:
             return {}
         pages = [side_by_side(things[thing], number) for number, thing in wanted]
-        drawn = tokenizer.decode(tokenizer.encode(pages))
+        drawn = reconstructions(model, pages)
         right = [count_objects(picture) == number for picture, (number, _) in zip(drawn, wanted, strict=True)]
         return {"right_number_of_reconstructions": Figure(sum(right) / len(right), count=len(right))}
 

@@ -14,7 +14,7 @@ from chameleon.evaluation.distances import frechet_figure, kernel_figure, manifo
 from chameleon.evaluation.extractors import Clip, folder_images, make_extractor
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
 from chameleon.evaluation.statistics import Figure, Metric, Term, figure_of
-from chameleon.evaluation.suite import existing_file, fingerprint_of
+from chameleon.evaluation.suite import existing_file, fingerprint_of, listing_fingerprint
 from chameleon.generation.chameleon import GUIDANCE_SCALE
 from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
 
@@ -51,9 +51,9 @@ class ImageSuite:
         return [Images(self)]
 
     def fingerprints(self) -> dict[str, str]:
-        result = {"real": fingerprint_of(folder_images(self.real))}
+        result = {"real": listing_fingerprint(folder_images(self.real))}
         if self.generated:
-            result["generated"] = fingerprint_of(folder_images(self.generated))
+            result["generated"] = listing_fingerprint(folder_images(self.generated))
         if self.prompts:
             result["prompts"] = fingerprint_of([existing_file(self.prompts, "a file of prompts")])
         return result

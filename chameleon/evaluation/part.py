@@ -23,6 +23,11 @@ Output = Any
 class EvaluatedModel(Protocol):
     """What suites ask of a model: `LocalModel`, or a server (`chameleon.evaluation.server_model`)."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether `local` returns the model."""
+        ...
+
     def generate_texts(
         self,
         prompts: Sequence[Document],
@@ -64,6 +69,8 @@ class EvaluatedModel(Protocol):
 
 class LocalModel:
     """A model that is loaded here."""
+
+    is_here = True
 
     def __init__(self, model: Chameleon) -> None:
         self.model = model

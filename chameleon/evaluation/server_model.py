@@ -45,6 +45,10 @@ class ServerModel:
         self.name = models[0]["id"]
         self.fingerprint = str(models[0].get("fingerprint", models[0].get("root", "")))
 
+    @property
+    def is_here(self) -> bool:
+        return self.tokenizer_model is not None
+
     def local(self, purpose: str) -> Chameleon:
         """Return the bundle given beside the server. Raise `BadInput` where there is none."""
         if self.tokenizer_model is None:

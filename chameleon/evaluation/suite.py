@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,6 +142,19 @@ def fingerprint_of(paths: Sequence[Path]) -> str:
                 file.seek(max(MAX_HASHED_BYTES, size - MAX_HASHED_BYTES))
                 digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def listing_fingerprint(paths: Iterable[Path]) -> str:
+    """Return 12 hexadecimal digits of many files, of their names and sizes alone."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(paths):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def file_fingerprints(files: Mapping[str, str]) -> dict[str, str]:
+    """Return name → fingerprint of the files that are given: name → path, empty where there is none."""
+    return {name: fingerprint_of([existing_file(path, "a file")]) for name, path in files.items() if path}
 
 
 def existing_file(path: str, what: str) -> Path:

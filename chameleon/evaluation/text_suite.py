@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -138,12 +139,15 @@ class TaskPart:
             for task, values in results["results"].items()
         }
         versions = {task: str(version) for task, version in results.get("versions", {}).items()}
-        return [{"samples": samples, "figures": figures, "versions": versions}]
+        documents = hashlib.sha256(
+            "".join(sample["doc_hash"] for of_task in results["samples"].values() for sample in of_task).encode()
+        ).hexdigest()[:12]
+        return [{"samples": samples, "figures": figures, "versions": versions, "documents": documents}]
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         """Return the harness's figures. Those that are means over samples get an interval, and can be compared in pairs."""
         (output,) = outputs
-        self.method |= {"versions": output["versions"]}
+        self.method |= {"versions": output["versions"], "documents": output["documents"]}
         scores = Scores([], {}, items=[], outputs=[])
         for task, samples in output["samples"].items():
             rows: list[dict[str, Term]] = [{} for _ in samples]

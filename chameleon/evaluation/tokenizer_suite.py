@@ -21,7 +21,7 @@ from chameleon.evaluation.extractors import folder_images, make_extractor
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores, image_tokenizer
 from chameleon.evaluation.pictures import score_reconstructions, ssim
 from chameleon.evaluation.statistics import Metric
-from chameleon.evaluation.suite import fingerprint_of
+from chameleon.evaluation.suite import fingerprint_of, listing_fingerprint
 from chameleon.tokenizers.image import Picture, load_picture, to_tensor
 
 MIN_WORD_LENGTH = 2
@@ -50,7 +50,7 @@ class TokenizerSuite:
     def fingerprints(self) -> dict[str, str]:
         if not self.images:
             return {"emoji": fingerprint_of(sorted(labelled.EMBEDDED.glob("emoji*")))}
-        return {"images": fingerprint_of(folder_images(self.images))}
+        return {"images": listing_fingerprint(folder_images(self.images))}
 
 
 class Reconstructions:

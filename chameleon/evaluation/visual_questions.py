@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from chameleon.document import Document, Image, Text
@@ -14,7 +15,7 @@ from chameleon.evaluation.captioning import choose
 from chameleon.evaluation.coco import AskedImage, commonest_answer, read_questions
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
 from chameleon.evaluation.statistics import Metric, Term
-from chameleon.evaluation.suite import existing_file, existing_folder, fingerprint_of
+from chameleon.evaluation.suite import existing_file, existing_folder, file_fingerprints, listing_fingerprint
 from chameleon.evaluation.vqa_accuracy import normalise, vqa_accuracy
 from chameleon.generation.prompting import Example
 from chameleon.generation.sampling import Sampling
@@ -52,10 +53,15 @@ class QuestionSuite:
             raise BadInput(f"{self.prompt!r} has no {{question}}", where="prompt")
         return [VisualQuestions(self)]
 
+    @cached_property
+    def entries(self) -> list[AskedImage]:
+        """The questions that are asked."""
+        return choose(read_questions(self.questions, self.annotations, self.images), self.limit, self.seed)
+
     def fingerprints(self) -> dict[str, str]:
         files = {"questions": self.questions, "annotations": self.annotations}
         files |= {"example_questions": self.example_questions, "example_annotations": self.example_annotations}
-        return {name: fingerprint_of([existing_file(path, "a file")]) for name, path in files.items() if path}
+        return file_fingerprints(files) | {"images": listing_fingerprint(entry.path for entry in self.entries)}
 
 
 class VisualQuestions:
@@ -65,8 +71,7 @@ class VisualQuestions:
 
     def __init__(self, suite: QuestionSuite) -> None:
         self.suite, self.batch_size = suite, suite.batch_size
-        entries = read_questions(suite.questions, suite.annotations, suite.images)
-        self.entries: list[AskedImage] = choose(entries, suite.limit, suite.seed)
+        self.entries = suite.entries
         self.examples, self.method = self.choose_examples()
         self.sampling = Sampling(suite.temperature, suite.top_p)
 
