@@ -136,7 +136,7 @@ def sha256_of(path: Path) -> str:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a run. A last line cut off by a killed process is ignored."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:  # a text may have other line ends
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

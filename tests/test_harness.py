@@ -27,6 +27,7 @@ from chameleon.evaluation.part import LocalModel
 from chameleon.evaluation.run import evaluate_suites
 from chameleon.evaluation.server_model import ServerModel
 from chameleon.evaluation.suite import make_suite
+from chameleon.evaluation.text_suite import TaskPart, TextSuite
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
 from chameleon.tokenizers.image import ImageTokenizer
@@ -199,11 +200,38 @@ def test_the_text_suite_runs_tasks_and_compares(folder: Path, tmp_path: Path) ->
     assert part["figures"]["acc"]["low"] <= expected["acc,none"] <= part["figures"]["acc"]["high"]
     assert len(part["samples"]) == 24 and all({"acc", "acc_norm"} <= set(row["scores"]) for row in part["samples"])
     assert part["method"]["num_fewshot"] == 2
-    assert "bits_per_byte" in card.content["suites"]["text"]["parts"]["local_texts"]["figures"]
+    bits = card.content["suites"]["text"]["parts"]["local_texts"]["figures"]["bits_per_byte"]
+    assert bits["low"] < bits["value"] < bits["high"]
     with pytest.raises(BadInput, match=r"text / nothing: the harness could not run the task"):
         evaluate_suites(
             [make_suite("text", "text", {**settings, "tasks": {"nothing": 0}}, "test")], model, tmp_path / "other"
         )
+
+
+def test_tasks_with_two_filters_are_told_apart() -> None:
+    """As gsm8k has them: each filter's figure is over its own samples; a figure of both would count documents twice."""
+    rows = [(0, 1.0, 1.0), (1, 0.0, 1.0), (2, 0.0, 0.0), (3, 1.0, 1.0)]
+    samples = [
+        {"key": f"t {doc} {name}", "target": "x", "filter": name, "output": ["y"], "metrics": {"exact_match": value}}
+        for doc, strict, flexible in rows
+        for name, value in (("strict", strict), ("flexible", flexible))
+    ]
+    figures = {"exact_match,strict": 0.5, "exact_match,flexible": 0.75}
+    part = TaskPart(TextSuite(), "t", 0)
+    output = {"samples": {"t": samples}, "figures": {"t": figures}, "versions": {}, "documents": ""}
+    scores = part.score(None, [], [output])  # type: ignore[arg-type]
+    found = scores.all_figures([])
+    assert {name: (of.value, of.count) for name, of in found.items()} == {name: (v, 4) for name, v in figures.items()}
+    groups = {"g": {"exact_match,strict": 0.5}, "t": figures}
+    grouped = TaskPart(TextSuite(), "g", 0)
+    scores = grouped.score(None, [], [{**output, "figures": groups}])  # type: ignore[arg-type]
+    assert scores.all_figures([])["exact_match,strict"].low is not None  # a group's figure over its tasks' samples
+
+
+def test_a_prompt_needs_room(ours: ChameleonLM) -> None:
+    with pytest.raises(BadInput, match="500 new tokens leave no room"):
+        ours.prompt_ids("the fox", 500)
+    assert len(ours.prompt_ids("the fox " * 100, 100)) == 28
 
 
 # --- likelihoods in trees ---

@@ -202,6 +202,7 @@ def test_bootstrap_covers_the_truth() -> None:
 def test_intervals_where_resampling_shows_no_spread() -> None:
     figure = figure_of(Metric(), [1.0] * 20)
     assert (figure.low, figure.high) == interval(1.0, 20)
+    assert figure_of(Metric(is_share=False), [1.0] * 20).high == 1.0  # one picture in each answer is no share
     assert figure_of(Metric(), [(3.0, 4.0), (1.0, 4.0)], ["a", "a"]).low is None  # one group says nothing of a spread
     low, high = interval(0.3, 50)
     expected = scipy.stats.binomtest(15, 50).proportion_ci(method="wilson")
@@ -275,18 +276,43 @@ def test_frechet_distance_equals_torch_fidelity(first: int, second: int) -> None
 
 
 def test_frechet_interval_holds_the_value_and_shrinks() -> None:
-    small = frechet_figure(features(60, 0), features(60, 1, 0.4))
-    large = frechet_figure(features(600, 0), features(600, 1, 0.4))
-    for figure in (small, large):
-        assert figure.low is not None and figure.high is not None and figure.low < figure.high
-    assert large.high - large.low < (small.high - small.low) / 2  # type: ignore[operator]
+    figures = [frechet_figure(features(size, 0), features(size, 1, 0.4)) for size in (60, 600)]
+    for figure in figures:
+        assert figure.low is not None and figure.high is not None and figure.low < figure.value < figure.high
+    widths = [figure.high - figure.low for figure in figures]  # type: ignore[operator]
+    assert widths[1] < widths[0] / 2
+
+
+def test_intervals_of_distances_have_the_right_width() -> None:
+    """Against the spread of the distance over sets that are drawn anew."""
+    for figure_of_sets, distance in ((frechet_figure, frechet_distance), (kernel_figure, kernel_distance)):
+        pairs = [(features(300, 2 * seed, width=6), features(300, 2 * seed + 1, 1.0, width=6)) for seed in range(40)]
+        spread = float(np.std([distance(*pair) for pair in pairs]))
+        half_widths = [(figure.high - figure.low) / 2 for figure in (figure_of_sets(*pair) for pair in pairs[:10])]  # type: ignore[operator]
+        assert 0.6 < np.mean(half_widths) / (1.96 * spread) < 1.6
+
+
+def test_paired_sets_are_resampled_in_pairs() -> None:
+    before = features(100, 0)
+    after = before + 0.05 * features(100, 1)
+    paired, unpaired = (frechet_figure(before, after, paired=is_paired) for is_paired in (True, False))
+    assert paired.low is not None and paired.high is not None and paired.low < paired.value < paired.high
+    assert paired.high - paired.low < (unpaired.high - unpaired.low) / 2  # type: ignore[operator]
+
+
+def test_kernel_distance_of_large_sets_is_over_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chameleon.evaluation.distances.KERNEL_SUBSET_SIZE", 50)
+    a, b = features(600, 0), features(500, 1, 0.4)
+    figure = kernel_figure(a, b)
+    assert figure.value == pytest.approx(kernel_distance(a, b), rel=0.3)
+    assert figure.low is not None and figure.low < kernel_distance(a, b) < figure.high  # type: ignore[operator]
 
 
 def test_kernel_distance_equals_torchmetrics() -> None:
     a, b = features(70, 0).double(), features(70, 1, 0.4).double()
     assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
     figure = kernel_figure(a, b)
-    assert figure.low is not None and figure.low <= figure.value <= figure.high  # type: ignore[operator]
+    assert figure.low is not None and figure.low < figure.value < figure.high  # type: ignore[operator]
 
 
 def test_precision_recall_density_coverage_by_hand() -> None:

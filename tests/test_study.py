@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -106,7 +107,7 @@ def test_the_server_says_nothing_of_the_models(study: Study) -> None:
         shown = json.loads(state)
         pictures = [part["image"] for side in ("left", "right") for part in shown[side] if "image" in part]
         assert len(pictures) == 2 and get(f"{url}/media/{pictures[0]}")[:4] == b"\x89PNG"
-        for path in ("/media/../study.json", "/media/%2e%2e/study.json", "/study.json", "/judgements.jsonl"):
+        for path in ("/media/..", "/media/../study.json", "/media/%2e%2e/study.json", "/study.json", "/judgements.jsonl"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 get(url + path)
             assert refused.value.code == 404
@@ -115,6 +116,18 @@ def test_the_server_says_nothing_of_the_models(study: Study) -> None:
                 get(url + path, host)
             assert refused.value.code == 400
         body = json.dumps({"judge": "ann", "pair": shown["pair"], "better": "left", "left": "fully", "right": "not"})
+        smuggled = (
+            f"POST /judge HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        smuggled += f"\r\n\r\n{body}"
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            head = f"POST /x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\nContent-Length: {len(smuggled)}\r\n\r\n"
+            connection.sendall((head + smuggled).encode())
+            answers = b""
+            while data := connection.recv(4096):
+                answers += data
+        assert answers.count(b"HTTP/1.1 ") == 1  # what follows a refused request is not read as another
         plain = urllib.request.Request(f"{url}/judge", body.encode(), {"Content-Type": "text/plain"})
         with pytest.raises(urllib.error.HTTPError) as refused:  # what another site's form can send
             urllib.request.urlopen(plain)
@@ -238,6 +251,14 @@ def test_the_command_makes_a_study(study: Study, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["study", str(tmp_path / "new"), str(tmp_path / "a")])
     assert "two models or more" in capsys.readouterr().err
+    files = [str(tmp_path / name / "scorecard.json") for name in ("a", "b")]
+    assert len(Study.create(tmp_path / "of files", {"x": Path(files[0]), "y": Path(files[1])}).pairs) == 12
+    card = json.loads(Path(files[1]).read_text())
+    card["suites"]["mixed"]["parts"]["answers"]["samples"][3]["prompt"] = ["another prompt"]
+    Path(files[1]).write_text(json.dumps(card))
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "new"), *files])
+    assert "the prompts of" in capsys.readouterr().err
 
 
 def test_a_study_of_two_bundles(bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +267,8 @@ def test_a_study_of_two_bundles(bundle_folder: Path, tmp_path: Path, monkeypatch
     shutil.copytree(bundle_folder, tmp_path / "other")
     made: list[Study] = []
     monkeypatch.setattr("chameleon.cli.study.serve", lambda opened, *_: made.append(opened))
-    monkeypatch.setattr("chameleon.evaluation.mixed_suite.MixedSuite.max_new_tokens", 12)
     words = [str(bundle_folder), str(tmp_path / "other"), "--prompts", str(tmp_path / "prompts.jsonl")]
-    main(["study", str(tmp_path / "study"), *words])
+    main(["study", f"{tmp_path}/study/", *words])
     (study,) = made
     assert len(study.pairs) == 2 and study.prompts[0]["category"] == "x"
     for prompt in study.prompts:  # the same bundle twice: the same answers

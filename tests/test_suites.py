@@ -122,6 +122,11 @@ def test_published_caption_files_are_read(karpathy: Path, tmp_path: Path) -> Non
     path.write_text(json.dumps(official))
     (image,) = read_captions(str(path), str(tmp_path / "coco" / "val2014"))  # the one with captions
     assert image.key == "7" and image.captions == ("one", "two")
+    with pytest.raises(BadInput, match="split test of a file without splits"):
+        read_captions(str(path), str(tmp_path / "coco" / "val2014"), "test")
+    words = ["coco-captions", f"annotations={path}", f"images={tmp_path}/coco/val2014", "split=", "shots=0", "words=python"]
+    (suite,) = read_suites(words)
+    assert len(suite.settings.build_parts()[0].items()) == 1
 
 
 def test_published_question_files_are_read(vqa: dict[str, str], tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_a_scorecard_holds_all_that_is_needed_to_repeat_it(karpathy: Path, model
     markdown = (tmp_path / "out" / "scorecard.md").read_text()
     assert "| coco-captions / captions / cider_d |" in markdown and content["model"]["bundle"] in markdown
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "Best by" in page or "Samples" in page
+    assert page.count("<figure>") >= 12 and all(sample["output"] in page for sample in part["samples"][:1])
     assert page.count("data:image/png;base64,") >= 12 and "http://" not in page
 
 
@@ -255,7 +260,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(
     with pytest.raises(KeyboardInterrupt):
         evaluate_suites(suites, model, tmp_path / "part")
     assert not (tmp_path / "part" / "scorecard.json").exists()
-    (journal,) = (tmp_path / "part" / "outputs" / "coco-captions").iterdir()
+    (journal,) = (tmp_path / "part" / "outputs" / "coco-captions" / "captions").iterdir()
     text = journal.read_text()
     journal.write_text(text[:-20])  # as a process leaves it that is killed while it writes
     resumed = evaluate_suites(suites, model, tmp_path / "part")
@@ -273,6 +278,65 @@ def test_pictures_survive_a_restart_to_the_pixel(model: LocalModel, tmp_path: Pa
     assert first is not None and again is not None and first.content["suites"] == again.content["suites"]
     in_memory = evaluate(model.model, parts=["drawings"], concepts=30, drawings=6)
     assert in_memory == {name.removeprefix("emoji / "): figure.to_json() for name, figure in first.figures().items()}
+
+
+class Echo:
+    """A model that answers with what a function gives for each prompt."""
+
+    is_here = False
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def generate_texts(self, prompts: Sequence[Document], *_: Any) -> list[str]:
+        return [self.answer(prompt) for prompt in prompts]
+
+    def describe(self) -> dict[str, Any]:
+        return {"bundle": "echo"}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1c", "\r", "\ud800"])
+def test_outputs_may_hold_any_character(karpathy: Path, tmp_path: Path, separator: str) -> None:
+    """Also those that end a line for Python: batches are lines of a file."""
+    model: Any = Echo(lambda prompt: f"a{separator}b")
+    card = evaluate_suites([caption_suite(karpathy)], model, tmp_path / "out")
+    assert card is not None
+    content = json.loads((tmp_path / "out" / "scorecard.json").read_text(encoding="utf-8", errors="surrogatepass"))
+    assert len(content["suites"]["coco-captions"]["parts"]["captions"]["samples"]) == 12
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "x\u2028y"}, ensure_ascii=False), encoding="utf-8")
+    assert read_open_prompts(str(tmp_path / "lines.jsonl"))[0].content == Document((Text("x\u2028y"),))
+
+
+def test_keys_and_parts_that_look_alike_are_kept_apart(tmp_path: Path) -> None:
+    """Names of files are made of keys; `keycap: #` and `keycap: *` are two."""
+    keys = ["keycap: #", "keycap: *", "a/1", "a 1", "x" * 200 + "1", "x" * 200 + "2"]
+    journal = Journal(tmp_path, "s", "my")
+    pictures = [PILImage.new("RGB", (2, 2), (index, 0, 0)) for index in range(len(keys))]
+    journal.append(0, keys, pictures)
+    other = Journal(tmp_path, "s", "my.v2")
+    assert other.batches() == {} and Journal(tmp_path, "s", "a b").path != Journal(tmp_path, "s", "a_b").path
+    assert [PILImage.open(path).getpixel((0, 0))[0] for path in journal.outputs()] == list(range(len(keys)))
+
+
+def test_a_suite_may_have_any_name(karpathy: Path, model: LocalModel, tmp_path: Path) -> None:
+    suite = caption_suite(karpathy)
+    card = evaluate_suites([NamedSuite("samples", suite.kind, suite.settings)], model, tmp_path / "out")
+    assert card is not None and Scorecard.read(tmp_path / "out").figures() == card.figures()
+
+
+def test_a_lost_process_is_noticed(
+    karpathy: Path, model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run_module, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(run_module, "POLL_SECONDS", 0.05)
+    with pytest.raises(BadInput, match="1 batches of other processes are missing"):
+        evaluate_suites([caption_suite(karpathy)], model, tmp_path / "out")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, outside a step
+    assert run_module.process_rank() == (0, 1)
 
 
 def test_a_folder_of_another_evaluation_is_refused(karpathy: Path, model: LocalModel, tmp_path: Path) -> None:
@@ -308,6 +372,9 @@ def test_the_command_evaluates_repeats_and_compares(
     main(again)
     assert f"all {len(card.figures())} figures are the same" in capsys.readouterr().out
     assert Scorecard.read(tmp_path / "again").content["model"]["dtype"] == "float32"  # as the scorecard says
+    with pytest.raises(SystemExit):  # nothing would be repeated there
+        main(again)
+    assert "holds an evaluation already" in capsys.readouterr().err
     # Other references: the figures differ, and the data are named as the reason.
     content = json.loads(karpathy.read_text())
     outputs = card.content["suites"]["coco-captions"]["parts"]["captions"]["samples"]
@@ -382,7 +449,7 @@ def test_several_processes_share_the_work(karpathy: Path, bundle_folder: Path, t
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert json.loads(outputs[0]) == json.loads(alone.stdout) and outputs[1] == ""
-    journals = sorted((tmp_path / "shared" / "outputs" / "coco-captions").iterdir())
+    journals = sorted((tmp_path / "shared" / "outputs" / "coco-captions" / "captions").iterdir())
     assert [len(path.read_text().splitlines()) for path in journals] == [2, 2]
 
 
@@ -413,7 +480,9 @@ def test_suites_of_the_command_line(karpathy: Path, vqa: dict[str, str]) -> None
         (["nothing"], "no such suite; give a YAML file, or coco-captions"),
         (["emoji", "parts=[nothing]"], "use reconstruction"),
         (["emoji", "concepts=1"], "use more"),
-        (["emoji", "seed=-1"], "out of range"),
+        (["emoji", "seed=-1"], "seed is -1; use 0 or more"),
+        (["emoji", "drawings=-1"], "drawings is -1"),
+        (["images", "real=x", "generated=y", "batch_size=0"], "batch_size is 0; use 1 or more"),
     ):
         with pytest.raises(BadInput, match=message.replace("(", r"\(")):
             [suite.settings.build_parts() for suite in read_suites(words)]
@@ -430,6 +499,14 @@ def test_a_suite_in_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_text("kind: emoji\nsetting: {}\n")
     with pytest.raises(BadInput, match="unknown key setting"):
         read_suites([str(path)])
+    for text in ("kind: [a]\n", "kind: emoji\nsettings: [a]\n"):
+        path.write_text(text)
+        with pytest.raises(BadInput):
+            read_suites([str(path), "seed=1"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.yaml").write_text("kind: emoji\n")
+    with pytest.raises(BadInput, match="two suites have one name"):
+        read_suites([str(path), str(tmp_path / "other" / "mine.yaml")])
 
 
 def test_keys_must_be_unique() -> None:
@@ -484,8 +561,16 @@ def test_drawings_of_a_file_of_prompts(model: LocalModel, tmp_path: Path) -> Non
     drawn = [PILImage.open(tmp_path / "out" / sample["output"]["image"]) for sample in samples]
     expected = model.model.draw_batch([sample["prompt"] for sample in samples])
     assert [a.tobytes() for a in drawn] == [b.tobytes() for b in expected]
-    with pytest.raises(BadInput, match="give generated=FOLDER or prompts=FILE"):
-        make_suite("images", "images", {"real": str(tmp_path)}, "test").settings.build_parts()
+    for changes, message in (
+        ({"prompts": ""}, "give generated=FOLDER or prompts=FILE"),
+        ({"extractor": "vgg"}, "use effnet-lite0"),
+        ({"extractor": "inception", "weights": "typo.pth"}, "typo.pth: no such file"),
+        ({"clip": "nowhere"}, "nowhere: no such folder"),
+        ({"per_prompt": 1}, "3 generated images; use 10 or more"),
+        ({"prompts": "", "generated": str(tmp_path / "real"), "clip": "x"}, "clip needs prompts"),
+    ):  # before anything is drawn
+        with pytest.raises(BadInput, match=message):
+            make_suite("images", "images", {**settings, **changes}, "test").settings.build_parts()
 
 
 def test_the_tokenizer_suite_on_a_folder(model: LocalModel, tmp_path: Path) -> None:
@@ -527,6 +612,15 @@ def test_folders_for_other_scorers(model: LocalModel, tmp_path: Path) -> None:
     assert page.name == "COCOval2014000000013580.png" and square.size == (32, 32)
     first = model.model.draw_batch(["A long prompt."] * 4)[3]
     assert square.crop((16, 16, 32, 32)).tobytes() == first.tobytes()
+    left_over = tmp_path / "for" / "geneval" / "00001" / "samples" / "00007.png"
+    left_over.write_bytes(b"of another model")
+    settings = {
+        "benchmark": "geneval",
+        "prompts": str(tmp_path / "geneval.jsonl"),
+        "out": str(tmp_path / "for" / "geneval"),
+    }
+    with pytest.raises(BadInput, match=r"00007\.png: is no file of this suite"):
+        make_suite("geneval", "prompt-folders", settings, "test").settings.build_parts()
     names = sorted(path.name for path in (tmp_path / "for" / "t2i-compbench" / "samples").iterdir())
     assert names == [
         "a green bench and a blue bowl_000000.png",

@@ -42,7 +42,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from chameleon.evaluation.run import evaluate_suites
-    from chameleon.evaluation.scorecard import Scorecard
+    from chameleon.evaluation.scorecard import FILE, Scorecard
     from chameleon.evaluation.suite import read_suites
     from chameleon.progress import StatusLine
 
@@ -56,6 +56,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if earlier is not None:
         take_model_options(arguments, earlier)
     out = Path(arguments.out or f"{DEFAULT_OUT}/{'-'.join(suite.name for suite in suites)}{'-again' if earlier else ''}")
+    if earlier is not None and (out / FILE).exists():
+        raise BadInput("holds an evaluation already", where=out, remedy="give another --out, so that it is really repeated")
     model, source = open_model(arguments)
     with StatusLine(enabled=is_first_process()) as status_line:
         card = evaluate_suites(
@@ -91,17 +93,21 @@ def open_model(arguments: argparse.Namespace) -> tuple[EvaluatedModel, str]:
     """Return the model and where it is from: a bundle on this process's device, or a server."""
     import os
 
+    import torch
+
     from chameleon.bundle import SHIPPED
     from chameleon.evaluation.part import LocalModel
     from chameleon.evaluation.server_model import ServerModel
 
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if arguments.device == "cuda" and local_rank is not None:
-        arguments.device = f"cuda:{local_rank}"
+    device = arguments.device
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{int(local_rank) % max(1, torch.cuda.device_count())}"
+    with_device = argparse.Namespace(**{**vars(arguments), "device": device})
     if arguments.server:
-        tokenizer_model = load_model(arguments) if arguments.model else None
+        tokenizer_model = load_model(with_device) if arguments.model else None
         return ServerModel(arguments.server, tokenizer_model), arguments.server
-    return LocalModel(load_model(arguments)), str(arguments.model or SHIPPED)
+    return LocalModel(load_model(with_device)), str(arguments.model or SHIPPED)
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,10 +124,10 @@ def take_model_options(arguments: argparse.Namespace, earlier: Scorecard) -> Non
     add_model_options(defaults)
     plain = defaults.parse_args([])
     for name in MODEL_OPTIONS:
-        if getattr(arguments, name) == getattr(plain, name):
+        if getattr(arguments, name) == getattr(plain, name) and name in options:
             setattr(arguments, name, options[name])
     if not arguments.model and not arguments.server:
-        arguments.model, arguments.server = options["model"], options["server"]
+        arguments.model, arguments.server = options.get("model"), options.get("server")
 
 
 def suites_of(earlier: Scorecard) -> list[NamedSuite]:
@@ -174,7 +180,8 @@ def compare(arguments: argparse.Namespace) -> None:
         line = f"{entry.name:<{width}}  {entry.first:>10.4g} {entry.second:>10.4g}"
         if entry.difference is not None:
             of = entry.difference
-            line += f"  {of.value:+.4g} ({of.low:+.4g} to {of.high:+.4g}), p = {of.p_value:.2g}, {of.count} samples"
+            bounds = "" if of.low is None or of.high is None else f" ({of.low:+.4g} to {of.high:+.4g})"
+            line += f"  {of.value:+.4g}{bounds}, p = {of.p_value:.2g}, {of.count} samples"
         if entry.num_unmatched:
             line += f"; {entry.num_unmatched} samples are in one of the two alone"
         lines.append(line)

@@ -43,20 +43,25 @@ def study(arguments: argparse.Namespace) -> None:
 
 def scorecards_of(arguments: argparse.Namespace) -> dict[str, Path]:
     """Return name → scorecard of each model: those given, or new ones of the prompts."""
+    from chameleon.evaluation.study import check_new
+
     paths = [Path(word) for word in arguments.models]
     names = [path.name if path.name not in ("bundle", "") else path.parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name} {index}" for index, name in enumerate(names, start=1)]
     if not arguments.prompts:
         return dict(zip(names, paths, strict=True))
+    folder = Path(arguments.folder)
+    check_new(folder, names)
     return {
-        name: evaluated(arguments, path, Path(f"{arguments.folder}-answers") / str(index))
+        name: evaluated(arguments, path, folder.with_name(f"{folder.name}-answers") / str(index))
         for index, (name, path) in enumerate(zip(names, paths, strict=True))
     }
 
 
 def evaluated(arguments: argparse.Namespace, bundle: Path, out: Path) -> Path:
     """Answer the prompts with a bundle, and return the folder of the scorecard."""
+    from chameleon.cli.evaluate import model_options
     from chameleon.cli.options import load_model
     from chameleon.evaluation.part import LocalModel
     from chameleon.evaluation.run import evaluate_suites
@@ -64,9 +69,16 @@ def evaluated(arguments: argparse.Namespace, bundle: Path, out: Path) -> Path:
     from chameleon.progress import StatusLine
 
     suite = make_suite("mixed", "mixed", {"prompts": arguments.prompts, "seed": arguments.seed}, "mixed")
-    arguments.model = str(bundle)
+    arguments.model, arguments.server = str(bundle), None
     with StatusLine(enabled=is_first_process()) as status_line:
-        evaluate_suites([suite], LocalModel(load_model(arguments)), out, source=str(bundle), status=status_line.update)
+        evaluate_suites(
+            [suite],
+            LocalModel(load_model(arguments)),
+            out,
+            source=str(bundle),
+            options=model_options(arguments),
+            status=status_line.update,
+        )
     return out
 
 
@@ -86,7 +98,9 @@ def report_text(report: dict[str, Any]) -> str:
     """Return a report as lines."""
     from chameleon.evaluation.statistics import Figure
 
-    alpha = "none (no pair has two judges)" if report["agreement"] is None else f"{report['agreement']:.2f}"
+    alpha = (
+        "undefined (too few judges, or all judged alike)" if report["agreement"] is None else f"{report['agreement']:.2f}"
+    )
     left = "none" if report["left_chosen"] is None else f"{report['left_chosen']:.0%}"
     lines = [f"{report['judgements']} judgements of {report['judges']} judges; Krippendorff's alpha {alpha}; left {left}"]
     for title, results in (("all", report["all"]), *report["by_category"].items()):

@@ -13,13 +13,12 @@ from chameleon.document import Document, Image, Part, Text
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.caption_metrics import CiderD, bleu_terms, has_java, meteor, rouge_l
 from chameleon.evaluation.caption_words import WordSplitter, caption_words
-from chameleon.evaluation.coco import CaptionedImage, read_captions
-from chameleon.evaluation.part import EvaluatedModel, Item, Output, Scores
+from chameleon.evaluation.coco import CaptionedImage, has_splits, read_captions
+from chameleon.evaluation.part import EvaluatedModel, Item, Output, Scores, answer_items
 from chameleon.evaluation.part import Part as SuitePart
 from chameleon.evaluation.statistics import BLEU_ORDERS, Figure, Metric, Term, figure_of
 from chameleon.evaluation.suite import existing_file, existing_folder, file_fingerprints, listing_fingerprint
 from chameleon.generation.prompting import Example
-from chameleon.generation.sampling import Sampling
 
 
 @dataclass
@@ -30,14 +29,15 @@ class CaptionSuite:
     """COCO's annotation file, or Karpathy's split file."""
     images: str
     """Folder with the images, or with the folders that the split file names."""
-    split: str = ""
+    split: str | None = None
     """Of Karpathy's file: test, val, train or restval."""
     shots: int = 0
     """Examples before each picture."""
     example_annotations: str = ""
     """Where examples come from; by default the split `train` of `annotations`."""
     example_images: str = ""
-    example_split: str = "train"
+    example_split: str | None = None
+    """By default `train` of a file that has splits."""
     prompt: str = ""
     """Text after each picture."""
     max_new_tokens: int = 30
@@ -56,6 +56,8 @@ class CaptionSuite:
         check_seed(self.seed)
         existing_file(self.annotations, "the annotation file")
         existing_folder(self.images, "the folder of the images")
+        if (self.words == "java" or self.meteor) and not has_java():
+            raise BadInput("words=java and meteor=true need Java and pycocoevalcap", where="captions")
         return [Captioning(self)]
 
     @cached_property
@@ -85,7 +87,6 @@ class Captioning:
         self.suite, self.batch_size = suite, suite.batch_size
         self.entries = suite.entries
         self.examples, self.method = self.choose_examples()
-        self.sampling = Sampling(suite.temperature, suite.top_p)
 
     def choose_examples(self) -> tuple[list[Example], dict[str, Any]]:
         """Return the few-shot examples, none of which is evaluated, and what a scorecard says of them."""
@@ -93,7 +94,8 @@ class Captioning:
         if not suite.shots:
             return [], {}
         source = suite.example_annotations or suite.annotations
-        entries = read_captions(source, suite.example_images or suite.images, suite.example_split)
+        split = suite.example_split or ("train" if has_splits(source) else None)
+        entries = read_captions(source, suite.example_images or suite.images, split)
         evaluated = {entry.path for entry in self.entries}
         pool = [entry for entry in entries if entry.path not in evaluated]
         if len(pool) < suite.shots:
@@ -111,14 +113,7 @@ class Captioning:
         return [Item(entry.key, self.prompt_of(entry.path), list(entry.captions)) for entry in self.entries]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        start = self.suite.seed + first
-        return model.generate_texts(
-            [item.prompt for item in items],
-            self.examples,
-            self.suite.max_new_tokens,
-            self.sampling,
-            range(start, start + len(items)),
-        )
+        return answer_items(model, items, first, self.examples, self.suite)
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         references, splitter = caption_words([item.expected for item in items], self.suite.words)
@@ -137,13 +132,15 @@ def score_captions(
         bleu = bleu_terms(caption, known)
         row: dict[str, Term] = {"cider_d": cider.score(caption, index), "rouge_l": rouge_l(caption, known)}
         rows.append(row | {f"bleu_{order}": bleu for order in range(1, BLEU_ORDERS + 1)})
-    metrics = {"cider_d": Metric(), **{f"bleu_{n}": Metric(f"bleu-{n}") for n in range(1, BLEU_ORDERS + 1)}}
-    metrics["rouge_l"] = Metric()
+    metrics = {"cider_d": Metric(is_share=False), **{f"bleu_{n}": Metric(f"bleu-{n}") for n in range(1, BLEU_ORDERS + 1)}}
+    metrics["rouge_l"] = Metric(is_share=False)
     figures = {}
     if has_java() if with_meteor is None else with_meteor:
         value, values = meteor(captions, references)
-        of_mean = figure_of(Metric(), values)  # METEOR of a set is nearly the mean, whose spread stands for its own
+        of_mean = figure_of(
+            Metric(is_share=False), values
+        )  # METEOR of a set is nearly the mean, whose spread stands for its own
         shift = value - of_mean.value
-        assert of_mean.low is not None and of_mean.high is not None
-        figures["meteor"] = Figure(value, of_mean.low + shift, of_mean.high + shift, len(values))
+        low, high = (None if bound is None else bound + shift for bound in (of_mean.low, of_mean.high))
+        figures["meteor"] = Figure(value, low, high, len(values))
     return Scores(rows, metrics, figures)

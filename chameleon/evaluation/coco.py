@@ -40,7 +40,6 @@ class AskedImage:
     path: Path
     question: str
     answers: tuple[str, ...]
-    question_type: str = ""
     answer_type: str = ""
 
 
@@ -97,10 +96,10 @@ class ImagesById:
 # --- captions ---
 
 
-def read_captions(annotations: str, images: str, split: str = "") -> list[CaptionedImage]:
+def read_captions(annotations: str, images: str, split: str | None = None) -> list[CaptionedImage]:
     """Return the images of an annotation file with their captions, in its order.
 
-    split: of Karpathy's files: train, restval, val or test. COCO's own files have none.
+    split: of Karpathy's files: train, restval, val or test; None takes all. COCO's own files have none.
     """
     content = load_annotations(annotations)
     folder = Path(images)
@@ -108,7 +107,9 @@ def read_captions(annotations: str, images: str, split: str = "") -> list[Captio
         with reading(annotations, "Karpathy's split"):
             return [karpathy_image(entry, folder) for entry in content["images"] if not split or entry["split"] == split]
     if split:
-        raise BadInput(f"split {split} of a file without splits", where=annotations, remedy="leave split empty")
+        raise BadInput(
+            f"split {split} of a file without splits", where=annotations, remedy="write split= (nothing after it)"
+        )
     with reading(annotations, "captions in COCO's form"):
         captions: dict[Any, list[str]] = {}
         for entry in content["annotations"]:
@@ -118,6 +119,12 @@ def read_captions(annotations: str, images: str, split: str = "") -> list[Captio
             for entry in content["images"]
             if entry["id"] in captions
         ]
+
+
+def has_splits(annotations: str) -> bool:
+    """Return whether an annotation file is one of Karpathy's, whose images are of splits."""
+    images = load_annotations(annotations).get("images") or [{}]
+    return "split" in images[0]
 
 
 def karpathy_image(entry: Mapping[str, Any], folder: Path) -> CaptionedImage:
@@ -162,7 +169,6 @@ def read_questions(questions: str, annotations: str, images: str) -> list[AskedI
                     by_id[entry["image_id"]],
                     entry["question"],
                     tuple(answer["answer"] for answer in known.get("answers", ())),
-                    str(known.get("question_type", "")),
                     str(known.get("answer_type", "")),
                 )
             )

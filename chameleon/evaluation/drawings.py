@@ -7,7 +7,7 @@ seen neither the model nor its tokenizer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,15 +30,9 @@ from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 BATCH_SIZE = 64
 Hit = dict[str, float]
 """What is right about a drawing, 0 or 1 each."""
-Progress = Callable[[str, int, int], None]
-"""Called as (part of the suite, number done, total)."""
 STYLE_STEPS, STYLE_LR, STYLE_WEIGHT_DECAY, STYLE_BLOCKS = 300, 0.01, 0.1, 3
 COLOURED_THINGS = ("heart", "circle", "square", "book", "apple", "cat", "fish", "flower", "house", "car", "hat", "bird")
 """Things of the prompts "COLOUR THING", beside those of the training set."""
-
-
-def no_progress(part: str, num_done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,8 @@ class DrawingSettings:
     seed: int = 0
     guidance_scale: float = GUIDANCE_SCALE
     sampling: Sampling = IMAGE_SAMPLING
-    progress: Progress = no_progress
 
-    def draw(self, model: Chameleon, prompts: Sequence[str], part: str) -> list[PILImage.Image]:
+    def draw(self, model: Chameleon, prompts: Sequence[str]) -> list[PILImage.Image]:
         """Draw each prompt; the seeds are counted from 0, so that a prompt that is repeated gives different drawings."""
         pictures: list[PILImage.Image] = []
         for start in range(0, len(prompts), BATCH_SIZE):
@@ -61,7 +54,6 @@ class DrawingSettings:
                 guidance_scale=self.guidance_scale,
                 sampling=self.sampling,
             )
-            self.progress(part, len(pictures), len(prompts))
         return pictures
 
 
@@ -218,7 +210,7 @@ def drawing_accuracy(
 ) -> dict[str, float]:
     """Draw names of training concepts and judge the drawings."""
     names = judge.choose_names(num_drawings, names_seed)
-    return judge.judge(settings.draw(model, names, "drawings"), names)
+    return judge.judge(settings.draw(model, names), names)
 
 
 def coloured_prompts(count: int, seed: int) -> list[tuple[str, str]]:

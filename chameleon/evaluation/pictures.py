@@ -19,7 +19,7 @@ from chameleon.device import fast_bfloat16
 from chameleon.errors import BadInput
 from chameleon.evaluation.part import Item, Scores
 from chameleon.evaluation.statistics import Figure, Metric, Term
-from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, Picture, to_tensor
+from chameleon.tokenizers.image import BATCH_SIZE, ImageTokenizer, Picture, load_picture, to_tensor
 from chameleon.tokenizers.vq_loss import ShiftTolerantLPIPS
 
 INPUT_SIDE = 224
@@ -95,21 +95,27 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def score_reconstructions(
-    tokenizer: ImageTokenizer, originals: Sequence[Picture], reconstructed: Sequence[PILImage.Image]
+    tokenizer: ImageTokenizer, originals: Sequence[Picture], reconstructed: Sequence[Picture]
 ) -> Scores:
-    """Return PSNR in dB and ST-LPIPS of 8-bit reconstructions, the share of the codebook used, and the codes' perplexity.
+    """Return PSNR in dB, SSIM and ST-LPIPS of 8-bit reconstructions, share of the codebook used, and the codes' perplexity.
 
-    ST-LPIPS is that of pictures of at least 32 pixels.
+    ST-LPIPS is that of pictures of at least 32 pixels. A batch of pictures is in memory at a time.
     """
-    codes = tokenizer.encode(originals)
-    original, drawn = tokenizer.preprocess(originals), to_tensor(reconstructed)
-    counts = torch.bincount(codes.flatten(), minlength=tokenizer.config.codebook_size)
-    rows: list[dict[str, Term]] = [{"psnr_db": value} for value in psnr(drawn, original).tolist()]
-    metrics = {"psnr_db": Metric()}
-    if tokenizer.config.resolution >= MIN_PERCEPTUAL_SIDE:
-        metrics["st_lpips"] = Metric(higher_is_better=False)
-        for row, distance in zip(rows, perceptual_distances(drawn, original).tolist(), strict=True):
-            row["st_lpips"] = distance
+    is_perceptual = tokenizer.config.resolution >= MIN_PERCEPTUAL_SIDE
+    metrics = {"psnr_db": Metric(is_share=False), "ssim": Metric(is_share=False)}
+    if is_perceptual:
+        metrics["st_lpips"] = Metric(higher_is_better=False, is_share=False)
+    counts = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
+    rows: list[dict[str, Term]] = []
+    for start in range(0, len(originals), BATCH_SIZE):
+        batch = originals[start : start + BATCH_SIZE]
+        original = tokenizer.preprocess(batch)
+        drawn = to_tensor([load_picture(picture) for picture in reconstructed[start : start + BATCH_SIZE]])
+        counts += torch.bincount(tokenizer.encode(batch).flatten(), minlength=len(counts))
+        columns = {"psnr_db": psnr(drawn, original), "ssim": ssim(drawn, original)}
+        if is_perceptual:
+            columns["st_lpips"] = perceptual_distances(drawn, original)
+        rows += [{name: float(values[index]) for name, values in columns.items()} for index in range(len(batch))]
     figures = {
         "codebook_used": Figure(float((counts > 0).double().mean()), count=len(originals)),
         "codebook_perplexity": Figure(float(perplexity(counts)), count=len(originals)),

@@ -20,11 +20,11 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 
 from chameleon.errors import BadInput, check_seed
-from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
-from chameleon.evaluation.suite import existing_file, existing_folder, fingerprint_of
+from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores, draw_items
+from chameleon.evaluation.suite import existing_file, existing_folder, fingerprint_of, parse_json_line, read_lines
 from chameleon.files import atomic_file
 from chameleon.generation.chameleon import GUIDANCE_SCALE
-from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
+from chameleon.generation.sampling import IMAGE_SAMPLING
 from chameleon.tokenizers.image import load_picture
 
 Benchmark = Literal["geneval", "dpg-bench", "t2i-compbench"]
@@ -55,7 +55,9 @@ class PromptFolderSuite:
             raise BadInput(
                 f"per_prompt is {self.per_prompt}", where="dpg-bench", remedy="use 1 or 4, which its scorer reads"
             )
-        return [PromptFolder(self)]
+        part = PromptFolder(self)
+        part.check_folder()
+        return [part]
 
     def fingerprints(self) -> dict[str, str]:
         folder = Path(self.prompts)
@@ -67,15 +69,13 @@ def read_entries(benchmark: Benchmark, prompts: str) -> list[dict[str, Any]]:
     """Return for each prompt its `prompt`, and what the benchmark has beside it. Raise `BadInput` for another form."""
     if benchmark == "dpg-bench":
         paths = sorted(existing_folder(prompts, "DPG-Bench's folder of prompts").glob("*.txt"))
-        entries = [{"prompt": path.read_text(encoding="utf-8").strip(), "id": path.stem} for path in paths]
+        texts = {path.stem: read_lines(str(path), "a prompt") for path in paths}
+        entries = [{"prompt": " ".join(line for _, line in lines), "id": stem} for stem, lines in texts.items()]
+    elif benchmark == "geneval":
+        entries = [parse_json_line(line, where) for where, line in read_lines(prompts, "GenEval's metadata")]
     else:
-        lines = existing_file(prompts, "the benchmark's file of prompts").read_text(encoding="utf-8").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-        try:
-            entries = [json.loads(line) if benchmark == "geneval" else {"prompt": line.rstrip(".")} for line in lines]
-        except json.JSONDecodeError as error:
-            raise BadInput(f"not GenEval's metadata ({error})", where=prompts, remedy="a JSON object a line") from None
-    if not entries or any(not isinstance(entry, dict) or "prompt" not in entry for entry in entries):
+        entries = [{"prompt": line.rstrip(".")} for _, line in read_lines(prompts, "T2I-CompBench's prompts")]
+    if not entries or any(not isinstance(entry.get("prompt"), str) for entry in entries):
         raise BadInput("no prompts", where=prompts)
     return entries
 
@@ -98,35 +98,40 @@ class PromptFolder:
         ]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        start = self.suite.seed + first
-        return model.draw_batch(
-            [item.prompt for item in items],
-            seeds=range(start, start + len(items)),
-            guidance_scale=self.suite.guidance_scale,
-            sampling=Sampling(self.suite.temperature, self.suite.top_p),
-        )
+        return draw_items(model, items, first, self.suite)
+
+    def paths(self, index: int) -> list[str]:
+        """Return the names of the pictures of a prompt, in the folder."""
+        entry, suite = self.entries[index], self.suite
+        if suite.benchmark == "geneval":
+            return [f"{index:05}/samples/{copy:05}.png" for copy in range(self.count)]
+        if suite.benchmark == "dpg-bench":
+            return [f"{entry['id']}.png"]
+        name = entry["prompt"].replace("/", " ").replace("_", " ")
+        return [f"samples/{name}_{index * self.count + copy:06}.png" for copy in range(self.count)]
+
+    def check_folder(self) -> None:
+        """Raise `BadInput` where the folder holds other files, which the scorer would read too."""
+        folder = Path(self.suite.out)
+        known = {name for index in range(len(self.entries)) for name in self.paths(index)}
+        known |= {f"{index:05}/metadata.jsonl" for index in range(len(self.entries))}
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+            if path.is_file() and path.relative_to(folder).as_posix() not in known:
+                raise BadInput("is no file of this suite", where=path, remedy="give an empty folder as out")
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         """Write the folder. It has no figures: they are the scorer's."""
+        self.check_folder()
         folder = Path(self.suite.out)
         for index, entry in enumerate(self.entries):
             drawings = [load_picture(output) for output in outputs[index * self.count : (index + 1) * self.count]]
+            pictures = [square(drawings)] if self.suite.benchmark == "dpg-bench" else drawings
+            for name, picture in zip(self.paths(index), pictures, strict=True):
+                save(picture, folder / name)
             if self.suite.benchmark == "geneval":
-                write_geneval(folder / f"{index:05}", entry, drawings)
-            elif self.suite.benchmark == "dpg-bench":
-                save(square(drawings), folder / f"{entry['id']}.png")
-            else:
-                for copy, drawing in enumerate(drawings):
-                    name = entry["prompt"].replace("/", " ").replace("_", " ")
-                    save(drawing, folder / "samples" / f"{name}_{index * self.count + copy:06}.png")
+                with atomic_file(folder / f"{index:05}" / "metadata.jsonl") as partial:
+                    partial.write_text(json.dumps(entry), encoding="utf-8")
         return Scores([{} for _ in items], {})
-
-
-def write_geneval(folder: Path, entry: dict[str, Any], drawings: Sequence[PILImage.Image]) -> None:
-    for copy, drawing in enumerate(drawings):
-        save(drawing, folder / "samples" / f"{copy:05}.png")
-    with atomic_file(folder / "metadata.jsonl") as partial:
-        partial.write_text(json.dumps(entry), encoding="utf-8")
 
 
 def save(picture: PILImage.Image, path: Path) -> None:

@@ -6,6 +6,7 @@ batches r, r + n, …, so the figures do not depend on n. They need a file syste
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 from PIL import Image as PILImage
 
 from chameleon.bundle import package_version
-from chameleon.document import Document
+from chameleon.document import Document, Image
 from chameleon.errors import BadInput
-from chameleon.evaluation.journal import Journal, safe_name, to_json
+from chameleon.evaluation.journal import Journal, to_json
 from chameleon.evaluation.part import EvaluatedModel, Item, Part
 from chameleon.evaluation.scorecard import Scorecard, command_line, environment
 from chameleon.evaluation.suite import NamedSuite
@@ -29,12 +30,14 @@ from chameleon.tokenizers.image import load_picture
 HEADER_FILE = "evaluation.json"
 """What the outputs in a folder were made with; other settings need another folder."""
 POLL_SECONDS, HEADER_SECONDS = 0.5, 600.0
+WAIT_SECONDS = 3600.0
+"""Without a new batch, after which the first process gives up waiting for the others."""
 Status = Callable[[str], None]
 
 
 def process_rank() -> tuple[int, int]:
-    """Return (rank, number of processes) that a launcher gave this process."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    """Return (rank, number of processes) that a launcher gave this process: torchrun, or srun for a job's step."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     return 0, 1
@@ -61,7 +64,7 @@ def evaluate_suites(
     data = {suite.name: suite.settings.fingerprints() for suite in suites}
     described = model.describe()
     header = {
-        "model": described,
+        "model": {key: value for key, value in described.items() if key != "server"},  # it may move
         "version": package_version(),
         "suites": {s.name: {"kind": s.kind, "settings": s.plain_settings(), "data": data[s.name]} for s in suites},
     }
@@ -70,8 +73,8 @@ def evaluate_suites(
     for suite in suites:
         content: dict[str, Any] = {"kind": suite.kind, "settings": suite.plain_settings(), "data": data[suite.name]}
         content["parts"] = {}
-        for part in parts[suite.name]:
-            result = run_part(suite.name, part, model, out, rank, world, status)
+        for index, part in enumerate(parts[suite.name]):
+            result = run_part(suite.name, part, model, out, (rank - index) % world, rank, world, status)
             if rank == 0:
                 content["parts"][part.name] = result
         results[suite.name] = content
@@ -132,9 +135,12 @@ def first_difference(present: Any, wanted: Any, name: str = "") -> str:
 
 
 def run_part(
-    suite: str, part: Part, model: EvaluatedModel, out: Path, rank: int, world: int, status: Status
+    suite: str, part: Part, model: EvaluatedModel, out: Path, first: int, rank: int, world: int, status: Status
 ) -> dict[str, Any] | None:
-    """Run a part's missing batches; on the first process wait for the others, score, and return the part's content."""
+    """Run a part's missing batches; on the first process wait for the others, score, and return the part's content.
+
+    first: the batch that this process begins with; it goes on in steps of `world`.
+    """
     items = list(part.items())
     if not items:
         raise BadInput("no samples", where=f"{suite} / {part.name}", remedy="are the files those of the suite?")
@@ -142,7 +148,7 @@ def run_part(
     journal = Journal(out, suite, part.name, rank)
     num_batches = -(-len(items) // part.batch_size)
     present = journal.batches()
-    mine = [batch for batch in range(rank, num_batches, world) if batch not in present]
+    mine = [batch for batch in range(first, num_batches, world) if batch not in present]
     start = time.monotonic()
     for count, batch in enumerate(mine):
         done = min(len(items), (len(present) + count * world) * part.batch_size)
@@ -154,8 +160,7 @@ def run_part(
         journal.append(batch, [item.key for item in chosen], outputs)
     if rank:
         return None
-    while len(journal.batches()) < num_batches:  # other processes are still at work
-        time.sleep(POLL_SECONDS)
+    wait_for_others(journal, num_batches, f"{suite} / {part.name}", status)
     status(f"{suite} / {part.name}: scoring {len(items)}")
     outputs = journal.outputs()
     scores = part.score(model, items, outputs)
@@ -182,6 +187,21 @@ def run_part(
     }
 
 
+def wait_for_others(journal: Journal, num_batches: int, where: str, status: Status) -> None:
+    """Wait until all batches are there. Raise `BadInput` where none has come for long: a process has died."""
+    num_present, deadline = -1, 0.0
+    while (count := len(journal.batches())) < num_batches:
+        if count > num_present:
+            num_present, deadline = count, time.monotonic() + WAIT_SECONDS
+        elif time.monotonic() > deadline:
+            missing = num_batches - count
+            raise BadInput(
+                f"{missing} batches of other processes are missing", where=where, remedy="start all of them again"
+            )
+        status(f"{where}: waiting for {num_batches - count} batches of other processes")
+        time.sleep(POLL_SECONDS)
+
+
 def check_keys(items: Sequence[Item], where: str) -> None:
     """Raise `BadInput` where two items have one key."""
     seen: set[str] = set()
@@ -192,22 +212,21 @@ def check_keys(items: Sequence[Item], where: str) -> None:
 
 
 def readable(prompt: Any) -> Any:
-    """Return a prompt whose picture files are named, not copied."""
+    """Return a prompt whose picture files are named by their full paths, not copied."""
     if isinstance(prompt, Path):
-        return {"file": str(prompt)}
+        return {"file": str(prompt.resolve())}
     if isinstance(prompt, Document):
-        return [readable(part.image) if hasattr(part, "image") else part.text for part in prompt.parts]
+        return [readable(part.image) if isinstance(part, Image) else part.text for part in prompt.parts]
     return prompt
 
 
 def input_saver(out: Path) -> Callable[[PILImage.Image], str]:
     """Return a function that writes a picture of a prompt, once, and returns its path in `out`."""
-    import hashlib
 
     def save(picture: PILImage.Image) -> str:
         picture = load_picture(picture)
         digest = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
-        name = Path("images", "inputs", f"{safe_name(digest)}.png")
+        name = Path("images", "inputs", f"{digest}.png")
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if not (out / name).is_file():
             with atomic_file(out / name) as partial:

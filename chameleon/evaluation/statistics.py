@@ -64,6 +64,8 @@ class Metric:
     base_rate: float | None = None
     """What guessing without looking reaches."""
     higher_is_better: bool = True
+    is_share: bool = True
+    """Whether samples are right or wrong, in whole or in part: then a mean of 0 or 1 has Wilson's interval."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ def sums_by_group(terms: Array, groups: Sequence[str] | None) -> Array:
     return sums
 
 
+def value_of(metric: Metric, values: Sequence[Term]) -> float:
+    """Return the figure of samples with these terms."""
+    return float(STATISTICS[metric.statistic](as_terms(values).sum(0)))
+
+
 def figure_of(metric: Metric, values: Sequence[Term], groups: Sequence[str] | None = None, seed: int = 0) -> Figure:
     """Return the figure of samples with these terms, and its percentile interval over resampled groups.
 
@@ -126,7 +133,12 @@ def figure_of(metric: Metric, values: Sequence[Term], groups: Sequence[str] | No
     value = float(statistic(sums.sum(0)))
     low: float | None
     high: float | None
-    if metric.statistic == "mean" and value in (0.0, 1.0) and (terms[:, 0] == value * terms[:, 1]).all():
+    if (
+        metric.is_share
+        and metric.statistic == "mean"
+        and value in (0.0, 1.0)
+        and (terms[:, 0] == value * terms[:, 1]).all()
+    ):
         low, high = interval(value, len(sums))
     elif len(sums) < 2:
         low = high = None
@@ -157,8 +169,9 @@ class Difference:
     """By how much a figure of one model differs from that of another."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """None where all samples are of one group."""
+    high: float | None
     p_value: float
     """Of no difference: of a two-sided paired permutation test."""
     count: int
@@ -177,7 +190,11 @@ def paired_difference(
     difference = float(statistic(a.sum(0)) - statistic(b.sum(0)))
     resampled = resample(np.concatenate((a, b), axis=1), seed)
     width = a.shape[1]
+    low: float | None
+    high: float | None
     low, high = percentiles(statistic(resampled[:, :width]) - statistic(resampled[:, width:]))
+    if len(a) < 2:
+        low = high = None
     rng, size, extreme = np.random.default_rng(seed + 1), max(1, CHUNK // len(a)), 0
     total = (a + b).sum(0)
     for start in range(0, NUM_PERMUTATIONS, size):

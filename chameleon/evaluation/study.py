@@ -13,6 +13,7 @@ Terry (Biometrika 39, 1952), a tie half a win for each (Hunter, Annals of Statis
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import random
@@ -65,32 +66,31 @@ class Study:
     @classmethod
     def create(cls, folder: Path, cards: dict[str, Path], seed: int = 0) -> Study:
         """Make a study from scorecards: name of a model → folder of its scorecard. Raise `BadInput` where it cannot be."""
-        if folder.exists():
-            raise BadInput(
-                "exists", where=folder, remedy="give another folder, or leave the scorecards out to go on with it"
-            )
-        if len(cards) < 2:
-            raise BadInput("a study needs two models or more", where="study")
+        check_new(folder, list(cards))
         samples = {name: samples_of(path) for name, path in cards.items()}
+        folders = {name: path if path.is_dir() else path.parent for name, path in cards.items()}
         shared = [key for key in next(iter(samples.values())) if all(key in of for of in samples.values())]
         if not shared:
-            raise BadInput(
-                "the scorecards share no samples", where="study", remedy="evaluate all models on the same prompts"
-            )
+            raise BadInput("the scorecards share no samples", where="study", remedy="evaluate the models on one suite")
+        for key in shared:
+            if len({json.dumps(of[key]["prompt"], sort_keys=True) for of in samples.values()}) > 1:
+                raise BadInput(
+                    f"the prompts of sample {key} differ", where="study", remedy="evaluate the models on one suite"
+                )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as partial:
             (partial / MEDIA).mkdir()
             prompts = []
             for key in shared:
                 first = next(iter(samples.values()))[key]
-                source = next(iter(cards.values()))
+                source = next(iter(folders.values()))
                 prompts.append(
                     {
                         "key": key,
                         "category": first.get("category", ""),
                         "prompt": shown(first["prompt"], source, partial),
                         "answers": {
-                            name: shown(samples[name][key]["output"], path, partial) for name, path in cards.items()
+                            name: shown(samples[name][key]["output"], path, partial) for name, path in folders.items()
                         },
                     }
                 )
@@ -205,6 +205,14 @@ class Study:
         }
 
 
+def check_new(folder: Path, models: Sequence[str]) -> None:
+    """Raise `BadInput` where a study of these models cannot be made in a folder."""
+    if folder.exists():
+        raise BadInput("exists", where=folder, remedy="leave the scorecards out to go on with it, or give another folder")
+    if len(models) < 2:
+        raise BadInput("a study needs two models or more", where="study")
+
+
 def samples_of(path: Path) -> dict[str, dict[str, Any]]:
     """Return the samples of a scorecard by "suite / part / key"; the key alone where there is one part."""
     parts = list(Scorecard.read(path).parts())
@@ -237,13 +245,14 @@ def left_share(judgements: Sequence[dict[str, Any]]) -> float | None:
 
 
 def agreement(judgements: Sequence[dict[str, Any]]) -> float | None:
-    """Return Krippendorff's alpha of which answer is better, nominal; None where no pair has two judges."""
-    try:
-        import krippendorff
-    except ImportError:
-        raise BadInput(
-            "krippendorff is not installed", where="study", remedy="pip install 'open-chameleon[eval]'"
-        ) from None
+    """Return Krippendorff's alpha of which answer is better, nominal.
+
+    None where it is not defined: no pair has two judges, or all judged alike; and without the package krippendorff.
+    """
+    if importlib.util.find_spec("krippendorff") is None:
+        return None
+    import krippendorff
+
     judges = sorted({entry["judge"] for entry in judgements})
     pairs = sorted({entry["pair"] for entry in judgements})
     values = np.full((len(judges), len(pairs)), np.nan)

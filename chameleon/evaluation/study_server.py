@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             if not self.has_right_host():
                 raise BadInput("this page is served for this machine alone", where="Host")
             body, kind = respond()
-        except FileNotFoundError:
+        except OSError:
             status, body, kind = HTTPStatus.NOT_FOUND, b"not found", "text/plain"
         except (BadInput, ValueError, KeyError, TypeError) as error:
             status, body, kind = HTTPStatus.BAD_REQUEST, str(error).encode(), "text/plain; charset=utf-8"
@@ -65,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cache-Control", "no-store")
+        if status != HTTPStatus.OK:  # a body that was not read must not be taken for a second request
+            self.close_connection = True
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
@@ -100,9 +103,8 @@ class Handler(BaseHTTPRequestHandler):
     def post(self) -> tuple[bytes, str]:
         length = int(self.headers.get("Content-Length", 0))
         if self.path != "/judge":
-            raise FileNotFoundError
-        if length > MAX_BODY or self.headers.get("Content-Type") != "application/json":
-            self.close_connection = True
+            raise FileNotFoundError(self.path)
+        if not 0 <= length <= MAX_BODY or self.headers.get("Content-Type") != "application/json":
             raise BadInput("expected a small body of application/json", where="/judge")
         body = json.loads(self.rfile.read(length))
         judge, fulfilled = checked(body["judge"]), [str(body["left"]), str(body["right"])]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def shipped_suites() -> list[str]:
 
 def suite_class(kind: Any, where: object) -> type[Any]:
     """Return the dataclass of a kind."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise BadInput(f"kind is {kind!r}", where=where, remedy=f"use {', '.join(KINDS)}")
     module, _, name = KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
@@ -85,6 +86,8 @@ def read_suite(source: str, overrides: Sequence[str] = ()) -> NamedSuite:
     if unknown:
         raise BadInput(f"unknown key {sorted(unknown)[0]}", where=path, remedy="use kind, description, settings")
     settings = values.get("settings") or {}
+    if not isinstance(settings, dict):
+        raise BadInput("settings are no keys and values", where=path)
     for override in overrides:
         apply_override(settings, override)
     return make_suite(path.stem, values.get("kind"), settings, path)
@@ -98,7 +101,12 @@ def make_suite(name: str, kind: Any, settings: dict[str, Any], where: object) ->
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and field.name not in settings:
             raise BadInput(f"{field.name} is not given", where=name, remedy=f"add {field.name}=…")
-    return NamedSuite(name, kind, parse_config(config_class, settings, where))
+    config = parse_config(config_class, settings, where)
+    for field in dataclasses.fields(config_class):
+        value, least = getattr(config, field.name), 1 if field.name in ("batch_size", "max_new_tokens") else 0
+        if isinstance(value, int) and value < least:
+            raise BadInput(f"{field.name} is {value}", where=name, remedy=f"use {least} or more")
+    return NamedSuite(name, kind, config)
 
 
 def read_suites(words: Sequence[str], seed: int = 0) -> list[NamedSuite]:
@@ -109,6 +117,9 @@ def read_suites(words: Sequence[str], seed: int = 0) -> list[NamedSuite]:
     sources = [word for word in words if "=" not in word]
     if len(set(sources)) < len(sources):
         raise BadInput("a suite is given twice", where="command line")
+    stems = [Path(source).stem for source in sources]
+    if len(set(stems)) < len(stems):
+        raise BadInput("two suites have one name", where="command line", remedy="rename a file")
     names = {Path(source).stem if source.endswith((".yaml", ".yml")) else source: source for source in sources}
     overrides: dict[str, list[str]] = {name: [] for name in names}
     for word in words:
@@ -142,6 +153,33 @@ def fingerprint_of(paths: Sequence[Path]) -> str:
                 file.seek(max(MAX_HASHED_BYTES, size - MAX_HASHED_BYTES))
                 digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def read_lines(path: str, what: str) -> list[tuple[str, str]]:
+    """Return (where, line) of the lines of a text file that are not empty. Raise `BadInput` if there are none.
+
+    Lines end with a line feed alone: a text may hold other separators of Unicode.
+    """
+    file = existing_file(path, what)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 ({error})", where=path) from None
+    lines = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+    if not any(line for _, line in lines):
+        raise BadInput("empty", where=path, remedy=f"give {what}")
+    return [(where, line) for where, line in lines if line]
+
+
+def parse_json_line(line: str, where: str) -> dict[str, Any]:
+    """Return the object on a line. Raise `BadInput` where it is none."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"not JSON ({error})", where=where) from None
+    if not isinstance(value, dict):
+        raise BadInput("not a JSON object", where=where)
+    return value
 
 
 def listing_fingerprint(paths: Iterable[Path]) -> str:

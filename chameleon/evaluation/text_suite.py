@@ -1,9 +1,10 @@
-"""Text tasks of lm-evaluation-harness as a suite: each task is a part, and resumes within a task by the harness's cache."""
+"""Text tasks of lm-evaluation-harness as a suite. Each task is a part and one batch: an evaluation goes on task by task."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from chameleon.errors import BadInput
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
-from chameleon.evaluation.statistics import Figure, Metric, Term
+from chameleon.evaluation.statistics import Figure, Metric, Term, value_of
 from chameleon.evaluation.suite import existing_folder, fingerprint_of
 
 PAPER_TASKS = {
@@ -81,9 +82,11 @@ class TaskPart:
     def manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        # The harness's own tasks are indexed only where one of them is asked for: that takes seconds.
-        own = set(PAPER_TASKS) | ({self.name} if not self.suite.include_path else set())
-        return TaskManager(include_path=self.suite.include_path or None, include_defaults=self.name in own)
+        if self.suite.include_path:
+            own = TaskManager(include_path=self.suite.include_path, include_defaults=False)
+            if self.name in own.all_tasks:
+                return own  # the harness's own tasks need not be indexed, which takes seconds
+        return TaskManager(include_path=self.suite.include_path or None)
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
         if not self.suite.online:
@@ -111,6 +114,8 @@ class TaskPart:
                 fewshot_random_seed=self.suite.seed,
                 random_seed=self.suite.seed,
             )
+        except BadInput:
+            raise
         except (ValueError, KeyError, OSError, ConnectionError) as error:
             raise BadInput(
                 f"the harness could not run the task ({error})",
@@ -123,7 +128,8 @@ class TaskPart:
                 {
                     "key": f"{task} {sample['doc_id']} {sample.get('filter', 'none')}",
                     "target": str(sample["target"]),
-                    "output": [str(response)[:2000] for response in sample["filtered_resps"]],
+                    "filter": sample.get("filter", "none"),
+                    "output": [str(response) for response in sample["filtered_resps"]],
                     "metrics": {name: jsonable(sample[name]) for name in sample.get("metrics", ()) if name in sample},
                 }
                 for sample in of_task
@@ -145,29 +151,56 @@ class TaskPart:
         return [{"samples": samples, "figures": figures, "versions": versions, "documents": documents}]
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
-        """Return the harness's figures. Those that are means over samples get an interval, and can be compared in pairs."""
+        """Return the harness's figures. Those of sums over samples get an interval, and can be compared in pairs."""
         (output,) = outputs
         self.method |= {"versions": output["versions"], "documents": output["documents"]}
         scores = Scores([], {}, items=[], outputs=[])
+        rows: dict[str, list[dict[str, Term]]] = {}
         for task, samples in output["samples"].items():
-            rows: list[dict[str, Term]] = [{} for _ in samples]
-            for metric, value in output["figures"].get(task, {}).items():
-                name = metric if task == self.name else f"{task}, {metric}"
-                values = [sample["metrics"].get(metric.partition(",")[0]) for sample in samples]
-                is_mean = all(isinstance(v, (int, float)) for v in values) and abs(sum(values) / len(values) - value) < 1e-9
-                if is_mean:
-                    scores.metrics[name] = Metric(higher_is_better=not is_cost(name))
-                    for row, number in zip(rows, values, strict=True):
-                        row[name] = float(number)
-                else:
-                    scores.figures[name] = Figure(value, count=len(samples), higher_is_better=not is_cost(name))
-            scores.of_items += rows
+            rows[task] = [{} for _ in samples]
             scores.items += [Item(sample["key"], expected=sample["target"]) for sample in samples]
             scores.outputs += [sample["output"] for sample in samples]
-        for group in output["figures"].keys() - output["samples"].keys():
-            for metric, value in output["figures"][group].items():
-                scores.figures[metric if group == self.name else f"{group}, {metric}"] = Figure(value)
+        for task, values in output["figures"].items():
+            covered = [task] if task in rows else list(rows)  # a group is over all the tasks that ran
+            for metric, value in values.items():
+                name = metric if task == self.name else f"{task}, {metric}"
+                key, _, wanted_filter = metric.partition(",")
+                chosen = [
+                    (row, sample["metrics"][key])
+                    for of_task in covered
+                    for row, sample in zip(rows[of_task], output["samples"][of_task], strict=True)
+                    if key in sample["metrics"] and sample["filter"] == (wanted_filter or "none")
+                ]
+                found = terms_of(key, [number for _, number in chosen], value)
+                if found is None:
+                    scores.figures[name] = Figure(value, count=len(chosen), higher_is_better=not is_cost(name))
+                    continue
+                scores.metrics[name], terms = found
+                for (row, _), term in zip(chosen, terms, strict=True):
+                    row[name] = term
+        scores.of_items = [row for of_task in rows.values() for row in of_task]
         return scores
+
+
+def terms_of(metric: str, values: Sequence[Any], figure: float) -> tuple[Metric, list[Term]] | None:
+    """Return a metric and its samples' terms, if they give the harness's figure; None if it is another function of them."""
+    if not values:
+        return None
+    is_pair = all(isinstance(value, list) and len(value) == 2 for value in values)
+    candidates: list[tuple[Metric, list[Term]]] = []
+    if all(isinstance(value, (int, float)) for value in values):
+        is_share = all(value in (0, 1) for value in values)
+        candidates.append((Metric(higher_is_better=not is_cost(metric), is_share=is_share), [float(v) for v in values]))
+    elif is_pair and metric == "bits_per_byte":
+        terms: list[Term] = [(-nats / math.log(2), float(count)) for nats, count in values]
+        candidates.append((Metric(higher_is_better=False, is_share=False), terms))
+    elif is_pair and is_cost(metric):
+        terms = [(-nats, float(count)) for nats, count in values]
+        candidates.append((Metric("perplexity", higher_is_better=False, is_share=False), terms))
+    for candidate, of_samples in candidates:
+        if math.isclose(value_of(candidate, of_samples), figure, rel_tol=1e-9, abs_tol=1e-12):
+            return candidate, of_samples
+    return None
 
 
 def is_cost(name: str) -> bool:

@@ -17,12 +17,12 @@ from chameleon.data import emoji, labelled
 from chameleon.errors import BadInput
 from chameleon.evaluation.captioning import choose
 from chameleon.evaluation.distances import frechet_figure
-from chameleon.evaluation.extractors import folder_images, make_extractor
+from chameleon.evaluation.extractors import check_extractor, folder_images, make_extractor, weights_fingerprint
 from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores, image_tokenizer
-from chameleon.evaluation.pictures import score_reconstructions, ssim
+from chameleon.evaluation.pictures import score_reconstructions
 from chameleon.evaluation.statistics import Metric
 from chameleon.evaluation.suite import fingerprint_of, listing_fingerprint
-from chameleon.tokenizers.image import Picture, load_picture, to_tensor
+from chameleon.tokenizers.image import Picture, load_picture
 
 MIN_WORD_LENGTH = 2
 
@@ -45,12 +45,14 @@ class TokenizerSuite:
     def build_parts(self) -> list[Part]:
         if self.legibility and shutil.which("tesseract") is None:
             raise BadInput("tesseract is not installed", where="legibility", remedy="apt-get install tesseract-ocr")
+        check_extractor(self.extractor, self.weights)
         return [Reconstructions(self)]
 
     def fingerprints(self) -> dict[str, str]:
+        weights = weights_fingerprint({"weights": self.weights})
         if not self.images:
-            return {"emoji": fingerprint_of(sorted(labelled.EMBEDDED.glob("emoji*")))}
-        return {"images": listing_fingerprint(folder_images(self.images))}
+            return weights | {"emoji": fingerprint_of(sorted(labelled.EMBEDDED.glob("emoji*")))}
+        return weights | {"images": listing_fingerprint(folder_images(self.images))}
 
 
 class Reconstructions:
@@ -75,34 +77,33 @@ class Reconstructions:
         return tokenizer.decode(tokenizer.encode([item.prompt for item in items]))
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
-        tokenizer, suite = image_tokenizer(model), self.suite
+        suite = self.suite
         originals: list[Picture] = [item.prompt for item in items]
-        drawn = [load_picture(output) for output in outputs]
-        scores = score_reconstructions(tokenizer, originals, drawn)
-        targets = tokenizer.preprocess(originals)
-        scores.metrics["ssim"] = Metric()
-        for row, value in zip(scores.of_items, ssim(to_tensor(drawn), targets).tolist(), strict=True):
-            row["ssim"] = value
-        squares = [as_picture(target) for target in targets]
-        extract = make_extractor(suite.extractor, suite.weights, "cuda" if torch.cuda.is_available() else "cpu")
-        name = "rfid" if suite.extractor == "inception" else f"{suite.extractor}_frechet_distance"
+        scores = score_reconstructions(image_tokenizer(model), originals, outputs)
         if len(items) > 1:
-            scores.figures[name] = frechet_figure(extract(squares), extract(drawn), suite.seed)
+            extract = make_extractor(suite.extractor, suite.weights, "cuda" if torch.cuda.is_available() else "cpu")
+            name = "rfid" if suite.extractor == "inception" else f"{suite.extractor}_frechet_distance"
+            before = torch.cat([extract([self.square(model, picture)]) for picture in originals])
+            scores.figures[name] = frechet_figure(before, extract(outputs), paired=True)
         if suite.legibility is not False and shutil.which("tesseract") is not None:
-            self.add_legibility(scores, squares, drawn)
+            self.add_legibility(scores, model, originals, outputs)
         return scores
 
-    def add_legibility(self, scores: Scores, originals: Sequence[PILImage.Image], drawn: Sequence[PILImage.Image]) -> None:
+    def square(self, model: EvaluatedModel, picture: Picture) -> PILImage.Image:
+        """Return a picture as the tokenizer sees it."""
+        return as_picture(image_tokenizer(model).preprocess([picture])[0])
+
+    def add_legibility(
+        self, scores: Scores, model: EvaluatedModel, originals: Sequence[Picture], drawn: Sequence[Picture]
+    ) -> None:
         """Add the share of words read in the original that are also read in the reconstruction."""
         scores.metrics["legible_words"] = Metric()
         for row, original, reconstruction in zip(scores.of_items, originals, drawn, strict=True):
-            words = words_in(original)
+            words = words_in(self.square(model, original))
             if words:
-                kept = words_in(reconstruction)
-                row["legible_words"] = (
-                    float(sum((min(count, kept.get(w, 0)) for w, count in words.items()), 0)),
-                    float(sum(words.values())),
-                )
+                kept = words_in(load_picture(reconstruction))
+                count = sum(min(number, kept.get(word, 0)) for word, number in words.items())
+                row["legible_words"] = (float(count), float(sum(words.values())))
 
 
 def as_picture(values: torch.Tensor) -> PILImage.Image:

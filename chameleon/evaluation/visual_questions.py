@@ -13,12 +13,11 @@ from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.captioning import choose
 from chameleon.evaluation.coco import AskedImage, commonest_answer, read_questions
-from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores
+from chameleon.evaluation.part import EvaluatedModel, Item, Output, Part, Scores, answer_items
 from chameleon.evaluation.statistics import Metric, Term
 from chameleon.evaluation.suite import existing_file, existing_folder, file_fingerprints, listing_fingerprint
 from chameleon.evaluation.vqa_accuracy import normalise, vqa_accuracy
 from chameleon.generation.prompting import Example
-from chameleon.generation.sampling import Sampling
 
 
 @dataclass
@@ -73,7 +72,6 @@ class VisualQuestions:
         self.suite, self.batch_size = suite, suite.batch_size
         self.entries = suite.entries
         self.examples, self.method = self.choose_examples()
-        self.sampling = Sampling(suite.temperature, suite.top_p)
 
     def choose_examples(self) -> tuple[list[Example], dict[str, Any]]:
         """Return the few-shot examples, and what a scorecard says of them."""
@@ -106,14 +104,7 @@ class VisualQuestions:
         ]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        start = self.suite.seed + first
-        return model.generate_texts(
-            [item.prompt for item in items],
-            self.examples,
-            self.suite.max_new_tokens,
-            self.sampling,
-            range(start, start + len(items)),
-        )
+        return answer_items(model, items, first, self.examples, self.suite)
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         """Return the accuracy, in all and by type of answer; exact match with the commonest answer beside it.
