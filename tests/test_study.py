@@ -116,14 +116,11 @@ def test_the_server_says_nothing_of_the_models(study: Study) -> None:
                 get(url + path, host)
             assert refused.value.code == 400
         body = json.dumps({"judge": "ann", "pair": shown["pair"], "better": "left", "left": "fully", "right": "not"})
-        smuggled = (
-            f"POST /judge HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        smuggled += f"\r\n\r\n{body}"
+        head = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
+        smuggled = head.format("/judge", "application/json", len(body)) + body
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as connection:
-            head = f"POST /x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\nContent-Length: {len(smuggled)}\r\n\r\n"
-            connection.sendall((head + smuggled).encode())
+            connection.sendall((head.format("/x", "text/plain", len(smuggled)) + smuggled).encode())
             answers = b""
             while data := connection.recv(4096):
                 answers += data

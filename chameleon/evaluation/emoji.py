@@ -19,7 +19,7 @@ from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.caption_metrics import CiderD, simple_words
-from chameleon.evaluation.counting import COUNTED_THINGS, NUMBERS, count_objects, several
+from chameleon.evaluation.counting import COUNTED_THINGS, NUMBERS, count_objects, several, side_by_side
 from chameleon.evaluation.drawings import (
     DrawingJudge,
     Hit,
@@ -32,6 +32,7 @@ from chameleon.evaluation.mixed import MAX_IMAGES, MAX_NEW_TOKENS, Truth, has_ri
 from chameleon.evaluation.part import EvaluatedModel, Item, LocalModel, Output, Part, Scores, draw_items, image_tokenizer
 from chameleon.evaluation.pictures import score_reconstructions
 from chameleon.evaluation.statistics import Figure, Metric, Term
+from chameleon.evaluation.suite import fingerprint_of
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
 from chameleon.tokenizers.image import load_picture
@@ -81,8 +82,6 @@ class EmojiSuite:
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of the embedded set."""
-        from chameleon.evaluation.suite import fingerprint_of
-
         return {"emoji": fingerprint_of(sorted(labelled.EMBEDDED.glob("emoji*")))}
 
 
@@ -396,8 +395,6 @@ class Counts(DrawingPart):
 
     def bound(self, model: EvaluatedModel) -> dict[str, Figure]:
         """Return how often the number is told right in reconstructions of real pictures, put side by side."""
-        from chameleon.evaluation.counting import side_by_side
-
         things = {entry.name: entry.picture for entry in self.pictures.training_set if not entry.is_variant}
         wanted = [(number, thing) for thing in COUNTED_THINGS for number in NUMBERS if thing in things]
         if not wanted:

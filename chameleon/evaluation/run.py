@@ -22,6 +22,7 @@ from chameleon.errors import BadInput
 from chameleon.evaluation.journal import Journal, to_json
 from chameleon.evaluation.part import EvaluatedModel, Item, Part
 from chameleon.evaluation.scorecard import Scorecard, command_line, environment
+from chameleon.evaluation.scorecard_page import write_page
 from chameleon.evaluation.suite import NamedSuite
 from chameleon.files import atomic_file, read_json, write_json
 from chameleon.progress import format_duration
@@ -93,8 +94,6 @@ def evaluate_suites(
         }
     )
     card.write(out)
-    from chameleon.evaluation.scorecard_page import write_page
-
     write_page(card, out)
     return card
 
