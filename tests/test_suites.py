@@ -236,7 +236,12 @@ def test_question_suite_is_the_official_accuracy(
 def test_shots_need_a_training_set(vqa: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="shots need example_questions"):
         QuestionSuite(**vqa, shots=2).build_parts()
-    part = VisualQuestions(QuestionSuite(**vqa, shots=2, **{f"example_{k}": v for k, v in vqa.items()}))
+    examples = {f"example_{name}": path for name, path in vqa.items()}
+    with pytest.raises(BadInput, match="0 examples, shots is 2"):  # all of them are evaluated: the answers would be shown
+        VisualQuestions(QuestionSuite(**vqa, shots=2, **examples))
+    write_pictures(tmp_path / "train", [f"COCO_val2014_{index:012}.png" for index in range(3)], 7)
+    examples["example_images"] = str(tmp_path / "train")
+    part = VisualQuestions(QuestionSuite(**vqa, shots=2, **examples))
     assert len(part.examples) == 2 and part.method["examples"][0]["answer"] == "yes"
 
 

@@ -96,8 +96,8 @@ class Captioning:
         source = suite.example_annotations or suite.annotations
         split = suite.example_split or ("train" if has_splits(source) else None)
         entries = read_captions(source, suite.example_images or suite.images, split)
-        evaluated = {entry.path for entry in self.entries}
-        pool = [entry for entry in entries if entry.path not in evaluated]
+        evaluated = {entry.path.resolve() for entry in self.entries}
+        pool = [entry for entry in entries if entry.path.resolve() not in evaluated]
         if len(pool) < suite.shots:
             raise BadInput(f"{len(pool)} examples, shots is {suite.shots}", where=source, remedy="give example_annotations")
         rng = random.Random(f"{suite.seed} examples")

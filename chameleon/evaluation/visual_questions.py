@@ -74,18 +74,19 @@ class VisualQuestions:
         self.examples, self.method = self.choose_examples()
 
     def choose_examples(self) -> tuple[list[Example], dict[str, Any]]:
-        """Return the few-shot examples, and what a scorecard says of them."""
+        """Return the few-shot examples, none about an evaluated picture, and what a scorecard says of them."""
         suite = self.suite
         if not suite.shots:
             return [], {}
         if not suite.example_questions:
             raise BadInput("shots need example_questions", where="questions", remedy="give the files of the training set")
+        evaluated = {entry.path.resolve() for entry in self.entries}
         pool = [
             entry
             for entry in read_questions(
                 suite.example_questions, suite.example_annotations, suite.example_images or suite.images
             )
-            if entry.answers
+            if entry.answers and entry.path.resolve() not in evaluated
         ]
         if len(pool) < suite.shots:
             raise BadInput(f"{len(pool)} examples, shots is {suite.shots}", where=suite.example_questions)
