@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 import sys
@@ -231,11 +232,11 @@ def guided(options: Any) -> dict[str, Any]:
     """
     vocabulary, ours, theirs = models(options)
     v = vocabulary
-    codes = (torch.randint(0, v.num_image_codes, (v.codes_per_image,)) + v.image_start).tolist()
+    codes = (torch.randint(0, v.num_image_codes, (math.prod(v.grid),)) + v.image_start).tolist()
     text = torch.randint(v.text_start, v.size, (16,)).tolist()
     full, image, nothing = [v.bos, v.boi, *codes, v.eoi, *text, v.sep], [v.bos, v.boi, *codes, v.eoi, v.sep], [v.bos, v.sep]
     sampling = Sampling(0.7, 0.9)
-    one = OutputConstraints(v.image_block_length, format=("image",))
+    one = OutputConstraints(v.dialect.length(v.grid), format=("image",))
     request = [Request(tuple(full), one, image_sampling=sampling, guidance=three_way(image, nothing, 1.2, 3.0))]
     short = [Request((v.bos, *text, v.sep), one, image_sampling=sampling, guidance=two_way(nothing, 3.0))]
     masked = ~v.mask(image=True).to(options.device)
@@ -249,7 +250,7 @@ def guided(options: Any) -> dict[str, Any]:
             mask = (ids != v.pad).long()
             cache, warper, made = DynamicCache(), TopPLogitsWarper(sampling.top_p), []
             scales = torch.tensor(weights, device=options.device).unsqueeze(1)
-            for _ in range(v.codes_per_image):
+            for _ in range(math.prod(v.grid)):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
                 out = theirs(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
@@ -260,17 +261,17 @@ def guided(options: Any) -> dict[str, Any]:
                 made.append(token.item())
                 ids = token.expand(len(prompts), 1)
                 mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
-            assert len(made) == v.codes_per_image
+            assert len(made) == math.prod(v.grid)
 
         return call
 
     ways = engines(options, ours, vocabulary)
     weights = three_way([], [], 1.2, 3.0).weights
     three: dict[str, Side] = {"loop, three rows": loop([full, image, nothing], weights)}
-    three |= {name: fresh(engine, request, v.image_block_length) for name, engine in ways.items()}
+    three |= {name: fresh(engine, request, v.dialect.length(v.grid)) for name, engine in ways.items()}
     three_rows = loop([[v.bos, *text, v.sep], nothing, nothing], weights)
     two: dict[str, Side] = {"loop, three rows": three_rows}
-    two |= {name: fresh(engine, short, v.image_block_length) for name, engine in ways.items()}
+    two |= {name: fresh(engine, short, v.dialect.length(v.grid)) for name, engine in ways.items()}
     return {
         "three-way, behind a picture": compare("picture, three-way", three, 1, "pictures/s", options),
         "two-way, behind text": compare("picture, two-way", two, 1, "pictures/s", options),
@@ -313,7 +314,7 @@ def drafts(options: Any) -> dict[str, Any]:
             }
             entry = compare(name, sides, len(prompts), "pictures/s", options)
             for draft_length, model in models.items():
-                accepted = len(prompts) * model.vocabulary.codes_per_image / model.engine.decoder.num_forward_passes
+                accepted = len(prompts) * math.prod(model.vocabulary.grid) / model.engine.decoder.num_forward_passes
                 alone, together = torch.tensor(made[1]), torch.tensor(made[draft_length])
                 differ = float((alone != together).double().mean())
                 entry[f"draft of {draft_length}"] |= {"codes a pass": accepted, "codes that differ": differ}
@@ -343,7 +344,7 @@ def weight_formats(options: Any) -> dict[str, Any]:
         v, heads = model.vocabulary, model.engine.decoder.heads
         sums = {"text": [0.0, 0], "image": [0.0, 0]}
         for entry in entries:
-            picture = list(model.image_token_ids(entry.picture))
+            picture = model.encode_picture(entry.picture).code_ids
             words = model.tokenizer.text_to_ids(entry.caption)
             block = [v.boi, *picture, v.eoi]
             for kind, head, ids, start in (

@@ -272,7 +272,7 @@ def documents_of(size: str) -> tuple[Vocabulary, list[list[Tensor]]]:
     documents = [*itertools.islice(emoji.words("train"), 500), *emoji.code("train", 100_000)]
     ids = [tokenizer.encode(document)[:257] for document in documents]
     for words in range(500):  # pairs, whose codes are random: that changes no speed
-        codes = torch.randint(0, v.num_image_codes, (v.image_block_length - 2,)) + v.image_start
+        codes = torch.randint(0, v.num_image_codes, (v.dialect.length(v.grid) - 2,)) + v.image_start
         text = torch.randint(v.text_start, v.size, (1 + words % 12,))
         ids.append(torch.cat([torch.tensor([v.bos, v.boi]), codes, torch.tensor([v.eoi]), text, torch.tensor([v.eos])]))
     order = torch.randperm(len(ids)).tolist()

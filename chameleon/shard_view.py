@@ -50,10 +50,9 @@ def token_spans(token_ids: torch.Tensor, vocabulary: Vocabulary) -> Iterator[Tok
     position = 0
     while position < len(values):
         start = position
-        block = values[start : start + v.image_block_length]
-        if values[start] == v.boi and len(block) == v.image_block_length and block[-1] == v.eoi:
-            position += v.image_block_length
-            yield TokenSpan("image", tuple(block), has_loss[start + 1])
+        if (image := v.read_image(values, start)) is not None:
+            position += image.length
+            yield TokenSpan("image", tuple(values[start:position]), has_loss[start + 1])
             continue
         position += 1
         if modality[start] != Modality.STRUCTURE:
@@ -123,7 +122,6 @@ def as_line(document: dict[str, Any]) -> str:
 def as_page(documents: Sequence[tuple[TokenShard, int]], tokenizer: MixedTokenizer, name: str) -> str:
     """Return a self-contained page of documents with their images decoded; tokens with loss are green."""
     v = tokenizer.vocabulary
-    code_ids = set(v.image_ids.order)
     shown = []
     for shard, index in documents:
         parts = []
@@ -132,8 +130,8 @@ def as_page(documents: Sequence[tuple[TokenShard, int]], tokenizer: MixedTokeniz
             if span.kind == "text":
                 text = tokenizer.text_bytes(span.token_ids).decode("utf-8", errors="replace")
                 parts.append(f'<span class="text {css_class}">{html.escape(text)}</span>')
-            elif span.kind == "image" and set(span.token_ids[1:-1]) <= code_ids:
-                codes = v.ids_to_codes(torch.tensor(span.token_ids[1:-1])).view(1, *v.grid)
+            elif (image := v.read_image(span.token_ids)) is not None:
+                codes = v.image_codes(image).unsqueeze(0)
                 parts.append(picture_tag(tokenizer.image.decode(codes)[0], css_class))
             else:
                 parts.append(f'<span class="special {css_class}">{html.escape(span.kind)}</span>')

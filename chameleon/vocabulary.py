@@ -1,22 +1,34 @@
 """The vocabulary: the token ids of special tokens, image codes and text pieces in one id space.
 
-The project's own layout is `[specials][image codes][text pieces]`; the layout of Meta's models is read from the names in
-their tokenizer.json. Code that needs a token id, a mask over the vocabulary or the grid of an image asks this module, and
-token ids are written nowhere else.
+The project's own layout is `[specials][image codes][text pieces]`; the layout of Meta's and Lumina's models is read from
+the names in their tokenizer.json. Code that needs a token id, a mask over the vocabulary or the length of an image asks
+this module, and token ids are written nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from chameleon.dialect import (
+    CODE,
+    Dialect,
+    Grid,
+    Runs,
+    ShapeConfig,
+    SizedDialect,
+    SquareDialect,
+    dialect_from_json,
+    ids_of,
+    runs_of,
+)
 from chameleon.errors import BadInput
 
 
@@ -38,22 +50,10 @@ SPECIAL_PIECES = {
     "sep": "<reserved08706>",
 }
 """Names of the special tokens in the tokenizers of Meta's models."""
+ROW_END_PIECE = "<reserved08799>"
+"""Name of the row end of the sized dialect in the tokenizers of Lumina's models, which use reserved tokens of Meta's."""
 IMAGE_PIECE = re.compile("IMGIMG([A-J]+)Z")
 """Name of an image code in those tokenizers: the letters A to J spell its decimal digits."""
-
-Runs = tuple[tuple[int, int], ...]
-"""An ordered list of token ids, run-length encoded as (first id, count) of consecutive ascending ids."""
-
-
-def runs_of(token_ids: Iterable[int]) -> Runs:
-    """Run-length encode token ids in their given order."""
-    runs: list[tuple[int, int]] = []
-    for token_id in token_ids:
-        if runs and token_id == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((token_id, 1))
-    return tuple(runs)
 
 
 def image_piece(code: int) -> str:
@@ -61,14 +61,19 @@ def image_piece(code: int) -> str:
     return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
 
 
+def size_piece(units: int) -> str:
+    """Return the name of a size of the sized dialect in the tokenizers of Lumina's models."""
+    return f"<reserved{8800 + units:05d}>"
+
+
 class IdSet:
     """The ordered token ids of one kind, with conversion between an id and its index (image code or text piece)."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self.count = sum(count for _, count in runs)
-        self.order = [token_id for first, count in runs for token_id in range(first, first + count)]
+        self.order = ids_of(runs)
         """Index → token id."""
+        self.count = len(self.order)
         self.ids = torch.tensor(self.order)
         self.index_of = {token_id: index for index, token_id in enumerate(self.order)}
         self.ranges = runs_of(sorted(self.index_of))
@@ -95,13 +100,23 @@ class IdSet:
         return order[torch.searchsorted(sorted_ids, token_ids)]
 
 
+class ImageBlock(NamedTuple):
+    """An image found among token ids."""
+
+    grid: Grid
+    """(height, width) in codes."""
+    length: int
+    """Tokens, boi and eoi included."""
+    code_ids: list[int]
+    """Token ids of the codes in row-major order."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Token ids of special tokens, image codes and text pieces.
 
     `size` counts every id. Image code c is the c-th id of `image`, text piece p the p-th id of `text`; ids in neither are
-    special tokens, or reserved and never generated. An image is a grid of `grid = (height, width)` codes in row-major
-    order.
+    special tokens, or reserved and never generated. An image is a grid of codes, written as the `dialect` says.
     """
 
     pad: int
@@ -113,21 +128,34 @@ class Vocabulary:
     image: Runs
     text: Runs
     size: int
-    grid: tuple[int, int]
+    dialect: Dialect
+    """How images are written."""
+    answer_end: int
+    """Token that ends an answer, and what is generated: `eos`, or `sep` as in Lumina-mGPT."""
 
     @classmethod
-    def build(cls, *, image_codes: int, text_pieces: int, grid: tuple[int, int]) -> Vocabulary:
-        """Create the project's own layout: special tokens, then image codes, then text pieces."""
+    def build(cls, *, image_codes: int, text_pieces: int, grid: Grid, shapes: ShapeConfig | None = None) -> Vocabulary:
+        """Create the project's own layout: special tokens, then image codes, then text pieces.
+
+        shapes: those of images, which are then written in the sized dialect; else all have the grid.
+        """
         if min(image_codes, text_pieces, *grid) < 1:
             raise BadInput("image codes, text pieces and grid must be positive", where="vocabulary")
         specials = {name: token_id for token_id, name in enumerate(SPECIALS)}
-        text_start = len(SPECIALS) + image_codes
+        dialect: Dialect = SquareDialect(grid)
+        if shapes is not None:
+            row_end = len(SPECIALS)
+            sizes = ((row_end + 1, shapes.num_sizes),)
+            dialect = SizedDialect(row_end, sizes, shapes.unit, shapes.target, shapes.max_ratio)
+        image_start = len(SPECIALS) + len(dialect.specials)
+        text_start = image_start + image_codes
         return cls(
             **specials,
-            image=((len(SPECIALS), image_codes),),
+            image=((image_start, image_codes),),
             text=((text_start, text_pieces),),
             size=text_start + text_pieces,
-            grid=grid,
+            dialect=dialect,
+            answer_end=specials["eos"],
         )
 
     @classmethod
@@ -136,18 +164,26 @@ class Vocabulary:
         names: Mapping[str, int],
         text: Iterable[int],
         *,
-        grid: tuple[int, int],
+        grid: Grid,
+        shapes: ShapeConfig | None = None,
         size: int | None = None,
         where: object = "tokenizer.json",
     ) -> Vocabulary:
         """Create the layout of Meta's models from the names of its tokens; `text` are the ids of the text pieces.
 
-        `size`: rows of the model's embedding, where it has more than there are names. Raises `BadInput` that names a
-        missing special token, a missing or duplicated image code, or an id that does not fit.
+        shapes: those of images in the layout of Lumina's models, which write images in the sized dialect and end answers
+        with `sep`. size: rows of the model's embedding, where it has more than there are names. Raises `BadInput` that
+        names a missing special token, a missing or duplicated image code, or an id that does not fit.
         """
-        for name in SPECIAL_PIECES.values():
+        size_names = [size_piece(units) for units in range(1, shapes.num_sizes + 1)] if shapes is not None else []
+        needed = [*SPECIAL_PIECES.values(), *([] if shapes is None else [ROW_END_PIECE, *size_names])]
+        for name in needed:
             if name not in names:
                 raise BadInput(f"no piece {name}", where=where)
+        dialect: Dialect = SquareDialect(grid)
+        if shapes is not None:
+            size_ids = runs_of(names[name] for name in size_names)
+            dialect = SizedDialect(names[ROW_END_PIECE], size_ids, shapes.unit, shapes.target, shapes.max_ratio)
         id_of_code: dict[int, int] = {}
         for name, token_id in names.items():
             match = IMAGE_PIECE.fullmatch(name)
@@ -165,13 +201,15 @@ class Vocabulary:
                 )
         if not id_of_code:
             raise BadInput("no image pieces IMGIMG…Z", where=where)
-        value = {
+        value: dict[str, Any] = {
             **{field: names[name] for field, name in SPECIAL_PIECES.items()},
             "image": runs_of(id_of_code[code] for code in range(len(id_of_code))),
             "text": runs_of(sorted(text)),
             "size": max(names.values()) + 1 if size is None else size,
-            "grid": grid,
+            **dialect.to_json(),
         }
+        if shapes is not None:
+            value["answer_end"] = value["sep"]
         return cls.from_json(value, where=where)
 
     @cached_property
@@ -205,14 +243,9 @@ class Vocabulary:
         return self.text_ids.count
 
     @property
-    def codes_per_image(self) -> int:
-        """Number of codes of an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def image_block_length(self) -> int:
-        """Number of tokens that an image takes in a sequence: boi, its codes, eoi."""
-        return self.codes_per_image + 2
+    def grid(self) -> Grid:
+        """The grid of an image where no other is asked for: (height, width) in codes."""
+        return self.dialect.grid
 
     @property
     def image_slice(self) -> slice:
@@ -222,7 +255,45 @@ class Vocabulary:
 
     @property
     def specials(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in SPECIALS}
+        """Names and token ids of the special tokens, those of the dialect included."""
+        return {name: getattr(self, name) for name in SPECIALS} | self.dialect.specials
+
+    # --- images ---
+
+    def image_block(self, grid: Grid) -> list[int]:
+        """Return the token ids of an image, `CODE` in place of each code. Raise `BadInput` for a grid without a header."""
+        return [self.boi, *self.dialect.body(grid), self.eoi]
+
+    def started_image(self, code_ids: Sequence[int], grid: Grid) -> tuple[int, ...]:
+        """Return the token ids of an image from boi to the last of its first codes, which are given as token ids."""
+        block, given = self.image_block(grid), list(code_ids)
+        places = [index for index, token_id in enumerate(block) if token_id == CODE][: len(given)]
+        for place, code_id in zip(places, given, strict=True):
+            block[place] = code_id
+        return tuple(block[: places[-1] + 1 if places else 1 + self.dialect.header_length])
+
+    def read_image(self, token_ids: Sequence[int], start: int = 0) -> ImageBlock | None:
+        """Return the image whose boi is at `start`; None where there is no whole and valid one."""
+        if start >= len(token_ids) or token_ids[start] != self.boi:
+            return None
+        first = start + 1 + self.dialect.header_length
+        grid = self.dialect.grid_of_header(tuple(token_ids[start + 1 : first]))
+        if grid is None:
+            return None
+        length = self.dialect.length(grid)
+        block, expected = token_ids[start : start + length], self.image_block(grid)
+        code_ids = [found for found, token_id in zip(block, expected, strict=False) if token_id == CODE]
+        is_valid = len(block) == length and all(
+            found in self.image_ids if token_id == CODE else found == token_id
+            for found, token_id in zip(block, expected, strict=True)
+        )
+        return ImageBlock(grid, length, code_ids) if is_valid else None
+
+    def image_codes(self, block: ImageBlock) -> Tensor:
+        """Return the codes int64 [h, w] of an image."""
+        return self.ids_to_codes(torch.tensor(block.code_ids)).view(block.grid)
+
+    # --- kinds of tokens ---
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Map image codes (any shape, integers in [0, num_image_codes)) to token ids of the same shape."""
@@ -262,11 +333,12 @@ class Vocabulary:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **self.specials,
+            **{name: getattr(self, name) for name in SPECIALS},
             "image": [list(run) for run in self.image],
             "text": [list(run) for run in self.text],
             "size": self.size,
-            "grid": list(self.grid),
+            **self.dialect.to_json(),
+            **({} if self.answer_end == self.eos else {"answer_end": self.answer_end}),
         }
 
     @classmethod
@@ -274,10 +346,12 @@ class Vocabulary:
         """Read the form of `to_json`. Raise `BadInput` where keys are missing, unknown or inconsistent."""
         try:
             runs = {kind: tuple((int(first), int(count)) for first, count in value[kind]) for kind in ("image", "text")}
-            vocabulary = cls(**{**value, **runs, "grid": tuple(value["grid"])})
-            integers = [*vocabulary.specials.values(), vocabulary.size, *vocabulary.grid]
-            if len(vocabulary.grid) != 2 or not all(type(n) is int for n in integers) or min(vocabulary.grid) < 1:
-                raise BadInput("token ids, size and the two sides of the grid must be integers", where=where)
+            fields = {"answer_end": value["eos"], **value, **runs, "dialect": dialect_from_json(value, where=where)}
+            vocabulary = cls(**{name: field for name, field in fields.items() if name != "grid"})
+            if not all(type(n) is int for n in (*vocabulary.specials.values(), vocabulary.size)):
+                raise BadInput("token ids and size must be integers", where=where)
+            if vocabulary.answer_end not in (vocabulary.eos, vocabulary.sep):
+                raise BadInput("answer_end is neither eos nor sep", where=where)
             for kind in ("image", "text"):
                 if not 0 < sum(count for _, count in runs[kind]) <= vocabulary.size:
                     raise BadInput(f"{kind} ids do not fit into {vocabulary.size}", where=where)

@@ -23,6 +23,7 @@ from torch import distributed
 
 from chameleon.bundle import Bundle
 from chameleon.data.token_shards import write_shard
+from chameleon.dialect import ShapeConfig
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
@@ -89,6 +90,12 @@ def image_tokenizer() -> ImageTokenizer:
 @pytest.fixture(scope="session")
 def tokenizer(text_tokenizer: SentencePieceTokenizer, image_tokenizer: ImageTokenizer) -> MixedTokenizer:
     return MixedTokenizer(text_tokenizer, image_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sized_tokenizer(text_tokenizer: SentencePieceTokenizer, image_tokenizer: ImageTokenizer) -> MixedTokenizer:
+    """Images of about 16 codes: 4 × 4, 3 × 5 and so on."""
+    return MixedTokenizer(text_tokenizer, image_tokenizer, shapes=ShapeConfig(target=4))
 
 
 def random_model(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:

@@ -6,6 +6,7 @@ The checkpoints are made here, by the formats' own rules and with none of our wr
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import random
 import shutil
@@ -385,7 +386,7 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([prompt])).logits
         codes = theirs.get_image_tokens(ours.tokenizer.image.preprocess([picture]))
-    assert tuple(codes[0].tolist()) == prompt[2 : 2 + v.codes_per_image]
+    assert tuple(codes[0].tolist()) == prompt[2 : 2 + math.prod(v.grid)]
     actual = ours.logits(torch.tensor([prompt]))
     torch.testing.assert_close(actual[..., seen], expected[..., seen], atol=1e-4, rtol=0)
     assert torch.equal(actual[..., seen].argmax(-1), expected[..., seen].argmax(-1))
@@ -402,7 +403,7 @@ def test_transformers_loads_the_export(norm_order: str, tmp_path: Path) -> None:
     for folder in (source, tmp_path / "back"):
         library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "text_tokenizer.json"))
         text = library.encode("which style is it?").ids
-        assert [v.bos, *prompt[1 : 3 + v.codes_per_image], *text, v.sep] == list(prompt)
+        assert [v.bos, *prompt[1 : 3 + math.prod(v.grid)], *text, v.sep] == list(prompt)
     torch.testing.assert_close(queries["pixel_values"], ours.tokenizer.image.preprocess([picture]), atol=0.02, rtol=0)
     answer = theirs.generate(**queries, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] <= len(prompt) + 3

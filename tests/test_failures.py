@@ -219,7 +219,7 @@ def test_nan_inside_an_image_is_an_error_too(tokenizer: MixedTokenizer) -> None:
     engine = make_engine(tokenizer)
     calls = iter(range(100))
     engine.model.norm.register_forward_hook(lambda m, i, output: output * (math.nan if next(calls) == 5 else 1))
-    request = Request((v.bos, v.sep), OutputConstraints(v.image_block_length, format=("image",)))
+    request = Request((v.bos, v.sep), OutputConstraints(v.dialect.length(v.grid), format=("image",)))
     with pytest.raises(BadInput, match="NaN or infinite, in this batch alone"):
         engine.generate([request])
     assert engine.is_idle

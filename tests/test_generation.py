@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import replace
@@ -17,9 +18,9 @@ from scipy.stats import chi2, kstest
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from chameleon.errors import BadInput
-from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputConstraints, OutputState
+from chameleon.generation.constraints import AllowedNext, OutputConstraints, OutputState
 from chameleon.generation.engine import Engine
-from chameleon.generation.guidance import Guidance, combine_logits, three_way, two_way
+from chameleon.generation.guidance import Guidance, combine_logits, image_only, three_way, two_way
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import (
     GREEDY,
@@ -184,10 +185,19 @@ def test_guidance_is_the_formula() -> None:
 # --- modality ---
 
 
-def allowed(kind: AllowedNext, v: Vocabulary) -> torch.Tensor:
-    """bool [V]: the ids of a kind."""
-    names = [name for flag, name in FORCED_TOKENS.items() if flag & kind]
-    return v.mask(text=bool(kind & AllowedNext.TEXT), image=bool(kind & AllowedNext.CODE), specials=names)
+def allowed(state: OutputState, v: Vocabulary) -> torch.Tensor:
+    """bool [V]: the ids that may come next."""
+    kind = state.allowed_next()
+    if state.image is not None and kind in (AllowedNext.SIZE, AllowedNext.ROW_END):
+        mask = torch.zeros(v.size, dtype=torch.bool)
+        mask[state.image.next_sizes() if kind == AllowedNext.SIZE else v.dialect.row_end] = True
+        return mask
+    names = {AllowedNext.IMAGE_START: "boi", AllowedNext.IMAGE_END: "eoi", AllowedNext.END: "eos"}
+    return v.mask(
+        text=bool(kind & AllowedNext.TEXT),
+        image=bool(kind & AllowedNext.CODE),
+        specials=[name for flag, name in names.items() if flag & kind],
+    )
 
 
 def letters(ids: list[int], v: Vocabulary) -> str:
@@ -201,7 +211,7 @@ def generated_by(constraints: OutputConstraints, v: Vocabulary, choices: list[in
     for choice in choices:
         if state.is_exhausted:
             break
-        options = allowed(state.allowed_next(), v).nonzero().flatten().tolist()
+        options = allowed(state, v).nonzero().flatten().tolist()
         token = options[choice % len(options)]
         if token == v.eos:
             break
@@ -284,6 +294,9 @@ def reference(engine: Engine, request: Request) -> list[int]:
     while not state.is_exhausted:
         kind = state.allowed_next()
         rows = [torch.tensor([[*prompt, *output]]) for prompt in request.prompts]
+        if request.guidance is not None and request.guidance.restarts and kind == AllowedNext.CODE:
+            start = len(output) - 1 - output[::-1].index(v.boi)
+            rows[1] = torch.tensor([output[start:]])
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
         if request.guidance is not None and kind == AllowedNext.CODE:
@@ -291,26 +304,22 @@ def reference(engine: Engine, request: Request) -> list[int]:
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *output):
             seen[0, token] = token in v.text_ids
-        setting = request.image_sampling if kind == AllowedNext.CODE else request.text_sampling
+        in_image = kind in (AllowedNext.CODE, AllowedNext.SIZE)
+        setting = request.image_sampling if in_image else request.text_sampling
         token = int(
             sample(
-                row.masked_fill(~allowed(kind, v), -torch.inf).unsqueeze(0),
+                row.masked_fill(~allowed(state, v), -torch.inf).unsqueeze(0),
                 BatchSampling([setting]),
                 torch.tensor([request.seed]),
                 torch.tensor([len(output)]),
                 torch.arange(v.size),
-                None if kind == AllowedNext.CODE else seen,
+                None if in_image else seen,
             )
         )
-        code = v.codes_per_image - (state.codes_left or 0)
-        if (
-            kind == AllowedNext.CODE
-            and state.num_images == 1
-            and code < len(request.fixed_codes)
-            and request.fixed_codes[code] >= 0
-        ):
-            token = request.fixed_codes[code]
-        if token == v.eos:
+        if state.image is not None and kind == AllowedNext.CODE and state.num_images == 1:
+            given = request.fixed_codes[state.image.num_codes :]
+            token = given[0] if given and given[0] >= 0 else token
+        if token == v.answer_end:
             break
         output.append(token)
         state.append(token)
@@ -319,9 +328,11 @@ def reference(engine: Engine, request: Request) -> list[int]:
 
 def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
     v, t = vocabulary, vocabulary.text_start
-    codes = tuple(range(v.image_start, v.image_start + v.codes_per_image))
-    picture = (v.boi, *codes, v.eoi)
-    one, shared = OutputConstraints(v.image_block_length, format=("image",)), (v.bos, *picture, *range(t + 10, t + 30))
+    codes = tuple(range(v.image_start, v.image_start + math.prod(v.grid)))
+    picture = (*v.started_image(codes, v.grid), *([] if v.dialect.row_end is None else [v.dialect.row_end]), v.eoi)
+    longest, shared = v.dialect.max_length, (v.bos, *picture, *range(t + 10, t + 30))
+    one = OutputConstraints(longest, format=("image",))
+    alone = None if v.dialect.row_end is None else image_only(v.boi, 3.0)
     return [
         Request((v.bos, t + 3, t + 4, v.sep), OutputConstraints(12), sampling, sampling, seed=1),
         Request((v.bos, *picture, v.sep), OutputConstraints(30, max_images=1), sampling, sampling, seed=2),
@@ -339,8 +350,24 @@ def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
             (*shared, t + 1, v.sep), OutputConstraints(25, max_images=1, max_text_tokens=3), sampling, sampling, seed=8
         ),
         # completes a picture, and one of which some codes are given
-        Request((v.bos, v.boi, *codes[:5]), OutputConstraints(20, format=()), sampling, sampling, seed=9),
-        Request((v.bos, t + 4, v.sep), one, sampling, GREEDY, seed=10, fixed_codes=(-1, codes[3], codes[4], -1, codes[1])),
+        Request((v.bos, *v.started_image(codes[:5], v.grid)), OutputConstraints(26, format=()), sampling, sampling, seed=9),
+        Request(
+            (v.bos, t + 4, v.sep),
+            replace(one, grid=v.dialect.grids[-1]),
+            sampling,
+            GREEDY,
+            seed=10,
+            fixed_codes=(-1, codes[3], codes[4], -1, codes[1]),
+        ),
+        # guidance by the picture alone, which begins anew with each
+        Request(
+            (v.bos, t + 6, v.sep),
+            OutputConstraints(2 * longest + 4, format=("text", "image", "text", "image"), max_text_tokens=2),
+            sampling,
+            sampling,
+            alone,
+            seed=11,
+        ),
     ]
 
 
@@ -355,10 +382,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("norm_order", ["pre", "swin"])
+@pytest.mark.parametrize("dialect", ["tokenizer", "sized_tokenizer"])
 @pytest.mark.parametrize("way", WAYS)
 def test_engine_equals_the_reference_alone_and_in_any_batch(
-    tokenizer: MixedTokenizer, sampling: Sampling, norm_order: str, way: str
+    dialect: str, sampling: Sampling, norm_order: str, way: str, request: pytest.FixtureRequest
 ) -> None:
+    tokenizer = request.getfixturevalue(dialect)
     engine = make_engine(tokenizer, WAYS[way], norm_order=norm_order)
     queries = requests(tokenizer.vocabulary, sampling)
     expected = [reference(engine, request) for request in queries]
@@ -373,8 +402,9 @@ def test_engine_equals_the_reference_alone_and_in_any_batch(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_order_of_coming_and_going_changes_nothing(tokenizer: MixedTokenizer, seed: int) -> None:
+def test_any_order_of_coming_and_going_changes_nothing(seed: int, request: pytest.FixtureRequest) -> None:
     """Requests join while others run, some are cancelled, the host looks now and then only."""
+    tokenizer = request.getfixturevalue("sized_tokenizer" if seed % 2 else "tokenizer")
     stream = random.Random(seed)
     engine = make_engine(tokenizer, {"max_batch_size": stream.randint(3, 8), "draft_length": stream.choice([1, 1, 4])})
     queries = requests(tokenizer.vocabulary, DRAWN)
@@ -412,9 +442,9 @@ def test_prefixes_are_prefilled_once(tokenizer: MixedTokenizer) -> None:
     read.clear()
     branches = two_way(prompt[:35], 2.0)
     engine.clear()
-    engine.generate([Request(prompt, OutputConstraints(v.image_block_length, format=("image",)), guidance=branches)])
+    engine.generate([Request(prompt, OutputConstraints(v.dialect.length(v.grid), format=("image",)), guidance=branches)])
     # both prompts, the shared part once and boi behind them; then two rows for each code but the last
-    assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (v.codes_per_image - 1)
+    assert sum(read) == len(prompt) + 1 + 1 + 1 + 2 * (math.prod(v.grid) - 1)
     hook.remove()
 
 
@@ -426,20 +456,20 @@ def test_no_host_synchronisation_inside_images(tokenizer: MixedTokenizer, monkey
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(self.numel()), tolist(self))[1])
     for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("a look"))
-    constraints = OutputConstraints(v.image_block_length, format=("image",))
+    constraints = OutputConstraints(v.dialect.length(v.grid), format=("image",))
     queries = [
         Request((v.bos, v.text_start + n, v.sep), constraints, guidance=two_way((v.bos, v.sep), 2.0)) for n in range(3)
     ]
     looks.clear()
     engine.generate(queries)
-    assert looks == [3 * v.codes_per_image]
+    assert looks == [3 * math.prod(v.grid)]
 
 
 def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
     """A model that always says the same code is right about all drafts from the second row on."""
     v = tokenizer.vocabulary
     request = Request(
-        (v.bos, v.text_start, v.sep), OutputConstraints(v.image_block_length, format=("image",)), image_sampling=GREEDY
+        (v.bos, v.text_start, v.sep), OutputConstraints(v.dialect.length(v.grid), format=("image",)), image_sampling=GREEDY
     )
     passes = {}
     for window in (1, 4):
@@ -451,7 +481,7 @@ def test_drafts_save_passes(tokenizer: MixedTokenizer) -> None:
             engine.model.embed.weight[v.image_ids.ids] = engine.model.embed.weight[v.boi].clone()
         engine.generate([request])
         passes[window] = engine.decoder.num_forward_passes
-    assert passes == {1: v.codes_per_image, 4: 1 + -(-(v.codes_per_image - 1) // 4)}
+    assert passes == {1: math.prod(v.grid), 4: 1 + -(-(math.prod(v.grid) - 1) // 4)}
 
 
 def test_compiled_changes_nothing(tokenizer: MixedTokenizer) -> None:
@@ -495,7 +525,7 @@ def test_a_failure_inside_a_pass_leaves_the_engine_usable(tokenizer: MixedTokeni
 def test_requests_with_only_forced_tokens_take_no_slot(tokenizer: MixedTokenizer) -> None:
     v = tokenizer.vocabulary
     engine = make_engine(tokenizer, {"max_batch_size": 3})
-    whole = (v.bos, v.boi, *range(v.image_start, v.image_start + v.codes_per_image))
+    whole = (v.bos, v.boi, *range(v.image_start, v.image_start + math.prod(v.grid)))
     queries = [Request(whole, OutputConstraints(5, format=()))] * 7 + requests(v, DRAWN)[:2]
     assert engine.generate(queries) == [[v.eoi]] * 7 + make_engine(tokenizer).generate(queries[7:])
 
@@ -536,13 +566,15 @@ def test_requests_that_do_not_fit_are_refused(tokenizer: MixedTokenizer, monkeyp
         engine.generate([Request((v.bos,) * 10, OutputConstraints(100, format=("text", "image")))])
     with pytest.raises(BadInput, match="none is to be generated"):
         engine.generate([Request((v.bos,), OutputConstraints(4), guidance=two_way((v.bos,), 2.0))])
-    guided = Request((v.bos,), OutputConstraints(v.image_block_length, format=("image",)), guidance=two_way((v.bos,), 2.0))
+    guided = Request(
+        (v.bos,), OutputConstraints(v.dialect.length(v.grid), format=("image",)), guidance=two_way((v.bos,), 2.0)
+    )
     with pytest.raises(BadInput, match="takes 2 sequences, max_batch_size is 1"):
         make_engine(tokenizer, {"max_batch_size": 1}).generate([guided])
     rest = Request((v.bos, v.boi, v.image_start, v.image_start), OutputConstraints(20, format=("image",)))
     with pytest.raises(BadInput, match="the rest of an image and image take at least 33 tokens, but there is room for 13"):
         engine.generate([rest])
-    with pytest.raises(BadInput, match="more codes than an image has"):
+    with pytest.raises(BadInput, match="its tokens are not those of one"):
         make_engine(tokenizer).generate([Request((v.boi, *(v.image_start,) * 17), OutputConstraints(4))])
     with pytest.raises(BadInput, match=f"{v.eos} is not the token id of an image code"):
         engine.generate([Request((v.bos,), OutputConstraints(4), fixed_codes=(v.eos,))])

@@ -17,7 +17,7 @@ from conftest import recipe_file
 from chameleon.data import emoji, labelled
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.engine import Engine
-from chameleon.generation.image_requests import generated_image_codes, image_request
+from chameleon.generation.image_requests import Drawing, generated_image_codes, image_request
 from chameleon.generation.sampling import IMAGE_SAMPLING
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.recipe import PretrainRecipe, read_recipe
@@ -40,8 +40,9 @@ def test_greedy_captions(shipped: Chameleon) -> None:
 @pytest.mark.parametrize("draft_length", [1, 4])
 def test_codes_of_drawings(shipped: Chameleon, draft_length: int) -> None:
     engine = Engine(shipped.model, shipped.vocabulary, draft_length=draft_length)
+    drawing = Drawing(shipped.vocabulary.grid)
     requests = [
-        image_request(shipped.prompts, prompt, seed=seed, guidance_scale=1.5, sampling=IMAGE_SAMPLING)
+        image_request(shipped.prompts, prompt, drawing, seed=seed, guidance_scale=1.5, sampling=IMAGE_SAMPLING)
         for seed, prompt in enumerate(GOLDEN["prompts"])
     ]
     outputs = engine.generate(requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_the_middle_of_a_long_strip(tmp_path: Path) -> None:
 def test_a_long_strip_takes_little_memory() -> None:
     """Scaled as a whole before it is cropped it would take 60 GiB."""
     code = (
-        "import resource; from PIL import Image; from chameleon.tokenizers.image import fit_square\n"
+        "import resource; from PIL import Image; from chameleon.tokenizers.fitting import fit_square\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "fit_square(Image.new('RGB', (1, 60)), 512); before = peak()\n"
         "fit_square(Image.new('RGB', (1, 60000)), 512); print((peak() - before) / 1024)"
@@ -194,11 +195,11 @@ def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTo
     expected = torch.cat([ImageTokenizer(image_tokenizer.network).encode([picture]) for picture in pictures])
     assert len(expected.flatten(1).unique(dim=0)) > 6
     small = ImageTokenizer(image_tokenizer.network)
-    small.cache = CodeCache(image_tokenizer.config.grid, size=4)
+    small.cache = CodeCache(4 * math.prod(image_tokenizer.config.grid))
     for order in ([0, 1, 2], [2, 3, 4, 0], [0, 5, 6, 7, 8, 9, 1], list(range(12)), [11, 11, 3]):
         assert torch.equal(small.encode([pictures[n] for n in order]), expected[order])
-        assert len(small.cache.rows) <= 4
-        assert len(set(small.cache.rows.values())) == len(small.cache.rows)
+        assert len(small.cache.places) <= 4
+        assert len(set(small.cache.places.values())) == len(small.cache.places)
 
 
 def test_moved_pictures_by_hand() -> None:

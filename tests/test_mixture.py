@@ -77,7 +77,7 @@ def test_packing_fills_captions_and_long_documents(tmp_path: Path) -> None:
             writer.add(torch.full((length,), v.text_start))
     for context_length in (4096, 512):
         assert lengths.max() > 4 * context_length
-        index = RowIndex(open_shards(tmp_path), context_length, v.image_block_length)
+        index = RowIndex(open_shards(tmp_path), context_length, v)
         assert index.num_targets == (lengths - 1).sum()
         assert index.fill > 0.99
         assert sum(piece.size for row in range(len(index)) for piece in index[row]) == index.num_targets
@@ -96,9 +96,9 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
         ids.append(v.eos)
         offsets.append(len(ids))
     bounds = np.array(offsets)
-    output = split_long_documents(
-        bounds[:-1], bounds[1:], complete_image_starts(np.array(ids, dtype=int), v), v.image_block_length, context_length
-    )
+    image_starts = complete_image_starts(np.array(ids, dtype=int), v)
+    image_lengths = np.full(len(image_starts), v.dialect.length(v.grid))
+    output = split_long_documents(bounds[:-1], bounds[1:], image_starts, image_lengths, context_length)
     for number in range(len(documents)):
         mine = output.document == number
         begins, sizes = output.start[mine].tolist(), output.size[mine].tolist()
@@ -116,7 +116,7 @@ def test_cutting_never_parts_a_picture(documents: list[list[int | str]], context
 
 def test_a_picture_longer_than_the_context_is_named() -> None:
     with pytest.raises(BadInput, match="an image takes 18 tokens, context_length is 10"):
-        split_long_documents(np.array([0]), np.array([40]), np.array([3]), 18, 10)
+        split_long_documents(np.array([0]), np.array([40]), np.array([3]), np.array([18]), 10)
 
 
 # --- the mixture ---

@@ -158,7 +158,7 @@ def test_engines_run_on_every_weight_format(tokenizer: MixedTokenizer, form: Wei
     near = nn.functional.cosine_similarity(model(token_ids).float(), plain(token_ids).float(), dim=-1)
     assert float(near.min()) > (0.9 if form.weight_format == "int4" else 0.99)
     requests = [
-        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), GREEDY)
+        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.dialect.length(v.grid) + 4, max_images=1), GREEDY)
         for n in range(3)
     ]
     engine = Engine(model, v, weight_format=form.weight_format)
@@ -313,7 +313,7 @@ def test_a_second_model_of_the_same_shape_compiles_nothing(tokenizer: MixedToken
     v = tokenizer.vocabulary
     sampling = {"text_sampling": GREEDY, "image_sampling": GREEDY}
     requests = [
-        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.image_block_length + 4, max_images=1), **sampling)
+        Request((v.bos, v.text_start + n, v.sep), OutputConstraints(v.dialect.length(v.grid) + 4, max_images=1), **sampling)
         for n in range(2)
     ]
     outputs = []

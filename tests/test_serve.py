@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -118,7 +119,7 @@ def test_choices_have_seeds_of_their_own_and_usage_counts_modalities(client: Any
     expected = [model.generate(Conversation(prompt), max_new_tokens=9, max_images=0, seed=seed).text for seed in (7, 8, 9)]
     assert [choice.message.content for choice in answer.choices] == expected
     token_ids = model.prompts.token_ids(Conversation(prompt))
-    codes = model.vocabulary.codes_per_image
+    codes = math.prod(model.vocabulary.grid)
     assert answer.usage.prompt_tokens == len(token_ids)
     assert answer.usage.prompt_tokens_details.image_tokens == codes
     assert answer.usage.prompt_tokens_details.text_tokens == len(token_ids) - codes
@@ -289,7 +290,7 @@ def test_streamed_drawings_form_row_by_row(client: Any, model: Chameleon) -> Non
         )
         *previews, completed = events
         assert completed.type == "image_generation.completed" and same(from_base64(completed.b64_json), whole)
-        assert completed.usage.output_tokens_details["image_tokens"] == model.vocabulary.codes_per_image
+        assert completed.usage.output_tokens_details["image_tokens"] == math.prod(model.vocabulary.grid)
         assert [event.type for event in previews] == ["image_generation.partial_image"] * count
         assert [event.partial_image_index for event in previews] == list(range(count))
         rows = height // (count + 1)
@@ -331,7 +332,7 @@ def test_painting_keeps_the_codes_of_cells_without_a_marked_pixel(model: Chamele
     picture, v = noise(seed), model.vocabulary
     is_marked = np.array([bool(cells >> bit & 1) for bit in range(16)]).reshape(4, 4)
     mask = PILImage.fromarray(np.where(is_marked, 255, 0).astype(np.uint8)).resize((16, 16), PILImage.Resampling.NEAREST)
-    given_ids = model.image_token_ids(picture)
+    given_ids = model.encode_picture(picture).code_ids
     task = model.painting(picture, mask)
     sequence = [*model.prompts.token_ids(Document((Text("heart"),))), v.boi]
     expected = []

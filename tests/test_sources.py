@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def test_pictures_inside_parquet_are_encoded(tmp_path: Path, tokenizer: Any) -> 
     write(tmp_path / "a.parquet", [{"image": {"bytes": png("blue"), "path": "x.png"}, "text": "blue"}])
     actual, _ = samples(str(tmp_path / "a.parquet"))
     ids = tokenizer.encode(actual[0].content)
-    assert tokenizer.vocabulary.is_image(ids).sum() == tokenizer.vocabulary.codes_per_image
+    assert tokenizer.vocabulary.is_image(ids).sum() == math.prod(tokenizer.vocabulary.grid)
 
 
 def test_coco_and_vqa(tmp_path: Path) -> None:

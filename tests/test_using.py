@@ -62,7 +62,7 @@ def decoded_by(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> list[torch.
     """The codes [B, h, w] that the model's image tokenizer decodes from here on."""
     codes: list[torch.Tensor] = []
     decode = model.tokenizer.image.decode
-    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid, **_: (codes.append(grid), decode(grid))[1])
+    monkeypatch.setattr(model.tokenizer.image, "decode", lambda grid, *_: (codes.append(grid), decode(grid))[1])
     return codes
 
 
@@ -153,7 +153,7 @@ def test_text_streams_in_complete_characters_and_is_not_lost_before_an_image(tok
     assert "".join(texts) == "aé漢🧑‍🚀" and not any("\ufffd" in text for text in texts)
     assert list(decoder.finish()) == []
     cut = tokenizer.text_to_ids("漢")[:-1]  # a character that ends too early, then a picture
-    block = [v.boi, *[v.image_start] * v.codes_per_image, v.eoi]
+    block = [v.boi, *[v.image_start] * math.prod(v.grid), v.eoi]
     output = [part for token in [*cut, *block] for part in decoder.push(token)]
     assert [type(part) for part in output] == [Text, Image]
     output = [part for token in block[:5] for part in decoder.push(token)]
@@ -187,7 +187,7 @@ def test_ranking_is_by_the_likelihood_of_the_caption(model: Chameleon) -> None:
 def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = decoded_by(model, monkeypatch)
     shown = picture("red")
-    whole = model.vocabulary.ids_to_codes(torch.tensor(model.image_token_ids(shown))).view(4, 4)
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.encode_picture(shown).code_ids)).view(4, 4)
     for guidance in (1.0, 2.0):
         output = model.complete(shown, keep=0.6, prompt="heart", num_images=3, sampling=DRAWN, guidance_scale=guidance)
         assert len(output) == 3
@@ -201,7 +201,7 @@ def test_completing_keeps_the_upper_part(model: Chameleon, monkeypatch: pytest.M
 def test_variations_keep_a_share_of_the_codes(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = decoded_by(model, monkeypatch)
     shown = picture("red")
-    whole = model.vocabulary.ids_to_codes(torch.tensor(model.image_token_ids(shown))).view(4, 4)
+    whole = model.vocabulary.ids_to_codes(torch.tensor(model.encode_picture(shown).code_ids)).view(4, 4)
     model.variations(shown, 20, keep=0.5, prompt="heart", sampling=DRAWN)
     same = (codes.pop() == whole).double()
     assert 0.35 < float(same.mean()) < 0.75

@@ -1,8 +1,8 @@
-"""Images ↔ image codes: reading any image file safely, the released preprocessing, and a VQGAN with its files.
+"""Images ↔ image codes: reading any image file safely, and a VQGAN with its files.
 
-Preprocessing as in Meta's released code: transparency blended over white, the shorter side scaled to the resolution with a
-Lanczos filter, centre crop, values in [-1, 1]. `fit="pad"` is what the paper uses for images in prompts (arXiv 2405.09818,
-section 3.2): the longer side is scaled and the rest is a white border, so that nothing is cut off.
+Pictures are read as 8-bit RGB, transparency blended over white as in Meta's released code, EXIF orientation applied, then
+fitted to a size (`fitting`), and their values scaled to [-1, 1]. A network takes pictures of any size whose sides are
+multiples of its reduction.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,26 +25,25 @@ from PIL import Image as PILImage
 from PIL import ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from chameleon.dialect import Grid
 from chameleon.errors import BadInput, as_bad_input
 from chameleon.files import atomic_update, read_json, write_json
 from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress, write_safetensors
 from chameleon.threads import ThreadPolicy
+from chameleon.tokenizers.fitting import MAX_PIXELS, Fit, fit_square
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 
-Fit = Literal["crop", "pad"]
 Picture = PILImage.Image | bytes | str | Path
 """A PIL image, the bytes of an image file, a path, or a `data:` URL."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are read. Others are rare, or may run programs (EPS)."""
-MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded."""
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels; scale it down"
 BATCH_SIZE = 64
 """Images that go through the network together."""
 KERNEL_SIZE = 9
 """Weights of a kernel for each pair of channels."""
 CODE_CACHE_SIZE = 50_000
-"""Images whose codes are kept."""
+"""Images of the network's own resolution whose codes are kept."""
 STEM = "image_tokenizer"
 CONFIG_FILE, WEIGHTS_FILE = f"{STEM}.json", f"{STEM}.safetensors"
 
@@ -177,31 +177,6 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
     return picture.convert("RGB")
 
 
-def fit_square(
-    picture: PILImage.Image,
-    side: int,
-    fit: Fit = "crop",
-    resampling: PILImage.Resampling = PILImage.Resampling.LANCZOS,
-) -> PILImage.Image:
-    """Return an RGB picture as a square of `side` pixels: centre-cropped, or with a white border."""
-    width, height = picture.size
-    if (width, height) == (side, side):
-        return picture
-    scale = side / (min if fit == "crop" else max)(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    left, top = (side - size[0]) // 2, (side - size[1]) // 2
-    if fit == "crop" and size[0] * size[1] > MAX_PIXELS:  # a long strip: only scale what the square shows
-        x_scale, y_scale = width / size[0], height / size[1]
-        box = (-left * x_scale, -top * y_scale, (side - left) * x_scale, (side - top) * y_scale)
-        return picture.resize((side, side), resampling, box=box)
-    picture = picture.resize(size, resampling)
-    if fit == "crop":
-        return picture.crop((-left, -top, side - left, side - top))
-    square = PILImage.new("RGB", (side, side), "white")
-    square.paste(picture, (left, top))
-    return square
-
-
 def affine_augment(
     picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirror: bool = False
 ) -> PILImage.Image:
@@ -217,15 +192,26 @@ def affine_augment(
 
 
 def to_tensor(pictures: Iterable[PILImage.Image | np.ndarray]) -> Tensor:
-    """Convert square RGB pictures of one size (arrays: uint8 [R, R, 3]) to float32 [B, 3, R, R] in [-1, 1]."""
+    """Convert RGB pictures of one size (arrays: uint8 [H, W, 3]) to float32 [B, 3, H, W] in [-1, 1]."""
     values = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return values.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(values: Tensor) -> list[PILImage.Image]:
-    """Convert float [B, 3, R, R] in [-1, 1] to RGB pictures."""
+    """Convert float [B, 3, H, W] in [-1, 1] to RGB pictures."""
     pixels = ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [PILImage.fromarray(array) for array in pixels]
+
+
+Keyed = TypeVar("Keyed", bound=tuple[Any, Any])
+
+
+def by_shape(entries: Iterable[Keyed]) -> Iterator[tuple[tuple[int, ...], list[Keyed]]]:
+    """Yield the (key, array or tensor) of each shape, with the shape, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[Keyed]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[1].shape), []).append(entry)
+    yield from groups.items()
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -248,27 +234,42 @@ def write_files(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor]
 class CodeCache:
     """Codes of images encoded before, by the hash of their pixels, since datasets repeat images. First in, first out.
 
-    All codes are in one table, whose memory is used as it fills: small tensors allocated between the network's large
-    temporary ones would keep those pages from being freed, a quarter of a megabyte for each image.
+    All codes are in one table, a ring, whose memory is used as it fills: small tensors allocated between the network's
+    large temporary ones would keep those pages from being freed, a quarter of a megabyte for each image.
     """
 
-    def __init__(self, grid: tuple[int, int], size: int = CODE_CACHE_SIZE) -> None:
-        self.table = torch.empty(size, *grid, dtype=torch.int32)
-        self.rows: OrderedDict[bytes, int] = OrderedDict()
+    def __init__(self, num_codes: int) -> None:
+        """num_codes: codes of all images together at most."""
+        self.table = torch.empty(num_codes, dtype=torch.int32)
+        self.places: OrderedDict[bytes, tuple[int, Grid]] = OrderedDict()
+        """Key of an image → where its codes start in the table, and its grid; oldest first."""
+        self.end = 0
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.rows
+        return key in self.places
 
     def __getitem__(self, key: bytes) -> Tensor:
         """Return codes int64 [h, w]."""
-        return self.table[self.rows[key]].long()
+        start, grid = self.places[key]
+        return self.table[start : start + math.prod(grid)].long().view(grid)
 
-    def add(self, keys: Iterable[bytes], codes: Tensor) -> None:
-        """Add codes [n, h, w] of n new keys."""
-        for key, image_codes in zip(keys, codes, strict=True):
-            row = len(self.rows) if len(self.rows) < len(self.table) else self.rows.popitem(last=False)[1]
-            self.rows[key] = row
-            self.table[row] = image_codes
+    def add(self, key: bytes, codes: Tensor) -> None:
+        """Add the codes [h, w] of a new key."""
+        count = codes.numel()
+        if count > len(self.table):
+            return
+        if self.end + count > len(self.table):
+            self.forget_from(self.end, len(self.table))
+            self.end = 0
+        self.forget_from(self.end, self.end + count)
+        self.table[self.end : self.end + count] = codes.flatten()
+        self.places[key] = (self.end, (codes.shape[0], codes.shape[1]))
+        self.end += count
+
+    def forget_from(self, start: int, end: int) -> None:
+        """Forget the oldest images, as long as their codes start in a part of the table."""
+        while self.places and start <= next(iter(self.places.values()))[0] < end:
+            self.places.popitem(last=False)
 
 
 class ImageTokenizer:
@@ -277,7 +278,7 @@ class ImageTokenizer:
     def __init__(self, network: VQGAN) -> None:
         # Channels last is the layout that convolutions compute in on CPUs and GPUs alike.
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.cache = CodeCache(self.config.grid)
+        self.clear_cache()
         self.threads: ThreadPolicy | None = None
         """Chooses the number of threads; None leaves it, so that the same pictures always give the same codes."""
 
@@ -294,38 +295,46 @@ class ImageTokenizer:
         return to_tensor(fit_square(load_picture(picture), self.config.resolution, fit) for picture in pictures)
 
     def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch_size: int = BATCH_SIZE) -> Tensor:
-        """Return codes [B, h, w] int64 on the CPU. Raise `BadInput` for a picture that cannot be used."""
+        """Return codes int64 [B, h, w] of pictures as squares of the network's resolution, on the CPU.
+
+        Raises `BadInput` for a picture that cannot be used.
+        """
         codes = [torch.empty(0, *self.config.grid, dtype=torch.int64)]
         for start in range(0, len(pictures), batch_size):
             arrays = [self.to_square_array(picture, fit) for picture in pictures[start : start + batch_size]]
-            codes.append(self.encode_arrays(arrays, batch_size))
+            codes.append(torch.stack(self.encode_arrays(arrays, batch_size)))
         return torch.cat(codes)
 
     def to_square_array(self, picture: Picture, fit: Fit) -> np.ndarray:
         """Return a picture as uint8 [R, R, 3]."""
         return np.asarray(fit_square(load_picture(picture), self.config.resolution, fit))
 
-    def encode_arrays(self, arrays: Sequence[np.ndarray], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Return codes [B, h, w] int64 of pictures uint8 [R, R, 3]; pictures in the cache are not encoded again."""
-        result = torch.empty(len(arrays), *self.config.grid, dtype=torch.int64)
+    def encode_arrays(self, arrays: Sequence[np.ndarray], batch_size: int = BATCH_SIZE) -> list[Tensor]:
+        """Return codes int64 [h, w] of each picture, uint8 [H, W, 3]; those in the cache are not encoded again.
+
+        Pictures of one shape are encoded in batches.
+        """
+        codes: list[Tensor] = []
         for start in range(0, len(arrays), batch_size):
             batch = arrays[start : start + batch_size]
-            keys = [hashlib.blake2b(array.tobytes(), digest_size=16).digest() for array in batch]
+            keys = [
+                hashlib.blake2b(array.tobytes() + repr(array.shape).encode(), digest_size=16).digest() for array in batch
+            ]
             new = {key: array for key, array in zip(keys, batch, strict=True) if key not in self.cache}
-            codes = {key: self.cache[key] for key in keys if key not in new}
-            if new:
-                values = to_tensor(new.values()).to(self.device, self.network.quant_conv.weight.dtype)
-                with self.threads_for(len(values)):
-                    new_codes = self.network.encode(values).cpu()
-                codes.update(zip(new, new_codes, strict=True))
-                self.cache.add(new, new_codes)
-            for index, key in enumerate(keys, start):
-                result[index] = codes[key]
-        return result
+            known = {key: self.cache[key] for key in keys if key not in new}
+            for _, members in by_shape(new.items()):
+                values = to_tensor(array for _, array in members)
+                with self.threads_for(values):
+                    encoded = self.network.encode(values.to(self.device, self.network.quant_conv.weight.dtype)).cpu()
+                known.update((key, image_codes) for (key, _), image_codes in zip(members, encoded, strict=True))
+            for key in new:
+                self.cache.add(key, known[key])
+            codes += [known[key] for key in keys]
+        return codes
 
     def clear_cache(self) -> None:
         """Forget encoded pictures, so that batches, and thus codes to the bit, do not depend on what came before."""
-        self.cache = CodeCache(self.config.grid)
+        self.cache = CodeCache(CODE_CACHE_SIZE * math.prod(self.config.grid))
 
     def decode(self, codes: Tensor, batch_size: int = BATCH_SIZE) -> list[PILImage.Image]:
         """Decode codes [B, h, w] to RGB pictures. Raise `BadInput` for codes outside the codebook."""
@@ -333,16 +342,24 @@ class ImageTokenizer:
             raise BadInput(f"codes outside 0…{self.config.codebook_size - 1}", where="image tokenizer")
         pictures: list[PILImage.Image] = []
         for batch in codes.to(self.device).split(batch_size) if len(codes) else ():
-            with self.threads_for(len(batch)):
+            with self.threads_for(batch, self.config.reduction**2):
                 pictures += to_pictures(self.network.decode(batch))
         return pictures
 
-    def threads_for(self, num_pictures: int) -> AbstractContextManager[Any]:
-        """Return a context with as many threads as the convolutions of so many pictures keep busy."""
+    def decode_all(self, codes: Sequence[Tensor], batch_size: int = BATCH_SIZE) -> list[PILImage.Image]:
+        """Decode the codes [h, w] of images of any shapes, those of one shape in batches."""
+        pictures: dict[int, PILImage.Image] = {}
+        for _, members in by_shape(enumerate(codes)):
+            decoded = self.decode(torch.stack([image_codes for _, image_codes in members]), batch_size)
+            pictures.update((index, picture) for (index, _), picture in zip(members, decoded, strict=True))
+        return [pictures[index] for index in range(len(codes))]
+
+    def threads_for(self, batch: Tensor, pixels_per_value: int = 1) -> AbstractContextManager[Any]:
+        """Return a context with as many threads as the convolutions of a batch [B, …, H, W] keep busy."""
         if self.threads is None or self.device.type != "cpu":
             return nullcontext()
-        work = num_pictures * self.config.resolution**2 * KERNEL_SIZE * self.config.channels**2
-        return self.threads.apply(work)
+        num_pixels = len(batch) * batch.shape[-2] * batch.shape[-1] * pixels_per_value
+        return self.threads.apply(num_pixels * KERNEL_SIZE * self.config.channels**2)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `image_tokenizer.json` and `image_tokenizer.safetensors`, with names and shapes as in Meta's release.

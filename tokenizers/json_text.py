@@ -12,9 +12,10 @@ from typing import Any
 
 import tokenizers
 
+from chameleon.dialect import Grid, ShapeConfig, SizedDialect
 from chameleon.errors import BadInput
 from chameleon.tokenizers.text import SPACE, USER_DEFINED_PIECES, SentencePieceTokenizer, TextTokenizer
-from chameleon.vocabulary import IMAGE_PIECE, SPECIAL_PIECES, Vocabulary, image_piece
+from chameleon.vocabulary import IMAGE_PIECE, ROW_END_PIECE, SPECIAL_PIECES, Vocabulary, image_piece, size_piece
 
 SPECIAL_NAME = re.compile(r"<[^<>\s]+>")
 """Form of the names of special and reserved tokens."""
@@ -123,8 +124,10 @@ class JsonTextTokenizer(TextTokenizer):
                 raise BadInput(f"no piece for {run[start:end]!r}", where=self.where)
         return pieces
 
-    def vocabulary(self, image_codes: int, grid: tuple[int, int], size: int | None = None) -> Vocabulary:
-        return Vocabulary.from_names(self.names, self.text_ids, grid=grid, size=size, where=self.where)
+    def vocabulary(
+        self, image_codes: int, grid: Grid, size: int | None = None, *, shapes: ShapeConfig | None = None
+    ) -> Vocabulary:
+        return Vocabulary.from_names(self.names, self.text_ids, grid=grid, shapes=shapes, size=size, where=self.where)
 
 
 # --- conversions between flavours of tokenizer.json ------------------------------------------------------------------
@@ -206,6 +209,9 @@ def from_sentencepiece(text: SentencePieceTokenizer, vocabulary: Vocabulary) -> 
     names = [processor.IdToPiece(piece) for piece in range(len(text))]
     vocab = {name: getattr(vocabulary, field) for field, name in SPECIAL_PIECES.items()}
     vocab |= {image_piece(code): token_id for code, token_id in enumerate(vocabulary.image_ids.order)}
+    if isinstance(vocabulary.dialect, SizedDialect):
+        vocab[ROW_END_PIECE] = vocabulary.dialect.row_end
+        vocab |= {size_piece(units): token_id for token_id, units in vocabulary.dialect.sizes.items()}
     vocab[RESERVED] = text_ids[0]
     specials = list(vocab)
     for piece, name in list(enumerate(names))[1:]:

@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 
 import sentencepiece
 
+from chameleon.dialect import Grid, ShapeConfig
 from chameleon.errors import BadInput, as_bad_input
 from chameleon.files import atomic_update
 from chameleon.vocabulary import Vocabulary
@@ -95,8 +96,13 @@ class TextTokenizer(ABC):
         return hashlib.sha256(self.data).hexdigest()
 
     @abstractmethod
-    def vocabulary(self, image_codes: int, grid: tuple[int, int], size: int | None = None) -> Vocabulary:
-        """Return the vocabulary of this tokenizer, for images of `grid` codes and a model with `size` or more ids."""
+    def vocabulary(
+        self, image_codes: int, grid: Grid, size: int | None = None, *, shapes: ShapeConfig | None = None
+    ) -> Vocabulary:
+        """Return the vocabulary of this tokenizer, for images of `grid` codes and a model with `size` or more ids.
+
+        shapes: those of images, where they are not all of one grid.
+        """
 
     @abstractmethod
     def encode_run(self, run: str) -> list[int]:
@@ -167,8 +173,10 @@ class SentencePieceTokenizer(TextTokenizer):
         name = self.processor.IdToPiece(piece)
         return bytes([int(name[3:5], 16)]) if self.processor.IsByte(piece) else name.replace(SPACE, " ").encode()
 
-    def vocabulary(self, image_codes: int, grid: tuple[int, int], size: int | None = None) -> Vocabulary:
-        return Vocabulary.build(image_codes=image_codes, text_pieces=len(self), grid=grid)
+    def vocabulary(
+        self, image_codes: int, grid: Grid, size: int | None = None, *, shapes: ShapeConfig | None = None
+    ) -> Vocabulary:
+        return Vocabulary.build(image_codes=image_codes, text_pieces=len(self), grid=grid, shapes=shapes)
 
     def encode_run(self, run: str) -> list[int]:
         return list(self.processor.EncodeAsIds(run))

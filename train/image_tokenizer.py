@@ -23,7 +23,8 @@ from chameleon.data.sources import read_pictures
 from chameleon.data.webdataset import SkipHandler, raise_on_skip
 from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import perplexity, psnr
-from chameleon.tokenizers.image import ImageTokenizer, affine_augment, fit_square, load_picture, to_tensor
+from chameleon.tokenizers.fitting import fit_square
+from chameleon.tokenizers.image import ImageTokenizer, affine_augment, load_picture, to_tensor
 from chameleon.tokenizers.quantizer import PlainCodebook, all_reduce_mean, all_reduce_sum, build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN

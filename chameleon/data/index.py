@@ -15,6 +15,7 @@ import numpy as np
 from chameleon.data.packing import pack, split_long_documents
 from chameleon.data.token_shards import TokenShard
 from chameleon.errors import BadInput
+from chameleon.vocabulary import Vocabulary
 
 SORT_CHUNK = 1 << 20
 """Documents that are sorted at a time."""
@@ -38,7 +39,7 @@ class RowIndex:
     plus its index among the segments).
     """
 
-    def __init__(self, shards: Sequence[TokenShard], context_length: int, image_block_length: int) -> None:
+    def __init__(self, shards: Sequence[TokenShard], context_length: int, vocabulary: Vocabulary) -> None:
         """Raises `BadInput` where an image does not fit the context length, or there is nothing to predict."""
         self.context_length = context_length
         self.first_documents = list(accumulate((len(shard) for shard in shards), initial=0))
@@ -53,7 +54,11 @@ class RowIndex:
             long = np.flatnonzero(lengths > context_length + 1)
             if len(long):
                 split = split_long_documents(
-                    offsets[long], offsets[long + 1], shard.image_starts, image_block_length, context_length
+                    offsets[long],
+                    offsets[long + 1],
+                    shard.image_starts,
+                    shard.image_lengths(vocabulary),
+                    context_length,
                 )
                 segments.append((first + long[split.document], split.start, split.size))
                 lengths[long] = 0

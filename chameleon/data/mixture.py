@@ -21,7 +21,7 @@ from torch import Tensor
 
 from chameleon.data.index import RowIndex, Segment
 from chameleon.data.sources import expand_braces
-from chameleon.data.token_shards import TokenShard, open_shards
+from chameleon.data.token_shards import TokenShard, image_lengths, open_shards
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import answer_mask
 from chameleon.vocabulary import Vocabulary
@@ -119,7 +119,7 @@ class PackedSource:
         self.shards: list[TokenShard] = []
         for folder in expand_braces(config.shards):
             self.shards += open_shards(Path(folder), fingerprint)
-        self.index = RowIndex(self.shards, context_length, vocabulary.image_block_length)
+        self.index = RowIndex(self.shards, context_length, vocabulary)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -138,9 +138,11 @@ class PackedSource:
 
     def maybe_swap(self, token_ids: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
         """Return `bos image text eos` as `bos text image eos` in half of the cases; other documents unchanged."""
-        v, block_length = self.vocabulary, self.vocabulary.image_block_length
-        is_pair = len(token_ids) > block_length + 2 and token_ids[1] == v.boi and token_ids[-1] == v.eos
-        if not is_pair or splitmix64(*seed) & 1:
+        v = self.vocabulary
+        if len(token_ids) < 3 or token_ids[1] != v.boi or token_ids[-1] != v.eos:
+            return token_ids
+        block_length = int(image_lengths(token_ids, np.array([1]), v)[0])
+        if not 0 < block_length < len(token_ids) - 2 or splitmix64(*seed) & 1:
             return token_ids
         image, text = token_ids[1 : 1 + block_length], token_ids[1 + block_length : -1]
         if not bool(v.is_text(torch.from_numpy(text)).all()):

@@ -29,18 +29,19 @@ class Segments(NamedTuple):
 
 
 def split_long_documents(
-    starts: np.ndarray, ends: np.ndarray, image_starts: np.ndarray, image_block_length: int, context_length: int
+    starts: np.ndarray, ends: np.ndarray, image_starts: np.ndarray, image_lengths: np.ndarray, context_length: int
 ) -> Segments:
     """Split documents into segments of at most `context_length` targets, each as long as possible.
 
     Document i is tokens starts[i] … ends[i] of one file, int64 [documents]. `image_starts`, int64, ascending, is where
-    images of `image_block_length` tokens start in the file; none of them is split: the segment ends before it. Each later
-    segment starts with the last token of the one before, so that every token except a document's first is a target once.
-    Raises `BadInput` where an image does not fit the context length.
+    images start in the file, `image_lengths` how many tokens they have; none of them is split: the segment ends before it.
+    Each later segment starts with the last token of the one before, so that every token except a document's first is a
+    target once. Raises `BadInput` where an image does not fit the context length.
     """
-    if len(image_starts) and image_block_length > context_length:
+    longest = image_lengths.max(initial=0)
+    if longest > context_length:
         raise BadInput(
-            f"an image takes {image_block_length} tokens, context_length is {context_length}",
+            f"an image takes {longest} tokens, context_length is {context_length}",
             where="packing",
             remedy="raise it",
         )
@@ -51,8 +52,8 @@ def split_long_documents(
         end = np.minimum(first + context_length, last)
         if len(image_starts):
             image = np.searchsorted(image_starts, end, side="right") - 1
-            image_start = image_starts[np.maximum(image, 0)]
-            is_inside = (image_start > first) & (end < image_start + image_block_length - 1)
+            image_start, image_length = image_starts[np.maximum(image, 0)], image_lengths[np.maximum(image, 0)]
+            is_inside = (image_start > first) & (end < image_start + image_length - 1)
             is_split = (end < last) & (image >= 0) & is_inside
             end = np.where(is_split, image_start - 1, end)
         columns_of_rounds.append((document, first - starts[document], end - first))

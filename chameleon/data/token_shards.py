@@ -79,11 +79,21 @@ class ShardWriter:
         self.pictures.write(b"".join(hashes))
 
 
+def image_lengths(token_ids: np.ndarray, starts: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Return the tokens, boi … eoi, of the image at each start in token ids [T], 0 where there is none: int64 [starts]."""
+    header = starts[:, None] + 1 + np.arange(vocabulary.dialect.header_length)
+    fits = header.max(axis=1, initial=0) < len(token_ids)
+    return np.where(fits, vocabulary.dialect.lengths_of_headers(token_ids[np.where(fits[:, None], header, 0)]), 0)
+
+
 def complete_image_starts(token_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Return the start of each complete image, boi … eoi, in token ids [T]: int64 [images]."""
     starts = np.flatnonzero(token_ids == vocabulary.boi)
-    ends = starts + vocabulary.image_block_length - 1
-    fits = ends < len(token_ids)
+    if not len(starts):
+        return starts
+    lengths = image_lengths(token_ids, starts, vocabulary)
+    ends = starts + lengths - 1
+    fits = (lengths > 0) & (ends < len(token_ids))
     return starts[fits][token_ids[ends[fits]] == vocabulary.eoi]
 
 
@@ -180,6 +190,11 @@ class TokenShard:
     def image_starts(self) -> np.ndarray:
         """The start of each image in the token ids: int64 [images]. Read from disk each time."""
         return np.fromfile(self.folder / IMAGES, dtype="<u8").view("<i8")
+
+    def image_lengths(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Tokens of each image, boi and eoi included: int64 [images]. Read from disk each time."""
+        token_ids = self.memory_map(ids_file(0), "<u4") if self.tokens else np.empty(0, dtype="<u4")
+        return image_lengths(token_ids, self.image_starts, vocabulary)
 
     @property
     def lengths(self) -> np.ndarray:

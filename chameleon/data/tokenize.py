@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, repeat
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
@@ -38,7 +38,7 @@ from chameleon.data.token_shards import DESCRIPTION, HASH_BYTES, PICTURES, Token
 from chameleon.errors import BadInput, check_seed
 from chameleon.files import atomic_update, remove_stale_partials, write_json
 from chameleon.tokenizers.image import BATCH_SIZE
-from chameleon.tokenizers.mixed import DocumentPreparer, MixedTokenizer, PreparedDocument, ViewFunction, split_turns
+from chameleon.tokenizers.mixed import DocumentPreparer, MixedTokenizer, PreparedDocument, View, ViewFunction, split_turns
 
 MAX_EXAMPLES = 20
 """Skipped samples that a report names."""
@@ -46,6 +46,7 @@ MAX_REASONS, OTHER_REASONS = 100, "other reasons"
 """Reasons that a report counts separately; some decoders' messages contain numbers."""
 CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH_SIZE, 1 << 20
 """Size of a chunk, which is prepared and encoded together."""
+SHAPE_OPTIONS = ("target_side", "max_ratio")
 CHUNKS_AHEAD = 2
 """Chunks queued in addition to those being processed by workers."""
 
@@ -63,6 +64,11 @@ class TokenizeOptions:
     mirror: bool = False
     """Whether a crop may be mirrored; captions are then wrong about text, left and right."""
     seed: int = 0
+    target_side: int | None = None
+    """Side in pixels of a square picture, whose area pictures of other shapes have too; None: the tokenizers' own. Only in
+    the sized dialect, and so is `max_ratio`."""
+    max_ratio: float | None = None
+    """Long side of a picture over its short side at most; None: the tokenizers' own."""
 
     def check(self) -> None:
         """Raise `BadInput` for invalid values."""
@@ -73,6 +79,15 @@ class TokenizeOptions:
             raise BadInput(f"crop is {self.crop}, expected a fraction above 0 and at most 1", where=where)
         check_seed(self.seed, where)
         self.filters.check()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options; shapes only where they are given, since shards of earlier versions have none."""
+        return {name: value for name, value in asdict(self).items() if name not in SHAPE_OPTIONS or value is not None}
+
+    def preparer(self, tokenizer: MixedTokenizer) -> DocumentPreparer:
+        """Return the tokenizer's preparer, for these shapes of pictures. Raise `BadInput` where it has no such."""
+        preparer = tokenizer.preparer
+        return replace(preparer, fitter=preparer.fitter.with_shapes(self.target_side, self.max_ratio))
 
 
 @dataclass
@@ -223,11 +238,14 @@ def read_chunks(task: Task, variants: int) -> Iterator[Chunk]:
 
 
 def view_function(options: TokenizeOptions, sample_index: int) -> ViewFunction:
-    """Return the views of a document's pictures: variant 0 unchanged, others random crops by (seed, sample, variant)."""
+    """Return the views of a document's pictures: variant 0 unchanged, others random crops by (seed, sample, variant).
 
-    def view(picture: PILImage.Image, picture_index: int, variant: int) -> PILImage.Image:
+    Where a picture is cropped to the shape of an image, the first shows its centre, the others a random part.
+    """
+
+    def view(picture: PILImage.Image, picture_index: int, variant: int) -> View:
         if variant == 0:
-            return picture
+            return View(picture)
         rng = random.Random(f"{options.seed} {sample_index} {picture_index} {variant}")
         fraction = rng.uniform(options.crop, 1)
         width, height = (max(1, round(side * fraction)) for side in picture.size)
@@ -235,7 +253,7 @@ def view_function(options: TokenizeOptions, sample_index: int) -> ViewFunction:
         cropped = picture.crop((left, top, left + width, top + height))
         if options.mirror and rng.random() < 0.5:
             cropped = cropped.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return cropped
+        return View(cropped, (rng.random(), rng.random()))
 
     return view
 
@@ -337,7 +355,7 @@ def make_shards(
     report of the shard in progress. Raises `BadInput` for the first sample that cannot be used if `strict`.
     """
     fingerprint, vocabulary = tokenizer.fingerprint, tokenizer.vocabulary
-    chunks = prepared_chunks(tasks, tokenizer.preparer, options, num_workers)
+    chunks = prepared_chunks(tasks, options.preparer(tokenizer), options, num_workers)
     for task_index, group in groupby(chunks, key=itemgetter(0)):
         task = tasks[task_index]
         report = Report(bytes_in=task.raw.num_bytes)
@@ -407,6 +425,7 @@ def tokenize(
     """
     options = options or TokenizeOptions()
     options.check()
+    options.preparer(tokenizer)  # raises for shapes that the tokenizers do not have
     tasks = plan_tasks(patterns, out, options, allow_paths=allow_paths)
     fingerprint, start_time = tokenizer.fingerprint, time.monotonic()
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
@@ -473,7 +492,7 @@ def plan_tasks(patterns: Sequence[str], out: Path, options: TokenizeOptions, *, 
     tasks = []
     for (name, raw), left_out in zip(raw_shards.items(), duplicates, strict=True):
         digest = hashlib.sha256(repr(sorted(left_out)).encode()).hexdigest()
-        source = {**raw.identity, "made": asdict(options), **({"duplicates": digest} if left_out else {})}
+        source = {**raw.identity, "made": options.to_json(), **({"duplicates": digest} if left_out else {})}
         tasks.append(Task(raw, out / name, json.loads(json.dumps(source)), left_out))
     return tasks
 

@@ -211,7 +211,8 @@ def document_bits(model: Chameleon, documents: Sequence[Document]) -> list[float
 def document_nats(model: Chameleon, document: Document) -> float:
     token_ids, nats = model.encode(document), 0.0
     bounds = (np.array([0]), np.array([len(token_ids)]))
-    segments = split_long_documents(*bounds, np.empty(0, dtype=int), 1, model.model.config.context_length)
+    no_images = np.empty(0, dtype=int)
+    segments = split_long_documents(*bounds, no_images, no_images, model.model.config.context_length)
     for _, start, size in zip(*segments, strict=True):
         segment = torch.cat((token_ids[:1], token_ids[start + 1 : start + 1 + size]))  # each segment follows bos
         hidden = model.model(segment[None, :-1].to(model.engine.device))[0]

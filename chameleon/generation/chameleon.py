@@ -15,11 +15,13 @@ from torch import Tensor
 
 from chameleon.bundle import Bundle
 from chameleon.device import check_device
+from chameleon.dialect import Grid
 from chameleon.document import Document, Image, Part, Text
 from chameleon.errors import BadInput
 from chameleon.generation.constraints import OutputConstraints, PartKind
 from chameleon.generation.engine import MAX_BATCH_SIZE, Engine
 from chameleon.generation.image_requests import (
+    Drawing,
     generated_image_codes,
     image_request,
     randomly_kept_codes,
@@ -33,8 +35,10 @@ from chameleon.generation.streaming import PartialImage, StreamDecoder
 from chameleon.model.fastest_format import choose_weight_form
 from chameleon.model.quantization import WeightFormat, convert_weights, fits_float16, make_exact
 from chameleon.threads import THREADS, ThreadPolicy
-from chameleon.tokenizers.image import BATCH_SIZE, Picture, fit_square, load_picture
+from chameleon.tokenizers.fitting import Size
+from chameleon.tokenizers.image import BATCH_SIZE, Picture, load_picture
 from chameleon.tokenizers.mixed import Content
+from chameleon.vocabulary import ImageBlock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 GUIDANCE_SCALE = 1.5
@@ -219,22 +223,29 @@ class Chameleon:
         prompt: str,
         *,
         seed: int = 0,
+        size: Size | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
         sampling: Sampling = IMAGE_SAMPLING,
     ) -> PILImage.Image:
-        """Draw an image of what the prompt says. A guidance scale of 1 switches guidance off."""
-        return self.draw_batch([prompt], seeds=[seed], guidance_scale=guidance_scale, sampling=sampling)[0]
+        """Draw an image of what the prompt says.
+
+        size: (width, height) in pixels, where the model draws several; by default its usual one. A guidance scale of 1
+        switches guidance off.
+        """
+        return self.draw_batch([prompt], seeds=[seed], size=size, guidance_scale=guidance_scale, sampling=sampling)[0]
 
     def draw_batch(
         self,
         prompts: Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
+        size: Size | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
         sampling: Sampling = IMAGE_SAMPLING,
     ) -> list[PILImage.Image]:
         """Draw an image for each prompt, in one batch. Default seeds: 0, 1, 2 …"""
-        return self.generate_images(prompts, seeds_of(prompts, seeds), guidance_scale, sampling)
+        drawings = [Drawing(self.grid_of(size)) for _ in prompts]
+        return self.generate_images(prompts, seeds_of(prompts, seeds), guidance_scale, sampling, drawings)
 
     def draw_samples(
         self,
@@ -242,13 +253,16 @@ class Chameleon:
         num_images: int,
         *,
         seed: int = 0,
+        size: Size | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
         sampling: Sampling = IMAGE_SAMPLING,
         ranked: bool = False,
     ) -> list[PILImage.Image]:
         """Draw several images of one prompt, with seeds `seed`, `seed` + 1 …; ranked: best ones first, by `rank`."""
         seeds = range(seed, seed + num_images)
-        images = self.draw_batch([prompt] * num_images, seeds=seeds, guidance_scale=guidance_scale, sampling=sampling)
+        images = self.draw_batch(
+            [prompt] * num_images, seeds=seeds, size=size, guidance_scale=guidance_scale, sampling=sampling
+        )
         return [images[index] for index in self.rank(images, prompt)] if ranked else images
 
     def rank(self, pictures: Sequence[Picture], caption: str) -> list[int]:
@@ -284,9 +298,10 @@ class Chameleon:
         sampling: Sampling = IMAGE_SAMPLING,
     ) -> list[PILImage.Image]:
         """Keep the upper part of a picture, in whole rows of codes, and draw the rest, `num_images` times."""
-        fixed_codes = upper_codes(self.image_token_ids(picture), self.vocabulary.grid, keep)
+        block = self.encode_picture(picture)
+        drawing = Drawing(block.grid, upper_codes(block.code_ids, block.grid, keep))
         seeds = range(seed, seed + num_images)
-        return self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, [fixed_codes] * num_images)
+        return self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, [drawing] * num_images)
 
     def variations(
         self,
@@ -304,10 +319,10 @@ class Chameleon:
         prompt: what the picture shows; by default the model's own caption.
         """
         seeds = range(seed, seed + num_images)
-        codes = self.image_token_ids(picture)
-        fixed_codes = [randomly_kept_codes(codes, keep, image_seed) for image_seed in seeds]
+        block = self.encode_picture(picture)
+        drawings = [Drawing(block.grid, randomly_kept_codes(block.code_ids, keep, image_seed)) for image_seed in seeds]
         prompts = [self.caption(picture) if prompt is None else prompt] * num_images
-        return self.generate_images(prompts, seeds, guidance_scale, sampling, fixed_codes)
+        return self.generate_images(prompts, seeds, guidance_scale, sampling, drawings)
 
     def paint(
         self,
@@ -327,28 +342,38 @@ class Chameleon:
         """
         task = self.painting(picture, mask)
         seeds = range(seed, seed + num_images)
-        codes = [task.fixed_codes] * num_images
+        drawings = [task.drawing] * num_images
         return [
             task.merge(image)
-            for image in self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, codes)
+            for image in self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, drawings)
         ]
 
     def painting(self, picture: Picture, mask: PILImage.Image) -> Painting:
         """Return what is needed to draw a part of a picture anew, see `paint`."""
-        image, side = load_picture(picture), self.tokenizer.image.config.resolution
+        image, fitter = load_picture(picture), self.tokenizer.fitter
         if mask.size != image.size:
             raise BadInput(f"{mask.size} pixels, but the picture has {image.size}", where="mask")
-        square = fit_square(image, side)
-        marked = fit_square(mask.convert("L").convert("RGB"), side, resampling=PILImage.Resampling.BOX)
-        painted = np.asarray(marked)[:, :, 0] > 0
-        codes = self.vocabulary.codes_to_ids(self.tokenizer.image.encode([square])[0]).flatten().tolist()
-        return Painting(square, painted, unpainted_codes(codes, painted, self.vocabulary.grid))
+        fitted = fitter.fit(image)
+        painted = fitter.fit_mask(mask)
+        (codes,) = self.tokenizer.image.encode_arrays([fitted])
+        grid = (codes.shape[0], codes.shape[1])
+        code_ids = self.vocabulary.codes_to_ids(codes).flatten().tolist()
+        drawing = Drawing(grid, unpainted_codes(code_ids, painted, grid))
+        return Painting(PILImage.fromarray(fitted), painted, drawing)
 
-    def image_token_ids(self, picture: Picture) -> tuple[int, ...]:
-        """Return the token ids of a picture's codes, row by row."""
+    def encode_picture(self, picture: Picture) -> ImageBlock:
+        """Return the grid of a picture, fitted as in a prompt, and the token ids of its codes."""
         token_ids = self.prompts.token_ids(Document((Image(picture),)))
-        start = token_ids.index(self.vocabulary.boi) + 1
-        return token_ids[start : start + self.vocabulary.codes_per_image]
+        block = self.vocabulary.read_image(token_ids, token_ids.index(self.vocabulary.boi))
+        assert block is not None
+        return block
+
+    def grid_of(self, size: Size | None) -> Grid:
+        """Return the grid of a drawing of (width, height) pixels, by default the usual one.
+
+        Raises `BadInput` for a size that the model cannot draw.
+        """
+        return self.vocabulary.grid if size is None else self.tokenizer.fitter.grid_of_size(size)
 
     def generate_images(
         self,
@@ -356,24 +381,22 @@ class Chameleon:
         seeds: Sequence[int],
         guidance_scale: float,
         sampling: Sampling,
-        fixed_codes: Sequence[tuple[int, ...]] | None = None,
+        drawings: Sequence[Drawing],
     ) -> list[PILImage.Image]:
-        """Generate an image for each prompt, seed and, where given, row of fixed codes (see `image_request`)."""
+        """Generate an image for each prompt, seed and drawing."""
         self.tokenizer.image.network.check_decoder()
         if not prompts:
             return []
         requests = [
-            image_request(
-                self.prompts, prompt, seed=seed, guidance_scale=guidance_scale, sampling=sampling, fixed_codes=codes
-            )
-            for prompt, seed, codes in zip(prompts, seeds, fixed_codes or [()] * len(prompts), strict=True)
+            image_request(self.prompts, prompt, drawing, seed=seed, guidance_scale=guidance_scale, sampling=sampling)
+            for prompt, seed, drawing in zip(prompts, seeds, drawings, strict=True)
         ]
         generated = self.engine.generate(requests)
         codes = [
             generated_image_codes(request, token_ids, self.vocabulary)
             for request, token_ids in zip(requests, generated, strict=True)
         ]
-        return self.tokenizer.image.decode(torch.stack(codes), batch_size=1 if self.engine.is_exact else BATCH_SIZE)
+        return self.tokenizer.image.decode_all(codes, batch_size=1 if self.engine.is_exact else BATCH_SIZE)
 
     # --- documents ---
 
@@ -452,7 +475,7 @@ class Chameleon:
         constraints = self.constraints(max_new_tokens, max_images, max_text_tokens, format)
         request = self.document_request(content, constraints, guidance_scale, text_sampling, image_sampling, seed)
         decoder = StreamDecoder(self.tokenizer, preview_every_n_rows)
-        for _, token_id in self.engine.stream([request], max_buffered_codes=self.vocabulary.grid[1]):
+        for _, token_id in self.engine.stream([request], max_buffered_codes=max(self.vocabulary.grid)):
             yield from decoder.push(token_id)
         yield from decoder.finish()
 
@@ -491,11 +514,11 @@ class Painting:
     """A picture of which a part is to be drawn anew."""
 
     picture: PILImage.Image
-    """At the resolution of the image tokenizer, R × R."""
+    """Fitted to the size of an image."""
     painted: np.ndarray
-    """bool [R, R]: the pixels that change."""
-    fixed_codes: tuple[int, ...]
-    """Token ids of the picture's codes, −1 in cells that have such a pixel."""
+    """bool [H, W]: the pixels that change."""
+    drawing: Drawing
+    """Its fixed codes are those of the picture in cells that have no such pixel."""
 
     def merge(self, drawn: PILImage.Image) -> PILImage.Image:
         """Return the picture with the painted pixels of a drawing."""

@@ -1,4 +1,4 @@
-"""Output constraints: which kinds of tokens may come next. An image is always a complete grid of codes."""
+"""Output constraints: which kinds of tokens may come next. An image is always whole, and written as its dialect says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from enum import IntFlag
 from itertools import pairwise
 from typing import Literal
 
+from chameleon.dialect import Grid, ImageCursor
 from chameleon.errors import BadInput
 from chameleon.vocabulary import Vocabulary
 
@@ -25,10 +26,12 @@ class AllowedNext(IntFlag):
     """An image code and nothing else."""
     IMAGE_END = 16
     """The token eoi and nothing else."""
+    SIZE = 32
+    """A token of an image's header and nothing else."""
+    ROW_END = 64
+    """The token after a row of codes and nothing else."""
 
 
-FORCED_TOKENS = {AllowedNext.IMAGE_START: "boi", AllowedNext.IMAGE_END: "eoi", AllowedNext.END: "eos"}
-"""Where only one token is allowed it is appended without running the model."""
 PartKind = Literal["text", "image"]
 
 
@@ -44,6 +47,8 @@ class OutputConstraints:
     """Tokens of each run of text at most."""
     format: tuple[PartKind, ...] | None = None
     """The parts to generate, in this order, each text of at least one token; None leaves them to the model."""
+    grid: Grid | None = None
+    """That of every image; None leaves it to the model, where the dialect has several."""
 
     def __post_init__(self) -> None:
         text_limit_is_valid = self.max_text_tokens is None or self.max_text_tokens >= 1
@@ -68,7 +73,12 @@ class OutputConstraints:
     def min_tokens(self, vocabulary: Vocabulary, first_part: int = 0) -> int:
         """Return the least number of tokens that the format's parts from `first_part` on take."""
         parts = (self.format or ())[first_part:]
-        return sum(vocabulary.image_block_length if kind == "image" else 1 for kind in parts)
+        return sum(self.min_image_length(vocabulary) if kind == "image" else 1 for kind in parts)
+
+    def min_image_length(self, vocabulary: Vocabulary) -> int:
+        """Return the least number of tokens that an image takes."""
+        dialect = vocabulary.dialect
+        return dialect.min_length if self.grid is None else dialect.length(self.grid)
 
 
 class OutputState:
@@ -76,19 +86,23 @@ class OutputState:
 
     def __init__(self, constraints: OutputConstraints, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
         self.constraints, self.vocabulary = constraints, vocabulary
+        self.min_image_length = constraints.min_image_length(vocabulary)
         self.num_generated = 0
         self.num_images = 0
         self.text_run_length = 0
         """Text tokens since the last image."""
         self.part_index = 0
         """Index of the format's part that is being generated, or comes next."""
-        self.codes_left: int | None = None
-        """Codes that the current image still lacks; None outside images."""
+        self.image: ImageCursor | None = None
+        """The place in the current image; None outside images."""
         for position in range(len(prompt) - 1, -1, -1):  # a prompt may end inside an image that is to be completed
             if prompt[position] == vocabulary.eoi:
                 break
             if prompt[position] == vocabulary.boi:
-                self.codes_left = vocabulary.codes_per_image - (len(prompt) - position - 1)
+                room = len(prompt) - position + constraints.max_new_tokens - constraints.min_tokens(vocabulary)
+                self.image = ImageCursor(vocabulary.dialect, constraints.grid, room)
+                for token_id in prompt[position + 1 :]:
+                    self.image.push(token_id)
                 self.num_images = 1
                 break
 
@@ -99,8 +113,12 @@ class OutputState:
 
     def allowed_next(self) -> AllowedNext:
         """Return the kinds of tokens that may come next."""
-        if self.codes_left is not None:
-            return AllowedNext.CODE if self.codes_left else AllowedNext.IMAGE_END
+        if self.image is not None:
+            if self.image.in_header:
+                return AllowedNext.SIZE
+            if self.image.is_row_end():
+                return AllowedNext.ROW_END
+            return AllowedNext.CODE if self.image.codes_left else AllowedNext.IMAGE_END
         tokens_left = self.constraints.max_new_tokens - self.num_generated
         limit = self.constraints.max_text_tokens
         more_text = limit is None or self.text_run_length < limit
@@ -109,7 +127,7 @@ class OutputState:
         allowed = AllowedNext.END
         if more_text:
             allowed |= AllowedNext.TEXT
-        if self.num_images < self.constraints.max_images and tokens_left >= self.vocabulary.image_block_length:
+        if self.num_images < self.constraints.max_images and tokens_left >= self.min_image_length:
             allowed |= AllowedNext.IMAGE_START
         return allowed
 
@@ -128,16 +146,33 @@ class OutputState:
         has_spare = tokens_left > self.constraints.min_tokens(self.vocabulary, self.part_index + 1)
         return after | AllowedNext.TEXT if more_text and has_spare else after
 
+    def forced_token(self) -> int | None:
+        """Return the token that comes next where it is the only one allowed: it needs no pass of the model."""
+        allowed, v = self.allowed_next(), self.vocabulary
+        if allowed == AllowedNext.SIZE:
+            assert self.image is not None
+            sizes = self.image.next_sizes()
+            return sizes[0] if len(sizes) == 1 else None
+        forced = {
+            AllowedNext.IMAGE_START: v.boi,
+            AllowedNext.IMAGE_END: v.eoi,
+            AllowedNext.ROW_END: v.dialect.row_end,
+            AllowedNext.END: v.answer_end,
+        }
+        return forced.get(allowed)
+
     def append(self, token_id: int) -> None:
         """Update the state with a generated token."""
-        v = self.vocabulary
+        v, tokens_left = self.vocabulary, self.constraints.max_new_tokens - self.num_generated
         self.num_generated += 1
-        if self.codes_left:  # an image code, whichever
-            self.codes_left -= 1
-        elif token_id == v.boi:
+        if token_id == v.boi:
             self.part_index += 1 + bool(self.text_run_length)  # the image, and a text before it
-            self.codes_left, self.num_images, self.text_run_length = v.codes_per_image, self.num_images + 1, 0
+            room = tokens_left - self.constraints.min_tokens(v, self.part_index)
+            self.image = ImageCursor(v.dialect, self.constraints.grid, room)
+            self.num_images, self.text_run_length = self.num_images + 1, 0
         elif token_id == v.eoi:
-            self.codes_left = None
+            self.image = None
+        elif self.image is not None:
+            self.image.push(token_id)
         else:
             self.text_run_length += 1

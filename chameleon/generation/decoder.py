@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
@@ -54,7 +55,7 @@ class SamplingGroup:
     seeds: Tensor
     """int64 [P]."""
     token_indices: Tensor
-    """int64 [P]: index of the next token in its request."""
+    """int64 [P, steps]: index in its request of the next token, and of the codes after it."""
     allowed: Tensor | None
     """bool [P, n] over the slice's tokens; None where all are allowed."""
     seen: Tensor | None
@@ -72,11 +73,23 @@ class SamplingGroup:
         is_finite = logits.sum(-1).isfinite()  # finite logits cannot sum up to more than float32 holds
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, -torch.inf)
-        columns = sample(logits, self.sampling, self.seeds, self.token_indices + step, self.head.token_ids, self.seen)
+        columns = sample(logits, self.sampling, self.seeds, self.token_indices[:, step], self.head.token_ids, self.seen)
         token_ids = self.head.token_ids[columns]
         if self.fixed is not None:
             token_ids = torch.where(self.fixed[:, step] >= 0, self.fixed[:, step], token_ids)
         return torch.where(is_finite, token_ids, NONFINITE)
+
+
+def code_offsets(request: ActiveRequest, count: int) -> list[int]:
+    """Return how many tokens after the next one each of the next `count` codes of a request's image comes."""
+    image = request.output.image
+    assert image is not None
+    return image.code_offsets(count)
+
+
+def tokens_to_next_code(request: ActiveRequest, count: int) -> list[int]:
+    """Return for each of the next `count` codes but the last how many tokens after it the next code comes: 1, or 2."""
+    return [after - before for before, after in pairwise(code_offsets(request, count))]
 
 
 class Decoder:
@@ -179,10 +192,11 @@ class Decoder:
         """Keep the hidden states of sequences whose guidance branches are not prefilled yet, and use those kept before."""
         kept_states: list[Tensor] = []
         for request in requests:
-            is_complete = all(s in hidden_index or s.last_hidden is not None for s in request.sequences)
+            sequences = request.current_sequences
+            is_complete = all(s in hidden_index or s.last_hidden is not None for s in sequences)
             if not is_complete:
                 request.draft_tokens = []  # only the state after the pending tokens is kept
-            for sequence in request.sequences:
+            for sequence in sequences:
                 if not is_complete and sequence in hidden_index:
                     sequence.last_hidden = hidden[hidden_index.pop(sequence)].clone()
                 elif is_complete and sequence.last_hidden is not None:
@@ -230,29 +244,51 @@ class Decoder:
     def decode_image_block(
         self, requests: Sequence[ActiveRequest], hidden: Tensor, hidden_index: HiddenIndex, num_steps: int
     ) -> Tensor:
-        """Decode `num_steps` image codes of each request: int64 [requests, num_steps]. The host waits for none of them."""
+        """Decode `num_steps` image codes of each request: int64 [requests, num_steps]. The host waits for none of them.
+
+        The end of a row is processed together with the row's last code, so it takes no pass of its own.
+        """
         sequences = self.manager.sequences
         token_ids = self.sample_groups(self.sampling_groups(requests, hidden_index, num_steps), hidden)
         steps = [token_ids]
         owner_of = {sequence: index for index, request in enumerate(requests) for sequence in request.sequences}
-        owners = torch.tensor([owner_of[sequence] for sequence in sequences], device=self.device)
-        cached_lengths = [sequence.num_cached for sequence in sequences]
-        positions = torch.tensor([cached_lengths], device=self.device)
+        request_of = [owner_of[sequence] for sequence in sequences]
+        owners = torch.tensor(request_of, device=self.device)
+        lengths = [sequence.num_cached for sequence in sequences]
+        positions = torch.tensor([lengths], device=self.device)
         groups = self.sampling_groups(requests, {sequence: sequence.slot for sequence in sequences}, num_steps)
+        gaps = [tokens_to_next_code(request, num_steps) for request in requests]
         for step in range(1, num_steps):
-            inputs = token_ids.clamp(min=0)[owners].unsqueeze(0)
-            lengths = [length + step - 1 for length in cached_lengths]
-            hidden = self.forward(inputs, lengths, [1] * len(lengths), positions + step - 1)
+            inputs = token_ids.clamp(min=0)[owners]
+            new_lengths = [gaps[owner][step - 1] for owner in request_of]
+            if max(new_lengths) == 1:
+                hidden = self.forward(inputs.unsqueeze(0), lengths, new_lengths, positions)
+                positions = positions + 1
+            else:
+                hidden = self.forward_with_row_ends(inputs, lengths, new_lengths)
+                positions = positions + torch.tensor(new_lengths, device=self.device)
+            lengths = [length + new for length, new in zip(lengths, new_lengths, strict=True)]
             token_ids = self.sample_groups(groups, hidden, step)
             steps.append(token_ids)
         return torch.stack(steps, dim=1)
+
+    def forward_with_row_ends(self, codes: Tensor, lengths: Sequence[int], new_lengths: Sequence[int]) -> Tensor:
+        """Return the hidden states [S, D] after a code of each sequence, int64 [S], and a row end where it has 2 tokens."""
+        row_end = self.vocabulary.dialect.row_end
+        assert row_end is not None
+        counts = torch.tensor(new_lengths, device=self.device)
+        last = counts.cumsum(0) - 1
+        flat = torch.full((sum(new_lengths),), row_end, device=self.device)
+        flat[last - counts + 1] = codes
+        return self.forward(flat.unsqueeze(0), lengths, new_lengths)[last]
 
     def sampling_groups(
         self, requests: Sequence[ActiveRequest], hidden_index: HiddenIndex, num_steps: int = 1
     ) -> list[SamplingGroup]:
         """Group the positions to sample, each request's next token and one after each drafted token, by head slice.
 
-        In exact mode each is a group of its own.
+        num_steps: tokens of each position that are sampled from the group, which are then codes of images. In exact mode
+        each position is a group of its own.
         """
         groups: dict[tuple[HeadSlice, int], list[tuple[int, ActiveRequest, AllowedNext, int]]] = {}
         count = 0
@@ -272,7 +308,7 @@ class Decoder:
         num_steps: int,
     ) -> SamplingGroup:
         """positions: (order, request, allowed tokens, number of drafted tokens before it)."""
-        is_codes = head is self.heads.codes
+        is_codes, is_size = head is self.heads.codes, positions[0][2] == AllowedNext.SIZE
         num_branches = max(len(request.sequences) for _, request, _, _ in positions) if is_codes else 1
         rows, weights, sampling, seeds, token_indices, masks, fixed = [], [], [], [], [], [], []
         for _, request, allowed, ahead in positions:
@@ -281,13 +317,14 @@ class Decoder:
             guidance = request.request.guidance if is_codes else None
             branch_weights = guidance.weights if guidance else (1.0,)
             weights.append([*branch_weights, *[0.0] * (num_branches - len(branch_weights))])
-            sampling.append(request.request.image_sampling if is_codes else request.request.text_sampling)
+            sampling.append(request.request.image_sampling if is_codes or is_size else request.request.text_sampling)
             seeds.append(request.request.seed)
-            token_indices.append(len(request.generated) + ahead)
-            masks.append(self.heads.allowed[allowed])
+            offsets = [ahead] if num_steps == 1 else code_offsets(request, num_steps)
+            token_indices.append([len(request.generated) + offset for offset in offsets])
+            masks.append(self.size_mask(request) if is_size else self.heads.allowed[allowed])
             fixed.append(self.fixed_codes(request, ahead, num_steps) if is_codes else [])
         seen = None
-        if not is_codes and any(request.seen_text is not None for _, request, _, _ in positions):
+        if not (is_codes or is_size) and any(request.seen_text is not None for _, request, _, _ in positions):
             none_seen = torch.zeros(len(head.token_ids), dtype=torch.bool, device=self.device)
             seen = torch.stack([none_seen if r.seen_text is None else r.seen_text for _, r, _, _ in positions])
         has_fixed = any(max(token_ids, default=-1) >= 0 for token_ids in fixed)
@@ -306,11 +343,24 @@ class Decoder:
         )
 
     def fixed_codes(self, request: ActiveRequest, ahead: int, num_steps: int) -> list[int]:
-        """Return the fixed token ids of the next codes from `ahead` on, −1 where one is to be sampled."""
+        """Return the fixed token ids of the next codes from `ahead` tokens on, −1 where one is to be sampled.
+
+        A row end among drafted tokens is fixed too.
+        """
+        image = request.output.image
+        assert image is not None
+        if image.is_row_end(ahead) and image.dialect.row_end is not None:
+            return [image.dialect.row_end]
         fixed = request.request.fixed_codes if request.output.num_images == 1 else ()
-        first = self.vocabulary.codes_per_image - (request.output.codes_left or 0) + ahead
+        first = image.codes_before(image.position + ahead)
         token_ids = list(fixed[first : first + num_steps])
         return token_ids + [-1] * (num_steps - len(token_ids))
+
+    def size_mask(self, request: ActiveRequest) -> Tensor:
+        """Return which tokens of the slice of sizes a request's image may have next: bool [n]."""
+        image = request.output.image
+        assert image is not None
+        return torch.isin(self.heads.sizes.token_ids, torch.tensor(image.next_sizes(), device=self.device))
 
     def sample_groups(self, groups: Sequence[SamplingGroup], hidden: Tensor, step: int = 0) -> Tensor:
         """Sample all groups: int64 [positions of all groups]."""

@@ -31,6 +31,18 @@ from chameleon.vocabulary import Vocabulary
 MAX_BATCH_SIZE = 32
 
 
+def with_row_ends(entry: ActiveRequest, codes: Sequence[int]) -> list[int]:
+    """Return the codes that come next in a request's image with the row ends between them."""
+    image = entry.output.image
+    if image is None or image.dialect.row_end is None:
+        return list(codes)
+    offsets = image.code_offsets(len(codes))
+    tokens = [image.dialect.row_end] * (offsets[-1] + 1)
+    for offset, code in zip(offsets, codes, strict=True):
+        tokens[offset] = code
+    return tokens
+
+
 class Engine:
     """Continues prompts with a Transformer.
 
@@ -244,14 +256,15 @@ class Engine:
             running = self.scheduler.running
             with self.threads_for(self.decoder.num_pending()):
                 hidden, hidden_index = self.decoder.forward_step(running)
-            ready = [entry for entry in running if all(s in hidden_index for s in entry.sequences)]
+            ready = [entry for entry in running if all(s in hidden_index for s in entry.current_sequences)]
             if not ready:
                 return
             num_steps = self.steps_without_host_sync(ready, max_buffered_codes)
             with self.threads_for(len(self.manager.sequences)):
                 if num_steps > 1:
                     # The next line is the only one at which the host waits for the device.
-                    rows = self.decoder.decode_image_block(ready, hidden, hidden_index, num_steps).tolist()
+                    codes = self.decoder.decode_image_block(ready, hidden, hidden_index, num_steps).tolist()
+                    rows = [with_row_ends(entry, row) for entry, row in zip(ready, codes, strict=True)]
                 else:
                     rows = self.group_by_request(ready, self.decoder.sample_next(ready, hidden, hidden_index))
             for entry, token_ids in zip(ready, rows, strict=True):
@@ -297,8 +310,8 @@ class Engine:
         self.scheduler.commit_tokens(entry, token_ids)
         if not entry.is_finished:
             self.track_seen_text(entry, token_ids)
-            if self.draft_length > 1 and entry.output.codes_left:
-                propose_draft(entry, self.draft_length, self.vocabulary)
+            if self.draft_length > 1 and entry.codes_ahead:
+                propose_draft(entry, self.draft_length)
 
     def track_seen_text(self, entry: ActiveRequest, token_ids: Sequence[int]) -> None:
         """Note text tokens that occurred, for the repetition penalty."""

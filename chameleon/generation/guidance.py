@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,15 +19,23 @@ class Guidance:
     """Token ids of the prompt of each branch."""
     weights: tuple[float, ...]
     """Weight of the full prompt, then of each branch; they sum to 1."""
+    restarts: bool = False
+    """Whether each branch begins anew with every image, at position 0: it then has seen nothing but that image."""
 
-    def with_suffix(self, token_ids: Sequence[int]) -> Guidance:
-        """Return the same guidance with token ids appended to the prompt of each branch."""
-        return Guidance(tuple((*branch, *token_ids) for branch in self.branches), self.weights)
+    def with_started_image(self, token_ids: Sequence[int]) -> Guidance:
+        """Return the same guidance where the prompt ends in an image that has begun with these token ids."""
+        started = tuple(tuple(token_ids) if self.restarts else (*branch, *token_ids) for branch in self.branches)
+        return replace(self, branches=started)
 
 
 def two_way(unconditional: Sequence[int], guidance_scale: float) -> Guidance:
     """uncond + guidance_scale · (full − uncond)."""
     return Guidance((tuple(unconditional),), (guidance_scale, 1 - guidance_scale))
+
+
+def image_only(boi: int, guidance_scale: float) -> Guidance:
+    """uncond + guidance_scale · (full − uncond), where uncond has seen the current image alone (Lumina-mGPT)."""
+    return Guidance(((boi,),), (guidance_scale, 1 - guidance_scale), restarts=True)
 
 
 def three_way(images_only: Sequence[int], unconditional: Sequence[int], image_scale: float, full_scale: float) -> Guidance:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from chameleon.dialect import runs_of
 from chameleon.generation.constraints import AllowedNext
-from chameleon.vocabulary import Vocabulary, runs_of
+from chameleon.vocabulary import Vocabulary
 
 LinearFunction = Callable[[Tensor], Tensor]
 MAX_GAP = 256
@@ -38,25 +39,29 @@ class HeadSlice:
 
 
 class HeadSlices:
-    """The slices for text and for image codes, and which of a slice's tokens each `AllowedNext` allows."""
+    """The slices for text, image codes and sizes of images, and which of a slice's tokens each `AllowedNext` allows."""
 
     def __init__(self, head: nn.Linear, vocabulary: Vocabulary, make_linear: Callable[[Tensor], LinearFunction]) -> None:
         v, weight = vocabulary, head.weight.detach()
-        text = v.mask(text=True, specials=("eos", "boi"))
+        end = "eos" if v.answer_end == v.eos else "sep"
+        text = v.mask(text=True, specials=(end, "boi"))
         codes = v.mask(image=True)
         self.text = HeadSlice(weight, text, make_linear)
         self.codes = HeadSlice(weight, codes, make_linear)
+        sizes = torch.zeros(v.size, dtype=torch.bool)
+        sizes[list({token_id for grid in v.dialect.grids for token_id in v.dialect.header(grid)})] = True
+        self.sizes = HeadSlice(weight, sizes, make_linear) if bool(sizes.any()) else self.text
         self.allowed: dict[AllowedNext, Tensor | None] = {}
         """bool [n] over the slice's tokens, or None where all are allowed."""
         codes_mask = codes.to(weight.device)[self.codes.token_ids]
         self.allowed[AllowedNext.CODE] = None if bool(codes_mask.all()) else codes_mask
         for start in (AllowedNext(0), AllowedNext.IMAGE_START):
-            for end in (AllowedNext(0), AllowedNext.END):
-                names = [name for kind, name in ((start, "boi"), (end, "eos")) if kind]
+            for stop in (AllowedNext(0), AllowedNext.END):
+                names = [name for kind, name in ((start, "boi"), (stop, end)) if kind]
                 mask = v.mask(text=True, specials=names).to(weight.device)
-                self.allowed[AllowedNext.TEXT | start | end] = mask[self.text.token_ids]
-        no_more_text = v.mask(specials=("boi", "eos")).to(weight.device)
+                self.allowed[AllowedNext.TEXT | start | stop] = mask[self.text.token_ids]
+        no_more_text = v.mask(specials=("boi", end)).to(weight.device)
         self.allowed[AllowedNext.IMAGE_START | AllowedNext.END] = no_more_text[self.text.token_ids]
 
     def slice_for(self, allowed: AllowedNext) -> HeadSlice:
-        return self.codes if allowed == AllowedNext.CODE else self.text
+        return {AllowedNext.CODE: self.codes, AllowedNext.SIZE: self.sizes}.get(allowed, self.text)

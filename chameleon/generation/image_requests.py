@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from chameleon.dialect import Grid
 from chameleon.document import Document, Text
 from chameleon.errors import BadInput, check_seed
 from chameleon.generation.constraints import OutputConstraints
@@ -17,13 +19,22 @@ from chameleon.generation.sampling import Sampling
 from chameleon.vocabulary import Vocabulary
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """The shape of an image that is to be generated, and what of it is given."""
+
+    grid: Grid
+    fixed_codes: tuple[int, ...] = ()
+    """Token ids of its codes, row by row, −1 where the model is to choose, as it is for those that are left out."""
+
+
 def check_fraction(value: float, name: str, *, exclusive: bool = False) -> None:
     """Raise `BadInput` unless the value lies in [0, 1], or in (0, 1) if `exclusive`."""
     if not (0 < value < 1 if exclusive else 0 <= value <= 1):
         raise BadInput(f"{value} does not lie between 0 and 1", where=name)
 
 
-def upper_codes(codes: Sequence[int], grid: tuple[int, int], keep: float) -> tuple[int, ...]:
+def upper_codes(codes: Sequence[int], grid: Grid, keep: float) -> tuple[int, ...]:
     """Return the codes of the upper part of an image, to be completed: at least one row, at most all but one."""
     check_fraction(keep, "keep", exclusive=True)
     height, width = grid
@@ -39,8 +50,8 @@ def randomly_kept_codes(codes: Sequence[int], keep: float, seed: int) -> tuple[i
     return tuple(torch.where(is_kept, torch.tensor(codes), -1).tolist())
 
 
-def unpainted_codes(codes: Sequence[int], painted: np.ndarray, grid: tuple[int, int]) -> tuple[int, ...]:
-    """Return the codes of an image with −1 for each cell of the grid that has a painted pixel: bool [R, R]."""
+def unpainted_codes(codes: Sequence[int], painted: np.ndarray, grid: Grid) -> tuple[int, ...]:
+    """Return the codes of an image with −1 for each cell of the grid that has a painted pixel: bool [H, W]."""
     height, width = grid
     cells = painted.reshape(height, painted.shape[0] // height, width, painted.shape[1] // width).any(axis=(1, 3))
     if not cells.any():
@@ -51,31 +62,32 @@ def unpainted_codes(codes: Sequence[int], painted: np.ndarray, grid: tuple[int, 
 def image_request(
     prompts: PromptBuilder,
     prompt: str,
+    drawing: Drawing,
     *,
     seed: int,
     guidance_scale: GuidanceScale,
     sampling: Sampling,
-    fixed_codes: tuple[int, ...] = (),
 ) -> Request:
     """Return a request for one image of what the prompt says.
 
-    fixed_codes: token ids of image codes that are given, −1 where the model is to choose. Leading ones become part of the
-    prompt, so they are prefilled instead of decoded one by one.
+    Fixed codes at its beginning become part of the prompt, so they are prefilled instead of decoded one by one.
     """
-    v = prompts.tokenizer.vocabulary
+    v, grid, fixed_codes = prompts.tokenizer.vocabulary, drawing.grid, drawing.fixed_codes
     document = Document((Text(prompt),) if prompt else ())
     token_ids, guidance = prompts.token_ids(document), prompts.guidance(document, guidance_scale)
     leading = fixed_codes[: fixed_codes.index(-1)] if -1 in fixed_codes else fixed_codes
     if leading:
-        started_image = (v.boi, *leading)
+        started_image = v.started_image(leading, grid)
         token_ids = (*token_ids, *started_image)
-        guidance = guidance.with_suffix(started_image) if guidance is not None else None
-    constraints = OutputConstraints(v.image_block_length, format=() if leading else ("image",))
+        guidance = guidance.with_started_image(started_image) if guidance is not None else None
+    constraints = OutputConstraints(v.dialect.length(grid), format=() if leading else ("image",), grid=grid)
     return Request(token_ids, constraints, image_sampling=sampling, guidance=guidance, seed=seed, fixed_codes=fixed_codes)
 
 
 def generated_image_codes(request: Request, generated: Sequence[int], vocabulary: Vocabulary) -> Tensor:
     """Return the codes int64 [h, w] of the image that an `image_request` generated."""
+    assert request.constraints.grid is not None
     token_ids = [*request.prompt, *generated]
-    block = torch.tensor(token_ids[-1 - vocabulary.codes_per_image : -1])
-    return vocabulary.ids_to_codes(block).view(vocabulary.grid)
+    block = vocabulary.read_image(token_ids, len(token_ids) - vocabulary.dialect.length(request.constraints.grid))
+    assert block is not None
+    return vocabulary.image_codes(block)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from chameleon.dialect import Grid
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.model.transformer import ScaledDotProductAttention
@@ -101,18 +102,12 @@ def picture_of_code(model: Chameleon, code: int) -> PILImage.Image:
     return image.crop((left, top, left + cell_width, top + cell_height))
 
 
-def pictures_in(model: Chameleon, token_ids: list[int]) -> list[tuple[int, PILImage.Image]]:
-    """Return the complete images of a sequence, each with the position of its first code."""
+def pictures_in(model: Chameleon, token_ids: list[int]) -> list[tuple[int, Grid, PILImage.Image]]:
+    """Return the whole images of a sequence, each with the position of its first code, and its grid."""
     v = model.vocabulary
-    starts, codes = [], []
-    for position, token_id in enumerate(token_ids):
-        end = position + 1 + v.codes_per_image
-        if token_id != v.boi or token_ids[end : end + 1] != [v.eoi]:
-            continue
-        block = torch.tensor(token_ids[position + 1 : end])
-        if v.is_image(block).all():
-            starts.append(position + 1)
-            codes.append(v.ids_to_codes(block).view(v.grid))
-    if not starts or not model.tokenizer.image.config.decoder:
+    blocks = [(position, v.read_image(token_ids, position)) for position in range(len(token_ids))]
+    images = [(position + 1 + v.dialect.header_length, block) for position, block in blocks if block is not None]
+    if not images or not model.tokenizer.image.config.decoder:
         return []
-    return list(zip(starts, model.tokenizer.image.decode(torch.stack(codes)), strict=True))
+    pictures = model.tokenizer.image.decode_all([v.image_codes(block) for _, block in images])
+    return [(start, block.grid, picture) for (start, block), picture in zip(images, pictures, strict=True)]

@@ -167,6 +167,12 @@ class KVCacheManager:
                 self.num_reused_tokens += sequence.prefix_length - sequence.num_cached
                 sequence.num_cached, sequence.prefix_source = sequence.prefix_length, None
 
+    def restart(self, sequence: CachedSequence) -> None:
+        """Empty a sequence, which keeps its slot."""
+        sequence.token_ids, sequence.num_cached = [], 0
+        sequence.prefix_source, sequence.last_hidden = None, None
+        self.index.set(sequence.slot, sequence.token_ids)
+
     def discard(self, sequences: Sequence[CachedSequence]) -> None:
         """Zero what sequences have cached: NaN there would reach other sequences through masked attention (0 × NaN)."""
         assert self.cache is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class Request:
     seed: int = 0
     """0 … 2⁶³ − 1."""
     fixed_codes: tuple[int, ...] = ()
-    """Token ids of the codes of the first generated image, −1 where the model is to choose."""
+    """Token ids of the codes of the first generated image, row by row, −1 where the model is to choose."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -56,12 +56,16 @@ class Request:
             raise BadInput(
                 f"the prompt has {prompt_length} tokens, the context length is {context_length}",
                 where="prompt",
-                remedy=f"shorten it to {context_length - 1} or fewer; an image takes {vocabulary.image_block_length}",
+                remedy=f"shorten it to {context_length - 1} or fewer; an image takes "
+                f"{constraints.min_image_length(vocabulary)} or more",
             )
-        start = OutputState(constraints, vocabulary, self.prompt)
-        if (start.codes_left or 0) < 0:
-            raise BadInput("its last image has more codes than an image has", where="prompt")
-        open_image_tokens = 0 if start.codes_left is None or constraints.format is None else start.codes_left + 1
+        limited = replace(constraints, max_new_tokens=min(constraints.max_new_tokens, tokens_left))
+        start = OutputState(limited, vocabulary, self.prompt)
+        if start.image is not None and not start.image.is_valid:
+            raise BadInput("it ends in an image that cannot be completed: its tokens are not those of one", where="prompt")
+        if start.image is not None and start.image.in_header and not start.image.next_sizes():
+            raise BadInput("it ends in an image for which there is no room", where="prompt", remedy="raise max_new_tokens")
+        open_image_tokens = 0 if start.image is None or constraints.format is None else start.image.tokens_left
         min_tokens = open_image_tokens + constraints.min_tokens(vocabulary)
         if min_tokens > min(tokens_left, constraints.max_new_tokens):
             parts = ["the rest of an image"] * bool(open_image_tokens) + list(constraints.format or ())
@@ -84,12 +88,7 @@ class Request:
             )
         if self.guidance and not constraints.image_limit + start.num_images:
             raise BadInput("guidance applies to images, and none is to be generated", where="guidance")
-        return OutputConstraints(
-            min(constraints.max_new_tokens, tokens_left),
-            constraints.max_images,
-            constraints.max_text_tokens,
-            constraints.format,
-        )
+        return limited
 
 
 @dataclass(eq=False)
@@ -116,6 +115,21 @@ class ActiveRequest:
     """Why the request failed, if it did."""
 
     @property
+    def tokens_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.output.constraints.max_new_tokens - self.output.num_generated
+
+    @property
     def codes_ahead(self) -> int:
-        """Number of image codes that come next before any other kind of token."""
-        return min(self.output.codes_left or 0, self.output.constraints.max_new_tokens - self.output.num_generated)
+        """Number of image codes that come next, with nothing between them but row ends."""
+        image = self.output.image
+        if image is None or image.grid is None:
+            return 0
+        return image.codes_before(min(image.body_length, image.position + self.tokens_left)) - image.num_codes
+
+    @property
+    def current_sequences(self) -> list[CachedSequence]:
+        """The sequences that the next token depends on: branches that restart at each image have none outside."""
+        guidance = self.request.guidance
+        is_idle = guidance is not None and guidance.restarts and self.output.image is None
+        return self.sequences[:1] if is_idle else self.sequences

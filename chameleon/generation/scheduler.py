@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import count
 
 from chameleon.errors import BadInput
-from chameleon.generation.constraints import FORCED_TOKENS, AllowedNext, OutputState
+from chameleon.generation.constraints import OutputState
 from chameleon.generation.kv_cache_manager import KVCacheManager
 from chameleon.generation.request import ActiveRequest, Request
 from chameleon.vocabulary import Vocabulary
@@ -75,11 +75,10 @@ class Scheduler:
 
     def commit_tokens(self, entry: ActiveRequest, token_ids: Sequence[int]) -> None:
         """Add sampled tokens to a request. All but the last have keys and values in the cache already."""
-        for sequence in entry.sequences:
-            sequence.token_ids += token_ids
+        for sequence in entry.current_sequences:
             sequence.num_cached += len(token_ids) - 1
         for token_id in token_ids:
-            if token_id == self.vocabulary.eos:
+            if token_id == self.vocabulary.answer_end:
                 self.finish(entry)
                 return
             self.append_token(entry, token_id)
@@ -89,18 +88,22 @@ class Scheduler:
         entry.generated.append(token_id)
         entry.unread.append(token_id)
         entry.output.append(token_id)
+        guidance = entry.request.guidance
+        if guidance is not None and guidance.restarts and token_id in (self.vocabulary.boi, self.vocabulary.eoi):
+            for branch in entry.sequences[1:]:
+                self.manager.restart(branch)
+        for sequence in entry.current_sequences:
+            sequence.token_ids.append(token_id)
 
     def append_forced_tokens(self, entry: ActiveRequest) -> None:
         """Append tokens that are the only ones allowed, which need no forward pass; finish the request at its end."""
-        while not entry.output.is_exhausted and (allowed := entry.output.allowed_next()) in FORCED_TOKENS:
-            entry.draft_tokens = []
-            if allowed == AllowedNext.END:
+        while not entry.output.is_exhausted and (token_id := entry.output.forced_token()) is not None:
+            is_drafted = entry.draft_tokens[:1] == [token_id]
+            entry.draft_tokens = entry.draft_tokens[1:] if is_drafted else []
+            if token_id == self.vocabulary.answer_end:
                 self.finish(entry)
                 return
-            token_id = getattr(self.vocabulary, FORCED_TOKENS[allowed])
             self.append_token(entry, token_id)
-            for sequence in entry.sequences:
-                sequence.token_ids.append(token_id)
         if entry.output.is_exhausted:
             self.finish(entry)
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from chameleon.generation.request import ActiveRequest
-from chameleon.vocabulary import Vocabulary
 
 
 def accept_draft(request: ActiveRequest, sampled: Sequence[int]) -> list[int]:
@@ -26,13 +25,17 @@ def accept_draft(request: ActiveRequest, sampled: Sequence[int]) -> list[int]:
     return list(sampled[:num_accepted])
 
 
-def propose_draft(request: ActiveRequest, draft_length: int, vocabulary: Vocabulary) -> None:
-    """Extend the draft to `draft_length` − 1 tokens: each code is guessed to equal the one above it."""
-    num_drafted = max(0, min(draft_length, request.codes_ahead) - 1)
-    row_length = vocabulary.grid[1]
+def propose_draft(request: ActiveRequest, draft_length: int) -> None:
+    """Extend the draft to `draft_length` − 1 tokens: each code is guessed to equal the one above it; row ends are known."""
+    image = request.output.image
+    assert image is not None and image.grid is not None
+    num_drafted = max(0, min(draft_length, image.tokens_to_last_code, request.tokens_left) - 1)
+    row_length = image.dialect.row_length(image.grid)
     while len(request.draft_tokens) < num_drafted:
-        known = [*request.generated, *request.draft_tokens]
-        codes_before = vocabulary.codes_per_image - (request.output.codes_left or 0) + len(request.draft_tokens)
-        has_code_above = row_length <= codes_before <= len(known)
+        ahead, known = len(request.draft_tokens), [*request.generated, *request.draft_tokens]
+        if image.dialect.row_end is not None and image.is_row_end(ahead):
+            request.draft_tokens.append(image.dialect.row_end)
+            continue
+        has_code_above = row_length <= min(image.position + ahead, len(known))
         request.draft_tokens.append(known[-row_length] if has_code_above else known[-1])
     del request.draft_tokens[num_drafted:]

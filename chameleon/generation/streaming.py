@@ -9,6 +9,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from chameleon.dialect import ImageCursor
 from chameleon.document import Image, Part, Text
 from chameleon.tokenizers.mixed import MixedTokenizer
 
@@ -48,6 +49,8 @@ class StreamDecoder:
         self.tokenizer, self.preview_every_n_rows = tokenizer, preview_every_n_rows
         self.text_bytes = b""
         self.image_block: list[int] = []
+        """Tokens of the image that is being generated, boi first."""
+        self.cursor = ImageCursor(tokenizer.vocabulary.dialect)
 
     def push(self, token_id: int) -> Iterator[Part | PartialImage]:
         """Add a token and yield the parts that it completes."""
@@ -62,22 +65,41 @@ class StreamDecoder:
         v = self.tokenizer.vocabulary
         if self.image_block or token_id == v.boi:
             yield from self.flush_text()  # a character cannot continue after an image
+            if token_id == v.boi:
+                self.cursor = ImageCursor(v.dialect)
+            else:
+                self.cursor.push(token_id)
             self.image_block.append(token_id)
-            num_codes, preview_length = len(self.image_block) - 1, self.preview_every_n_rows * v.grid[1]
             if token_id == v.eoi:
                 block, self.image_block = self.image_block, []
-                if num_codes == v.codes_per_image + 1:
-                    yield self.code_block(block[1:-1])
+                image = v.read_image(block)
+                if image is not None:
+                    yield CodeBlock(v.image_codes(image), image.grid[0])
                 else:
                     yield from self.tokenizer.decode(block).parts
-            elif preview_length and 0 < num_codes < v.codes_per_image and num_codes % preview_length == 0:
-                yield self.code_block(self.image_block[1:])
+            elif self.shows_preview(token_id):
+                yield self.upper_rows()
             return
-        self.text_bytes += self.tokenizer.text_bytes([token_id])
+        if token_id in v.text_ids:  # anything else has no place outside of images
+            self.text_bytes += self.tokenizer.text_bytes([token_id])
         length = complete_utf8_length(self.text_bytes)
         if length:
             yield Text(self.text_bytes[:length].decode("utf-8", errors="replace"))
             self.text_bytes = self.text_bytes[length:]
+
+    def start_image(self, token_ids: Sequence[int]) -> None:
+        """Begin inside an image whose tokens so far, boi first, are in the prompt; without any, outside of one."""
+        self.image_block, self.cursor = list(token_ids), ImageCursor(self.tokenizer.vocabulary.dialect)
+        for token_id in token_ids[1:]:
+            self.cursor.push(token_id)
+
+    def shows_preview(self, token_id: int) -> bool:
+        """Return whether a token completes the rows after which there is a preview."""
+        cursor = self.cursor
+        if not self.preview_every_n_rows or cursor.grid is None or not cursor.is_valid or not cursor.codes_left:
+            return False
+        is_code = token_id in self.tokenizer.vocabulary.image_ids
+        return is_code and cursor.num_codes % (self.preview_every_n_rows * cursor.grid[1]) == 0
 
     def finish(self) -> Iterator[Part]:
         """Yield what is left at the end: a truncated character or image."""
@@ -90,11 +112,13 @@ class StreamDecoder:
             yield Text(self.text_bytes.decode("utf-8", errors="replace"))
             self.text_bytes = b""
 
-    def code_block(self, token_ids: Sequence[int]) -> CodeBlock:
+    def upper_rows(self) -> CodeBlock:
         """Return the rows of codes so far, with the last one repeated down to the bottom."""
-        v = self.tokenizer.vocabulary
-        rows = v.ids_to_codes(torch.tensor(token_ids)).view(-1, v.grid[1])
-        return CodeBlock(torch.cat((rows, rows[-1:].expand(v.grid[0] - len(rows), -1))), len(rows))
+        v, grid = self.tokenizer.vocabulary, self.cursor.grid
+        assert grid is not None
+        codes = [token_id for token_id in self.image_block if token_id in v.image_ids]
+        rows = v.ids_to_codes(torch.tensor(codes)).view(-1, grid[1])
+        return CodeBlock(torch.cat((rows, rows[-1:].expand(grid[0] - len(rows), -1))), len(rows))
 
 
 def complete_utf8_length(data: bytes) -> int:

@@ -190,7 +190,7 @@ async def chat_events(
 
 def preview_rows(service: Service, partial_images: int) -> int:
     """Return after how many rows of codes each a preview comes, for so many previews of an image; 0 is none."""
-    height = service.vocabulary.grid[0]
+    height = service.vocabulary.grid[0]  # of other shapes there are a few more or fewer
     return max(1, height // (partial_images + 1)) if partial_images else 0
 
 

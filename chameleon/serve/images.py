@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import ImageOps
 from chameleon.document import Image
 from chameleon.errors import MAX_SEED
 from chameleon.generation.chameleon import GUIDANCE_SCALE
-from chameleon.generation.image_requests import image_request, randomly_kept_codes
+from chameleon.generation.image_requests import Drawing, image_request, randomly_kept_codes
 from chameleon.generation.request import Request
 from chameleon.generation.streaming import PartialImage
 from chameleon.serve.chat import opened, preview_rows, token_ids_json
@@ -25,7 +26,8 @@ from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import MAX_CHOICES, MAX_TEXT, ImageBody
 from chameleon.serve.service import Answer, Service, encode_picture, while_connected
 from chameleon.serve.streams import event, event_stream, merge
-from chameleon.tokenizers.image import ImageFile, fit_square
+from chameleon.tokenizers.fitting import Size
+from chameleon.tokenizers.image import ImageFile
 
 Finish = Callable[[PILImage.Image], PILImage.Image]
 
@@ -39,6 +41,8 @@ class ImageJob:
     """Prefix of the names of a stream's events."""
     body: ImageBody
     requests: list[Request]
+    size: Size
+    """Width and height in pixels."""
     finish: Finish
     """What is done to each drawing."""
 
@@ -49,8 +53,8 @@ class ImageJob:
     @property
     def about(self) -> dict[str, Any]:
         """What every answer says of its pictures."""
-        side = self.service.model.tokenizer.image.config.resolution
-        return {"size": f"{side}x{side}", "quality": "auto", "background": "opaque", "output_format": self.format}
+        size = "{}x{}".format(*self.size)
+        return {"size": size, "quality": "auto", "background": "opaque", "output_format": self.format}
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
@@ -94,7 +98,7 @@ class ImageJob:
         async for index, part in merge(streams):
             common = {"created_at": int(time.time()), "index": index} | self.about
             if isinstance(part, PartialImage) and sent[index] < previews:
-                (encoded,) = await asyncio.to_thread(self.encode_all, [to_square(part.image)])
+                (encoded,) = await asyncio.to_thread(self.encode_all, [fill_below(part.image, self.size)])
                 name = f"{self.kind}.partial_image"
                 yield event({"type": name, "b64_json": encoded, "partial_image_index": sent[index]} | common, name)
                 sent[index] += 1
@@ -107,11 +111,11 @@ class ImageJob:
                 yield event({"type": name, "b64_json": encoded, "usage": usage} | extra | common, name)
 
 
-def to_square(upper: PILImage.Image) -> PILImage.Image:
-    """Return a partial image as a square, grey where nothing is drawn yet."""
-    square = PILImage.new("RGB", (upper.width, upper.width), (128, 128, 128))
-    square.paste(upper, (0, 0))
-    return square
+def fill_below(upper: PILImage.Image, size: Size) -> PILImage.Image:
+    """Return a partial image in the size of the whole one, grey where nothing is drawn yet."""
+    whole = PILImage.new("RGB", size, (128, 128, 128))
+    whole.paste(upper, (0, 0))
+    return whole
 
 
 def unchanged(picture: PILImage.Image) -> PILImage.Image:
@@ -141,20 +145,18 @@ FormBody = Annotated[ImageBody, Depends(form_body)]
 
 def add_routes(router: APIRouter, service: Service) -> None:
     """Add the routes."""
-    tokenizer = service.model.tokenizer.image
-    side = tokenizer.config.resolution
+    tokenizer = service.model.tokenizer
 
     def check(body: ImageBody) -> None:
-        tokenizer.network.check_decoder()
-        if body.size not in (None, "auto", f"{side}x{side}"):
-            raise ApiError(400, f"size: this model draws {side}x{side}", param="size")
+        tokenizer.image.network.check_decoder()
         if body.response_format == "url":
             raise ApiError(400, "response_format: only b64_json; no files are kept", param="response_format")
 
     @router.post("/v1/images/generations", summary="Draw pictures of a prompt")
     async def generations(body: ImageBody, http: HttpRequest) -> Any:
         check(body)
-        return await draw(http, "image_generation", body, lambda seed: (), unchanged)
+        drawing = Drawing(service.model.grid_of(asked_size(body)))
+        return await draw(http, "image_generation", body, lambda seed: drawing, unchanged)
 
     @router.post("/v1/images/edits", summary="Draw a part of a picture anew")
     async def edits(
@@ -170,7 +172,8 @@ def add_routes(router: APIRouter, service: Service) -> None:
         async with service.reading:
             picture, painted = await asyncio.to_thread(read_mask, service, data, mask_data)
         task = await service.worker.call(service.model.painting, picture, painted)
-        return await draw(http, "image_edit", body, lambda seed: task.fixed_codes, task.merge)
+        check_size(body, picture.size)
+        return await draw(http, "image_edit", body, lambda seed: task.drawing, task.merge)
 
     @router.post("/v1/images/variations", summary="Draw variations of a picture")
     async def variations(
@@ -184,39 +187,63 @@ def add_routes(router: APIRouter, service: Service) -> None:
         check(body)
         data = await image.read()
         async with service.reading:
-            picture = await asyncio.to_thread(lambda: fit_square(service.read_picture(data, "image"), side))
-        codes = await service.worker.call(service.model.image_token_ids, picture)
+            fitted = await asyncio.to_thread(lambda: tokenizer.fitter.fit(service.read_picture(data, "image")))
+        picture = PILImage.fromarray(fitted)
+        check_size(body, picture.size)
+        block = await service.worker.call(service.model.encode_picture, picture)
         body.prompt = body.prompt or await while_connected(http, service.limits, lambda: service.caption(picture))
-        return await draw(http, "image_variation", body, lambda seed: randomly_kept_codes(codes, keep, seed), unchanged)
+
+        def kept(seed: int) -> Drawing:
+            return Drawing(block.grid, randomly_kept_codes(block.code_ids, keep, seed))
+
+        return await draw(http, "image_variation", body, kept, unchanged)
 
     async def draw(
-        http: HttpRequest, kind: str, body: ImageBody, fixed_codes: Callable[[int], tuple[int, ...]], finish: Finish
+        http: HttpRequest, kind: str, body: ImageBody, drawing_of: Callable[[int], Drawing], finish: Finish
     ) -> Any:
-        """Answer with drawings; `fixed_codes` are those of the drawing of a seed."""
+        """Answer with drawings, which seeds determine; all have one size."""
         scale = GUIDANCE_SCALE if body.guidance_scale is None else body.guidance_scale
         requests = [
             image_request(
                 service.model.prompts,
                 body.prompt,
+                drawing_of(seed),
                 seed=seed,
                 guidance_scale=scale,
                 sampling=service.image_sampling(body),
-                fixed_codes=fixed_codes(seed),
             )
             for seed in service.seeds(body.seed, body.n or 1)
         ]
-        job = ImageJob(service, kind, body, requests, finish)
+        grid = requests[0].constraints.grid
+        assert grid is not None
+        job = ImageJob(service, kind, body, requests, tokenizer.fitter.size_of(grid), finish)
         if body.stream:
             return event_stream(await opened(service, requests, job.events), service.limits)
         return await while_connected(http, service.limits, job.whole)
 
 
+def asked_size(body: ImageBody) -> Size | None:
+    """Return the (width, height) that a body asks for; None where it leaves that to the model."""
+    if body.size in (None, "auto"):
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size or "")
+    if match is None:
+        raise ApiError(400, f"size: {body.size!r} is not auto or WIDTHxHEIGHT", param="size")
+    return int(match[1]), int(match[2])
+
+
+def check_size(body: ImageBody, size: Size) -> None:
+    """Raise `ApiError` where a body asks for another size than that of the picture that is changed."""
+    if asked_size(body) not in (None, size):
+        raise ApiError(400, "size: this picture is drawn as {}x{}".format(*size), param="size")
+
+
 def read_mask(service: Service, data: bytes, mask_data: bytes | None) -> tuple[PILImage.Image, PILImage.Image]:
-    """Return a picture and what is drawn anew of it, white, both at the model's resolution.
+    """Return a picture and what is drawn anew of it, white, both fitted to a size of the model's images.
 
     That is where the mask is transparent, or where the picture itself is, if there is no mask.
     """
-    picture, side = service.read_picture(data, "image"), service.model.tokenizer.image.config.resolution
+    picture, fitter = service.read_picture(data, "image"), service.model.tokenizer.fitter
     where, given = ("image", data) if mask_data is None else ("mask", mask_data)
     service.read_picture(given, where)  # refuses what is damaged or too large
     alpha = ImageOps.exif_transpose(ImageFile(given, where).opened).convert("RGBA").getchannel("A")
@@ -225,4 +252,5 @@ def read_mask(service: Service, data: bytes, mask_data: bytes | None) -> tuple[P
     if alpha.getextrema()[0] == 255:
         raise ApiError(400, f"{where}: nothing is transparent, so nothing is to be drawn anew", param=where)
     marked = PILImage.fromarray(np.where(np.asarray(alpha) < 255, 255, 0).astype(np.uint8))
-    return fit_square(picture, side), fit_square(marked.convert("RGB"), side, resampling=PILImage.Resampling.BOX)
+    painted = np.where(fitter.fit_mask(marked), 255, 0).astype(np.uint8)
+    return PILImage.fromarray(fitter.fit(picture)), PILImage.fromarray(painted)

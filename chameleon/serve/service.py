@@ -242,7 +242,7 @@ class Service:
     ) -> AsyncIterator[Shown]:
         """Yield the parts of a generation as they are complete, and note them in `answer`."""
         decoder, stop = StreamDecoder(self.model.tokenizer, preview_every_n_rows), StopTexts(stops)
-        decoder.image_block = started_image(generation.request.prompt, self.vocabulary)
+        decoder.start_image(started_image(generation.request.prompt, self.vocabulary))
         clock, reason = RequestClock(self.metrics), "abort"
         try:
             async with aclosing(self.worker.tokens(generation)) as batches:  # type: ignore[type-var]
@@ -395,7 +395,7 @@ def joined_texts(parts: Sequence[Shown]) -> Iterator[Shown]:
 
 def started_image(prompt: Sequence[int], vocabulary: Vocabulary) -> list[int]:
     """Return the tokens of the image that a prompt ends in, from boi on; none where it ends outside of one."""
-    for position in range(len(prompt) - 1, max(-1, len(prompt) - 1 - vocabulary.image_block_length), -1):
+    for position in range(len(prompt) - 1, -1, -1):
         if prompt[position] == vocabulary.eoi:
             break
         if prompt[position] == vocabulary.boi:

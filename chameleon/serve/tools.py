@@ -64,8 +64,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             "root": service.name,
             "max_model_len": config.context_length,
             "fingerprint": service.fingerprint,
-            "image_size": model.tokenizer.image.config.resolution,
-            "image_grid": list(vocabulary.grid),
+            "image_sizes": image_sizes(),
             "image_codes": vocabulary.num_image_codes,
             "draws": model.tokenizer.image.config.decoder,
             "layers": config.layers,
@@ -73,6 +72,11 @@ def add_routes(router: APIRouter, service: Service) -> None:
             "vocab_size": vocabulary.size,
             "context": "conversation" if model.prompts.is_conversational else "document",
         }
+
+    def image_sizes() -> list[str]:
+        """Return the sizes of the model's images, WIDTHxHEIGHT, the usual one first."""
+        dialect, fitter = model.vocabulary.dialect, model.tokenizer.fitter
+        return ["{}x{}".format(*fitter.size_of(grid)) for grid in dict.fromkeys((dialect.grid, *dialect.grids))]
 
     @router.post("/tokenize", summary="Text or messages to token ids")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
@@ -121,7 +125,17 @@ def add_routes(router: APIRouter, service: Service) -> None:
                 ]
             tokens.append(entry)
         pictures = await service.worker.call(pictures_in, model, body.tokens)
-        return {"tokens": tokens, "pictures": [{"start": s, "b64_json": encode_picture(p)} for s, p in pictures]}
+        dialect = model.vocabulary.dialect
+        shown = [
+            {
+                "start": start,
+                "grid": list(grid),
+                "row_length": dialect.row_length(grid),
+                "b64_json": encode_picture(picture),
+            }
+            for start, grid, picture in pictures
+        ]
+        return {"tokens": tokens, "pictures": shown}
 
     @router.post("/inspect/attention", summary="Where a token attends, by head")
     async def attention(body: AttentionBody, http: HttpRequest) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -222,7 +221,7 @@ class EngineWorker:
     def decode_codes(self, codes: Sequence[Tensor]) -> list[PILImage.Image]:
         """Decode the codes [h, w] of several images."""
         batch_size = 1 if self.engine.is_exact else BATCH_SIZE
-        return self.model.tokenizer.image.decode(torch.stack(list(codes)), batch_size=batch_size)
+        return self.model.tokenizer.image.decode_all(codes, batch_size=batch_size)
 
     async def tokens(self, generation: Generation) -> AsyncIterator[list[int]]:
         """Yield lists of new token ids, eos excluded. Raise `GenerationFailed` where the request failed."""
@@ -290,7 +289,7 @@ class EngineWorker:
         start = time.perf_counter()
         self.engine.step(self.max_buffered_codes)
         is_short = time.perf_counter() - start < PASS_SECONDS / 2
-        most = self.model.vocabulary.grid[1]
+        most = max(self.model.vocabulary.grid)
         self.max_buffered_codes = (
             min(most, 2 * self.max_buffered_codes) if is_short else max(1, self.max_buffered_codes // 2)
         )

@@ -17,12 +17,13 @@ export const settings = () => ({
   guidance_scale: number("draw-guidance"),
   temperature: number("draw-temperature"),
   top_p: number("draw-top-p"),
+  size: byId("draw-size").value || undefined,
 });
 
 export const state = () => settings();
 
 export function restore(given) {
-  const fields = { prompt: "prompt", n: "n", seed: "seed", guidance_scale: "guidance", temperature: "temperature", top_p: "top-p" };
+  const fields = { prompt: "prompt", n: "n", seed: "seed", guidance_scale: "guidance", temperature: "temperature", top_p: "top-p", size: "size" };
   for (const [key, id] of Object.entries(fields)) byId(`draw-${id}`).value = given[key] ?? "";
   draw();
 }
@@ -167,6 +168,8 @@ async function redraw(path, withMask) {
 
 export function start(given) {
   actions = given;
+  byId("draw-size").append(...given.sizes.map((size) => element("option", { textContent: size })));
+  byId("draw-size-field").hidden = given.sizes.length < 2;
   byId("draw-form").addEventListener("submit", (event) => {
     event.preventDefault();
     draw();

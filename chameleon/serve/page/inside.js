@@ -5,7 +5,6 @@ import { byId, element, say } from "./dom.js";
 
 let tokens = [];
 let pictures = [];
-let grid = [0, 0];
 let attention = null;
 let chosen = null;
 let latest = 0;
@@ -28,7 +27,8 @@ export async function inspect(ids) {
   say("Done.");
 }
 
-const pictureOf = (position) => pictures.find(({ start }) => position >= start && position < start + grid[0] * grid[1]);
+const pictureOf = (position) =>
+  pictures.find(({ start, grid, row_length: rowLength }) => position >= start && position < start + grid[0] * rowLength);
 
 /** From unlikely or uncertain, red, to likely or certain, green. */
 function colour(token) {
@@ -57,14 +57,17 @@ function prepare(node, position) {
   return node;
 }
 
-function pictureGrid({ start, b64_json: picture }) {
+function pictureGrid({ start, grid: [height, width], row_length: rowLength, b64_json: picture }) {
   const box = element("div", { className: "codes", role: "group", "aria-label": "Picture by its codes" });
   box.style.backgroundImage = `url(${pngUrl(picture)})`;
-  box.style.gridTemplateColumns = `repeat(${grid[1]}, 1fr)`;
-  for (let cell = 0; cell < grid[0] * grid[1]; cell++) {
-    const label = `Row ${Math.floor(cell / grid[1]) + 1}, column ${(cell % grid[1]) + 1}: ${tokens[start + cell].text}`;
-    box.append(prepare(element("button", { type: "button", "aria-label": label }), start + cell));
-  }
+  box.style.gridTemplateColumns = `repeat(${width}, 1fr)`;
+  box.style.aspectRatio = `${width} / ${height}`;
+  for (let row = 0; row < height; row++)
+    for (let column = 0; column < width; column++) {
+      const position = start + row * rowLength + column;
+      const label = `Row ${row + 1}, column ${column + 1}: ${tokens[position].text}`;
+      box.append(prepare(element("button", { type: "button", "aria-label": label }), position));
+    }
   return box;
 }
 
@@ -150,7 +153,6 @@ function paintAttention() {
 }
 
 export function start(model) {
-  grid = model.image_grid;
   byId("layer").append(...Array.from({ length: model.layers }, (_, index) => element("option", { textContent: index })));
   byId("layer").value = model.layers - 1;
   byId("head").append(element("option", { textContent: "mean" }), ...Array.from({ length: model.heads }, (_, index) => element("option", { textContent: index })));

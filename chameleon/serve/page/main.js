@@ -82,6 +82,7 @@ async function start() {
   chat.start({ inspect, fingerprint: () => model.fingerprint });
   draw.start({
     inspect,
+    sizes: model.image_sizes,
     ask: (url) => {
       open(byId("tab-chat"));
       chat.attachUrl(url);
