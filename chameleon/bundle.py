@@ -1,6 +1,6 @@
 """A bundle: one folder with a model and both tokenizers. Saved atomically, loaded strictly.
 
-config.json                  shape of the model, vocabulary, prompt format
+config.json                  shape of the model, vocabulary, how it is prompted and sampled
 model.safetensors            weights (several files and an index past 4 GB)
 text_tokenizer.model         sentencepiece text tokenizer, or tokenizer.json of Hugging Face's library
 image_tokenizer.json, image_tokenizer.safetensors
@@ -13,14 +13,14 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, as_bad_input
 from chameleon.files import atomic_folder, read_json, sha256_of, write_json
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Transformer
@@ -38,6 +38,33 @@ FORMAT = 3
 Prompting = Literal["document", "conversation"]
 
 
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a model is asked for captions, answers and drawings, and how its tokens are sampled unless told otherwise.
+
+    In prompts `{image}`, `{prompt}`, `{question}`, `{instruction}`, `{width}` and `{height}` (pixels) stand for what is
+    given. None: the package's own values.
+    """
+
+    caption_prompt: str = "{image}"
+    answer_prompt: str = "{image}{question}"
+    draw_prompt: str = "{prompt}"
+    """Where it names width and height, a drawing's size is that of the prompt; else the model may choose it."""
+    edit_prompt: str = "{image}{instruction}"
+    unconditional: Literal["empty_prompt", "image_only"] = "empty_prompt"
+    """What guidance amplifies the prompt against: an empty prompt, or the picture that is being drawn alone."""
+    guidance_scale: float | None = None
+    image_sampling: dict[str, float] | None = None
+    """Fields of `Sampling`, as are the others."""
+    edit_guidance_scale: float | None = None
+    edit_sampling: dict[str, float] | None = None
+    text_sampling: dict[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that differ from the package's own."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(GenerationConfig, name)}
+
+
 @dataclass
 class Bundle:
     """A model and its tokenizers."""
@@ -47,6 +74,7 @@ class Bundle:
     prompting: Prompting = "document"
     """`conversation`: prompts end with `sep` (fine-tuned models); `document`: prompts are the start of a document."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -76,6 +104,7 @@ class Bundle:
                 {name: value.to("cpu", dtype) for name, value in image_state.items()},
                 prompting=self.prompting,
                 provenance=self.provenance,
+                generation=self.generation,
             )
 
     @classmethod
@@ -98,7 +127,7 @@ class Bundle:
         header = read_header(path, verify)
         tokenizer = MixedTokenizer.load(path, header.vocabulary, device)
         model = load_weights(header.model, path, device, dtype)
-        return cls(model, tokenizer, header.prompting, header.provenance)
+        return cls(model, tokenizer, header.prompting, header.provenance, header.generation)
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,7 @@ class BundleHeader:
     vocabulary: Vocabulary
     prompting: Prompting
     provenance: dict[str, Any]
+    generation: GenerationConfig
 
 
 def read_header(folder: Path, verify: bool = True) -> BundleHeader:
@@ -129,7 +159,9 @@ def read_header(folder: Path, verify: bool = True) -> BundleHeader:
         raise BadInput(f"vocabulary says {vocabulary.size} ids, the model has {model.vocab_size}", where=path)
     if config["prompting"] not in get_args(Prompting):
         raise BadInput(f"prompting is none of {', '.join(get_args(Prompting))}", where=path)
-    return BundleHeader(model, vocabulary, config["prompting"], provenance)
+    with as_bad_input("how the model is asked", path):
+        generation = GenerationConfig(**config.get("generation", {}))
+    return BundleHeader(model, vocabulary, config["prompting"], provenance, generation)
 
 
 def package_version() -> str:
@@ -170,13 +202,14 @@ def write_bundle(
     *,
     prompting: Prompting,
     provenance: dict[str, Any],
+    generation: GenerationConfig = GenerationConfig(),
     progress: Progress = no_progress,
 ) -> None:
     """Write a bundle's files into an empty folder; the weights are streamed one at a time."""
-    write_json(
-        folder / CONFIG_FILE,
-        {"format": FORMAT, "model": config.to_json(), "vocabulary": vocabulary.to_json(), "prompting": prompting},
-    )
+    header = {"format": FORMAT, "model": config.to_json(), "vocabulary": vocabulary.to_json(), "prompting": prompting}
+    if generation.to_json():
+        header["generation"] = generation.to_json()
+    write_json(folder / CONFIG_FILE, header)
     write_safetensors(folder, weights, stored_names(config), progress=progress)
     (folder / text.FILE).write_bytes(text.data)
     write_image_files(folder, image, image_weights, progress)

@@ -105,12 +105,16 @@ def write_page(folder: Path, parts: Sequence[Part], page_format: str) -> tuple[s
 
 
 def image_grid(images: Sequence[PILImage.Image]) -> PILImage.Image:
-    """Return images of one size as an approximately square grid; a single one unchanged."""
+    """Return images as an approximately square grid, smaller ones on white; a single one unchanged."""
     if len(images) == 1:
         return images[0]
+    size = max(image.width for image in images), max(image.height for image in images)
+    cells = [PILImage.new("RGB", size, "white") for _ in images]
+    for cell, image in zip(cells, images, strict=True):
+        cell.paste(image.convert("RGB"), ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image  # here, since they take long to import
     from torchvision.utils import make_grid
 
     num_columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
-    tensors = torch.stack([pil_to_tensor(image.convert("RGB")) for image in images])
+    tensors = torch.stack([pil_to_tensor(cell) for cell in cells])
     return to_pil_image(make_grid(tensors, nrow=num_columns, padding=2, pad_value=255))

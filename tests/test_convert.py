@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ def image_piece(code: int) -> str:
     return "IMGIMG" + str(code).translate(str.maketrans("0123456789", "ABCDEFGHIJ")) + "Z"
 
 
-def meta_tokenizer(order: list[int] | None = None) -> dict[str, Any]:
+def meta_tokenizer(order: list[int] | None = None, reserved: Iterable[int] = range(8700, 8712)) -> dict[str, Any]:
     """A tokenizer.json of the published structure: specials, image pieces, reserved pieces, byte-level text.
 
-    `order`: the code of each image piece, by id.
+    `order`: the code of each image piece, by id. `reserved`: numbers in the names of reserved pieces.
     """
     splits = [
         "<sentinel:[0-9]+>",
@@ -95,7 +95,7 @@ def meta_tokenizer(order: list[int] | None = None) -> dict[str, Any]:
     output.decoder = decoders.ByteLevel()
     learned = json.loads(output.to_str())
     names = ["<s>", "<pad>", "</s>", "<unk>", *map(image_piece, order or range(CODES)), "<eoss>", "<racm3:break>"]
-    names += [f"<reserved{number:05d}>" for number in range(8700, 8712)]
+    names += [f"<reserved{number:05d}>" for number in reserved]
     specials = [name for name in names if not name.startswith("IMGIMG")]
     names += sorted(learned["model"]["vocab"], key=lambda piece: learned["model"]["vocab"][piece])
     learned["model"]["vocab"] = {name: number for number, name in enumerate(names)}

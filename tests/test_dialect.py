@@ -276,14 +276,15 @@ def test_any_choice_of_allowed_tokens_gives_whole_images(
     assert not ends_with_image or len(grids) == 2
 
 
-def plain_loop(model: Chameleon, prompt: list[int], scale: float) -> list[int]:
+def plain_loop(model: Chameleon, prompt: list[int], scale: float, cell: int = 1) -> list[int]:
     """Draw one image greedily in the manner of Lumina-mGPT's released loop, which counts the ids since the last boi.
 
     n ids after the two sizes, W codes a row, H rows: n mod (W + 1) = W is a row end, n = H · (W + 1) the end, else a code.
-    The unconditional context is the image alone: boi, sizes and codes so far, its own positions from 0.
+    The unconditional context is the image alone: boi, sizes and codes so far, its own positions from 0. cell: codes of a
+    cell's side, which sizes count.
     """
     v, ids = model.vocabulary, list(prompt)
-    units = {token_id: int(name[5:]) for name, token_id in v.dialect.specials.items() if name.startswith("size_")}
+    units = {token_id: cell * int(name[5:]) for name, token_id in v.dialect.specials.items() if name.startswith("size_")}
     start = ids.index(v.boi)
     width, height = units[ids[start + 2]], units[ids[start + 1]]
     row_end = v.dialect.specials["row_end"]

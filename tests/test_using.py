@@ -228,14 +228,19 @@ def test_a_terminal_shows_text_and_pictures_as_they_form() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80)
     view = TerminalView(console, lambda image: RichText(f"<{image.height} high>"))
-    for part in (Text("a [b] "), PartialImage(picture("red").crop((0, 0, 16, 4)), 1), Image(picture("red")), Text("after")):
+    for part in (
+        Text("a [b] "),
+        PartialImage(picture("red").crop((0, 0, 16, 4)), 1, (16, 16)),
+        Image(picture("red")),
+        Text("after"),
+    ):
         view.show(part)
     view.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "a [b] " in shown and "<4 high>" in shown and "<16 high>" in shown and shown.rstrip().endswith("after")
     out = io.StringIO()
     view = TerminalView(Console(file=out))  # no terminal
-    for part in (Text("a\tb"), PartialImage(picture("red"), 1), Image(picture("red")), Image(Path("p.png"))):
+    for part in (Text("a\tb"), PartialImage(picture("red"), 1, (16, 16)), Image(picture("red")), Image(Path("p.png"))):
         view.show(part)
     assert out.getvalue() == "a\tb[image][image p.png]"
 

@@ -8,6 +8,7 @@ the grid whose shape is nearest, so that little is cut off; a picture of twice t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +26,14 @@ Place = tuple[float, float]
 CENTRE: Place = (0.5, 0.5)
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded."""
+
+
+def parse_size(text: str) -> Size:
+    """Return the (width, height) of "WIDTHxHEIGHT". Raise `BadInput` for anything else."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise BadInput(f"{text!r} is not WIDTHxHEIGHT in pixels", where="size", remedy="as 96x64")
+    return int(match[1]), int(match[2])
 
 
 def fit_square(

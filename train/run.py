@@ -100,7 +100,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
         earlier = {key: value for key, value in start.provenance.items() if key not in ("version", "sha256")}
         stage = {"recipe": plain, "figures": metrics, "data": data_fingerprint(mixture)}
         provenance = {**earlier, "training": [*earlier.get("training", []), stage]}
-        bundle = Bundle(model, start.tokenizer, module.prompting, provenance)
+        bundle = Bundle(model, start.tokenizer, module.prompting, provenance, start.generation)
         bundle.save(Path(recipe.run.out) / "bundle")
     trainer.strategy.barrier()
     return bundle, metrics

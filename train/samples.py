@@ -37,7 +37,7 @@ class SampleLogger(Callback):
         was_training = module.model.training
         try:
             module.model.eval()
-            chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting))
+            chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting, generation=module.start.generation))
             with uncompiled():
                 captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
                 drawings = chameleon.draw_batch([text for _, text in self.pairs])

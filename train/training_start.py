@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.bundle import read_header, stored_names
+from chameleon.bundle import GenerationConfig, read_header, stored_names
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig, named_size
 from chameleon.model.transformer import Transformer, initial_value
@@ -29,6 +29,7 @@ class TrainingStart:
     initial_value: Callable[[str], Tensor]
     """Name of a parameter of the plain model → its full value, float32."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     @classmethod
     def from_recipe(cls, recipe: TrainRecipe) -> TrainingStart:
@@ -70,7 +71,7 @@ def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
     if missing:
         raise BadInput(f"no tensor {min(missing)}", where=folder)
     tokenizer = MixedTokenizer.load(folder, header.vocabulary)
-    return TrainingStart(config, tokenizer, lambda name: files[name].float(), header.provenance)
+    return TrainingStart(config, tokenizer, lambda name: files[name].float(), header.provenance, header.generation)
 
 
 def add_adapters(model: Transformer, start: TrainingStart, recipe: TrainRecipe) -> None:

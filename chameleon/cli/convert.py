@@ -10,12 +10,20 @@ from chameleon.cli.output import is_first_process, print_progress, print_result,
 
 
 def add_verbs(verbs: Verbs) -> None:
-    parser = verbs.add("convert", convert, "Convert a checkpoint between formats: a bundle, Meta's, Hugging Face's.")
-    parser.add_argument("source", metavar="SRC", help="folder in any of the three formats, detected by its files")
+    parser = verbs.add(
+        "convert", convert, "Convert a checkpoint between formats: a bundle, Meta's, Hugging Face's, Lumina-mGPT's."
+    )
+    parser.add_argument("source", metavar="SRC", help="folder in any of the four formats, detected by its files")
     parser.add_argument("target", metavar="DST", help="a new folder")
-    parser.add_argument("--to", required=True, choices=("bundle", "hf", "meta"), help="the format to write")
+    parser.add_argument("--to", required=True, choices=("bundle", "hf", "lumina", "meta"), help="the format to write")
     parser.add_argument("--model-dir", metavar="NAME", help="which of several models in Meta's format below SRC")
     parser.add_argument("--tokenizer", metavar="DIR", help="Meta's tokenizer folder, for what SRC lacks (its decoder)")
+    parser.add_argument(
+        "--target-side",
+        type=int,
+        metavar="PIXELS",
+        help="of Lumina-mGPT: side of a square image (default: as the folder's name says, 512, 768 or 1024)",
+    )
     parser.add_argument("--shards", type=int, help="number of files of Meta's weights (default: as in SRC)")
     parser.add_argument(
         "--prompting", choices=("conversation", "document"), help="default: conversation, or the bundle's own"
@@ -51,13 +59,14 @@ def convert(arguments: argparse.Namespace) -> None:
             tokenizer=arguments.tokenizer,
             shards=arguments.shards,
             prompting=arguments.prompting,
+            target_side=arguments.target_side,
             progress=add_progress,
             on_total=set_total,
         )
     for note in summary["notes"]:
         print_progress(note)
     if not summary["decoder"]:
-        consequence = "" if arguments.to == "hf" else ", so it cannot draw; --tokenizer adds one"
+        consequence = "" if arguments.to in ("hf", "lumina") else ", so it cannot draw; --tokenizer adds one"
         print_progress(f"without an image decoder{consequence}")
     text = f"{summary['out']}: {summary['parameters'] / 1e9:.3f} billion parameters, {summary['vocabulary']} token ids"
     print_result(arguments, summary, text)

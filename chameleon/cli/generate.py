@@ -59,8 +59,9 @@ def add_verbs(verbs: Verbs) -> None:
         "--keep", type=float, help="fraction of the image that is kept (default: 0.3 to vary, 0.5 to complete)"
     )
     parser.add_argument(
-        "--guidance-scale", type=float, default=1.5, help="classifier-free guidance; 1 is none (default: 1.5)"
+        "--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the model's own, usually 1.5)"
     )
+    parser.add_argument("--size", metavar="WxH", help="width and height in pixels, where the model draws several")
     add_model_options(parser)
     add_sampling_options(parser)
 
@@ -117,7 +118,7 @@ def answer(arguments: argparse.Namespace) -> None:
 def draw(arguments: argparse.Namespace) -> None:
     from chameleon.document_view import image_grid
     from chameleon.files import atomic_file
-    from chameleon.generation.sampling import IMAGE_SAMPLING
+    from chameleon.tokenizers.fitting import parse_size
 
     out = Path(arguments.out)
     check_draw_options(arguments, out)
@@ -126,7 +127,7 @@ def draw(arguments: argparse.Namespace) -> None:
     common: dict[str, Any] = {
         "seed": arguments.seed,
         "guidance_scale": arguments.guidance_scale,
-        "sampling": sampling_from(arguments, IMAGE_SAMPLING),
+        "sampling": sampling_from(arguments, model.image_sampling),
     }
     if arguments.vary:
         keep = 0.3 if keep is None else keep
@@ -135,7 +136,8 @@ def draw(arguments: argparse.Namespace) -> None:
         keep, prompt = 0.5 if keep is None else keep, arguments.prompt or ""
         images = model.complete(arguments.complete, keep=keep, prompt=prompt, num_images=num_images, **common)
     else:
-        images = model.draw_samples(arguments.prompt, num_images, **common)
+        size = None if arguments.size is None else parse_size(arguments.size)
+        images = model.draw_samples(arguments.prompt, num_images, size=size, **common)
     seeds = list(range(arguments.seed, arguments.seed + num_images))
     if arguments.best:
         order = model.rank(images, arguments.prompt)[: arguments.best]
@@ -156,6 +158,12 @@ def check_draw_options(arguments: argparse.Namespace, out: Path) -> None:
         raise BadInput("nothing to draw", where="draw", remedy="give a prompt, --vary or --complete")
     if arguments.keep is not None and not (arguments.vary or arguments.complete):
         raise BadInput("goes with --vary or --complete", where="--keep")
+    if arguments.size is not None:
+        from chameleon.tokenizers.fitting import parse_size
+
+        parse_size(arguments.size)
+        if arguments.vary or arguments.complete:
+            raise BadInput("--vary and --complete draw in the picture's own shape", where="--size")
     if arguments.best is not None and not 1 <= arguments.best <= arguments.num_images:
         raise BadInput(f"expected 1 to {arguments.num_images}, the number drawn", where=f"--best {arguments.best}")
     if arguments.best and arguments.prompt is None:
@@ -166,7 +174,6 @@ def generate(arguments: argparse.Namespace) -> None:
     from chameleon.document import Document, Image, read_json_document
     from chameleon.document_view import PAGES, TerminalView, write_page
     from chameleon.files import atomic_update
-    from chameleon.generation.sampling import IMAGE_SAMPLING, TEXT_SAMPLING
     from chameleon.generation.streaming import PartialImage
     from chameleon.tokenizers.mixed import merge_texts
 
@@ -186,8 +193,8 @@ def generate(arguments: argparse.Namespace) -> None:
         max_text_tokens=arguments.max_text_tokens,
         format=None if arguments.format is None else [part for part in arguments.format.split(",") if part],
         guidance_scale=None if scales is None else scales[0] if len(scales) == 1 else tuple(scales),
-        text_sampling=sampling_from(arguments, TEXT_SAMPLING),
-        image_sampling=replace(sampling_from(arguments, IMAGE_SAMPLING), repetition_penalty=1.0),
+        text_sampling=sampling_from(arguments, model.text_sampling),
+        image_sampling=replace(sampling_from(arguments, model.image_sampling), repetition_penalty=1.0),
         seed=arguments.seed,
         preview_every_n_rows=1 if shows_images else 0,
     )

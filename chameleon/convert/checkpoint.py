@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from chameleon.bundle import PROVENANCE_FILE, Prompting, read_header, stored_names, write_bundle
+from chameleon.bundle import PROVENANCE_FILE, GenerationConfig, Prompting, read_header, stored_names, write_bundle
 from chameleon.convert import layout
+from chameleon.dialect import ShapeConfig
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
 from chameleon.tensor_files import LazyTensors, Progress, RenamedTensors, SafetensorsFiles, no_progress
@@ -21,7 +22,7 @@ from chameleon.tokenizers.text import TextTokenizer
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.vocabulary import Vocabulary
 
-Format = Literal["bundle", "hf", "meta"]
+Format = Literal["bundle", "hf", "lumina", "meta"]
 DECODER, CODEBOOK = "decoder.", "quantize.embedding.weight"
 
 
@@ -38,6 +39,8 @@ class Source:
     """Whether Meta's files have q, k, v and gate, up as one matrix each."""
     frequencies: dict[str, Any] | None = None
     """Meta's `rope.freqs`: dtype, shape, values."""
+    config: dict[str, Any] | None = None
+    """Lumina's config.json without the names of token ids."""
 
     @classmethod
     def from_json(cls, value: Any, where: object) -> Source:
@@ -51,6 +54,8 @@ class Source:
                 )
             if source.format not in get_args(Format) or not isinstance(source.fused, bool):
                 raise ValueError("format or fused")
+            if source.config is not None and not isinstance(source.config, dict):
+                raise ValueError("config")
             if source.name is not None and (Path(source.name).name != source.name or source.name in ("", "..")):
                 raise ValueError("name")
             if source.shards is not None and (type(source.shards) is not int or source.shards < 1):
@@ -78,16 +83,19 @@ class Checkpoint:
     prompting: Prompting = "conversation"
     provenance: dict[str, Any] = field(default_factory=dict)
     """A bundle's, without its version and checksums."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one line each; complete once all weights were read."""
 
 
-def vocabulary_of(text: TextTokenizer, image: VQGANConfig, num_ids: int, where: object) -> Vocabulary:
-    """Return the vocabulary of a text and an image tokenizer and a model with `rows` token ids.
+def vocabulary_of(
+    text: TextTokenizer, image: VQGANConfig, num_ids: int, where: object, shapes: ShapeConfig | None = None
+) -> Vocabulary:
+    """Return the vocabulary of a text and an image tokenizer and a model with `num_ids` token ids.
 
-    Raises `BadInput` where they do not fit together.
+    shapes: those of images, where they are not all squares of one size. Raises `BadInput` where they do not fit together.
     """
-    vocabulary = text.vocabulary(image.codebook_size, image.grid, num_ids)
+    vocabulary = text.vocabulary(image.codebook_size, image.grid, num_ids, shapes=shapes)
     if vocabulary.num_image_codes != image.codebook_size:
         raise BadInput(
             f"{vocabulary.num_image_codes} image pieces, the image tokenizer has {image.codebook_size} codes", where=where
@@ -165,6 +173,7 @@ def read_bundle(folder: Path) -> Checkpoint:
         source,
         header.prompting,
         provenance,
+        header.generation,
     )
 
 
@@ -180,6 +189,7 @@ def write_as_bundle(checkpoint: Checkpoint, folder: Path, progress: Progress = n
         checkpoint.image,
         checkpoint.image_weights,
         prompting=checkpoint.prompting,
+        generation=checkpoint.generation,
         provenance={**checkpoint.provenance, **({} if source == Source() else {"source": asdict(source)})},
         progress=progress,
     )

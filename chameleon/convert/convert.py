@@ -1,4 +1,4 @@
-"""Conversion of checkpoints between three formats: bundle, Meta's, Hugging Face's."""
+"""Conversion of checkpoints between four formats: bundle, Meta's, Hugging Face's, Lumina-mGPT's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, get_args
 from chameleon.bundle import CONFIG_FILE, PROVENANCE_FILE, Prompting
 from chameleon.convert.checkpoint import Checkpoint, Format, add_decoder, read_bundle, write_as_bundle
 from chameleon.convert.hugging_face import read_hugging_face, write_hugging_face
+from chameleon.convert.lumina import is_lumina, read_lumina, write_lumina
 from chameleon.convert.meta import IMAGE, PARAMS, read_image_tokenizer, read_meta, tokenizer_folder, write_meta
 from chameleon.errors import BadInput
-from chameleon.files import atomic_folder
+from chameleon.files import atomic_folder, read_json
 from chameleon.tensor_files import Progress, no_progress
 
 
@@ -23,7 +24,7 @@ def detect_format(folder: Path) -> Format:
         return "bundle"
     has_config = (folder / CONFIG_FILE).is_file()
     if has_config and any(folder.glob("*.safetensors")):
-        return "hf"
+        return "lumina" if is_lumina(read_json(folder / CONFIG_FILE)) else "hf"
     if any(folder.rglob(PARAMS)):
         return "meta"
     if has_config:
@@ -36,21 +37,30 @@ def detect_format(folder: Path) -> Format:
 
 
 def read(
-    source: Path, *, model_dir: str | None = None, tokenizer: Path | None = None, prompting: Prompting | None = None
+    source: Path,
+    *,
+    model_dir: str | None = None,
+    tokenizer: Path | None = None,
+    prompting: Prompting | None = None,
+    target_side: int | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any format, without reading its weights yet.
 
     `model_dir`: which of several Meta models. `tokenizer`: a folder with Meta's tokenizer at or below it, for what the
     source lacks (its decoder, say). `prompting`: how the model is prompted, which the other formats do not say; left out,
-    as conversations.
+    as conversations. `target_side`: of Lumina-mGPT's, see `read_lumina`.
     """
     if tokenizer is not None and not tokenizer.is_dir():
         raise BadInput("no such folder", where=f"--tokenizer {tokenizer}")
     source_format = detect_format(source)
     if model_dir is not None and source_format != "meta":
         raise BadInput("only for Meta's format", where="--model-dir")
+    if target_side is not None and source_format != "lumina":
+        raise BadInput("only for Lumina-mGPT's format", where="--target-side")
     if source_format == "meta":
         checkpoint = read_meta(source, model_dir=model_dir, tokenizer=tokenizer)
+    elif source_format == "lumina":
+        checkpoint = read_lumina(source, tokenizer=tokenizer, target_side=target_side)
     else:
         checkpoint = read_hugging_face(source, tokenizer=tokenizer) if source_format == "hf" else read_bundle(source)
         if tokenizer is not None and not checkpoint.image.decoder:
@@ -68,6 +78,7 @@ def convert(
     tokenizer: Path | str | None = None,
     shards: int | None = None,
     prompting: Prompting | None = None,
+    target_side: int | None = None,
     progress: Progress = no_progress,
     on_total: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("is there already", where=target, remedy="name a new folder")
     tokenizer_path = None if tokenizer is None else Path(tokenizer)
-    checkpoint = read(source, model_dir=model_dir, tokenizer=tokenizer_path, prompting=prompting)
+    checkpoint = read(source, model_dir=model_dir, tokenizer=tokenizer_path, prompting=prompting, target_side=target_side)
     if to != "bundle" and checkpoint.image.levels:
         raise BadInput(
             f"its image codes are combinations of levels, which {to} cannot hold",
@@ -100,6 +111,8 @@ def convert(
             write_as_bundle(checkpoint, folder, progress)
         elif to == "hf":
             write_hugging_face(checkpoint, folder, progress=progress)
+        elif to == "lumina":
+            write_lumina(checkpoint, folder, progress=progress)
         else:
             write_meta(checkpoint, folder, shards=shards, name=target.resolve().name, progress=progress)
     return {
@@ -109,6 +122,6 @@ def convert(
         "parameters": checkpoint.config.parameters,
         "vocabulary": checkpoint.vocabulary.size,
         "qk_norm_shards": checkpoint.config.qk_norm_shards,
-        "decoder": checkpoint.image.decoder and to != "hf",
+        "decoder": checkpoint.image.decoder and to not in ("hf", "lumina"),
         "notes": list(dict.fromkeys(checkpoint.notes)),
     }

@@ -27,6 +27,7 @@ from chameleon.model.transformer import Transformer
 from chameleon.tensor_files import LazyTensors
 
 Heads = Literal["q", "kv", ""]
+NormRows = Literal["head", "shard"]
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,9 @@ class PartwiseTensors(LazyTensors, ABC):
 class HuggingFaceTensors(PartwiseTensors):
     """See `from_hf`."""
 
-    def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
+    def __init__(self, source: Mapping[str, Tensor], config: ModelConfig, where: object, norms: NormRows) -> None:
         super().__init__(config, OUTER_PARTS["head.weight"][0].hf in source, where)
-        self.source = source
+        self.source, self.norms = source, norms
         check_names(source, {part.hf for name in self.names for part in self.parts(name)}, where)
         self.check_head()
 
@@ -229,6 +230,8 @@ class HuggingFaceTensors(PartwiseTensors):
         if part.split != "norm":
             return check_tensor(part.hf, value, (rows_of(config, part, shape), *shape[1:]), self.where)
         num_rows = norm_rows(config, part)
+        if self.norms == "shard":
+            return check_tensor(part.hf, value, (num_rows, config.head_width), self.where)
         value = check_tensor(part.hf, value, (head_count(config, part), config.head_width), self.where).unflatten(
             0, (num_rows, -1)
         )
@@ -240,13 +243,17 @@ class HuggingFaceTensors(PartwiseTensors):
         return self.source[self.parts(name)[0].hf].dtype
 
 
-def from_hf(source: Mapping[str, Tensor], config: ModelConfig, *, where: object = "checkpoint") -> PartwiseTensors:
+def from_hf(
+    source: Mapping[str, Tensor], config: ModelConfig, *, norms: NormRows = "head", where: object = "checkpoint"
+) -> PartwiseTensors:
     """Return the model's tensors, converted from Hugging Face's. `source`: tensors of the language model alone.
+
+    norms: whether QK-norms have a row for each head, or for each shard, as in Lumina's checkpoints.
 
     Raises `BadInput` that names a tensor which is missing, unknown, or a tied head other than the embedding; and, when
     a tensor is asked for, one of the wrong shape or dtype, or norms that differ within a shard of `config.qk_norm_shards`.
     """
-    return HuggingFaceTensors(source, config, where)
+    return HuggingFaceTensors(source, config, where, norms)
 
 
 def hf_norm_shards(source: Mapping[str, Tensor], config: ModelConfig) -> int:
@@ -277,14 +284,16 @@ def hf_norm_shards(source: Mapping[str, Tensor], config: ModelConfig) -> int:
     return next((count for count in counts if all(is_represented(part, count) for part in parts)), config.qk_norm_shards)
 
 
-def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of Hugging Face's language model. A tied head is left out."""
+def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig, norms: NormRows = "head") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of Hugging Face's language model, norms as in `from_hf`. A tied head is left out."""
     for name, shape in shapes(config).items():
         if name == "head.weight" and config.tied_head:
             continue
         value, first_row = tensors[name], 0
         for part in parts_of(name):
-            if part.split == "norm":
+            if part.split == "norm" and norms == "shard":
+                yield part.hf, value
+            elif part.split == "norm":
                 yield part.hf, value.repeat_interleave(head_count(config, part) // norm_rows(config, part), dim=0)
             else:
                 num_rows = rows_of(config, part, shape)

@@ -16,14 +16,14 @@ from torch import Tensor
 from chameleon.bundle import Bundle
 from chameleon.device import check_device
 from chameleon.dialect import Grid
-from chameleon.document import Document, Image, Part, Text
-from chameleon.errors import BadInput
+from chameleon.document import Document, Image, Part
+from chameleon.errors import BadInput, as_bad_input
 from chameleon.generation.constraints import OutputConstraints, PartKind
 from chameleon.generation.engine import MAX_BATCH_SIZE, Engine
 from chameleon.generation.image_requests import (
     Drawing,
+    document_image_request,
     generated_image_codes,
-    image_request,
     randomly_kept_codes,
     unpainted_codes,
     upper_codes,
@@ -61,7 +61,15 @@ class Chameleon:
         """weight_format: the one that the bundle's matrices have; the other options are those of the `Engine`."""
         self.bundle = bundle
         self.model, self.tokenizer, self.vocabulary = bundle.model, bundle.tokenizer, bundle.vocabulary
-        self.prompts = PromptBuilder(bundle.tokenizer, bundle.prompting)
+        self.prompts = PromptBuilder(bundle.tokenizer, bundle.prompting, bundle.generation)
+        generation = bundle.generation
+        self.guidance_scale = GUIDANCE_SCALE if generation.guidance_scale is None else generation.guidance_scale
+        """That of drawings, where no other is asked for; so are the three ways of sampling."""
+        self.image_sampling = sampling_of(generation.image_sampling, IMAGE_SAMPLING)
+        self.text_sampling = sampling_of(generation.text_sampling, TEXT_SAMPLING)
+        self.edit_sampling = sampling_of(generation.edit_sampling, self.image_sampling)
+        edit_scale = generation.edit_guidance_scale
+        self.edit_guidance_scale = self.guidance_scale if edit_scale is None else edit_scale
         self.engine = Engine(
             bundle.model,
             bundle.vocabulary,
@@ -161,8 +169,8 @@ class Chameleon:
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Caption several pictures in one batch; the examples are prefilled once. Default seeds: 0, 1, 2 …"""
-        shots = [(Document((Image(picture),)), text) for picture, text in examples]
-        prompts = [Document((Image(picture),)) for picture in pictures]
+        shots = [(self.prompts.caption_document(picture), text) for picture, text in examples]
+        prompts = [self.prompts.caption_document(picture) for picture in pictures]
         return self.generate_texts(prompts, shots, max_new_tokens, sampling, seeds)
 
     def answer(
@@ -193,8 +201,8 @@ class Chameleon:
 
         Default seeds: 0, 1, 2 …
         """
-        shots = [(Document((Image(picture), Text(question))), text) for picture, question, text in examples]
-        prompts = [Document((Image(picture), Text(question))) for picture, question in questions]
+        shots = [(self.prompts.answer_document(picture, question), text) for picture, question, text in examples]
+        prompts = [self.prompts.answer_document(picture, question) for picture, question in questions]
         return self.generate_texts(prompts, shots, max_new_tokens, sampling, seeds)
 
     def generate_texts(
@@ -224,13 +232,13 @@ class Chameleon:
         *,
         seed: int = 0,
         size: Size | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
     ) -> PILImage.Image:
         """Draw an image of what the prompt says.
 
-        size: (width, height) in pixels, where the model draws several; by default its usual one. A guidance scale of 1
-        switches guidance off.
+        size: (width, height) in pixels, where the model draws several; by default it chooses, or draws its usual one.
+        guidance_scale, sampling: by default the model's own; a scale of 1 switches guidance off.
         """
         return self.draw_batch([prompt], seeds=[seed], size=size, guidance_scale=guidance_scale, sampling=sampling)[0]
 
@@ -240,8 +248,8 @@ class Chameleon:
         *,
         seeds: Sequence[int] | None = None,
         size: Size | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
     ) -> list[PILImage.Image]:
         """Draw an image for each prompt, in one batch. Default seeds: 0, 1, 2 …"""
         drawings = [Drawing(self.grid_of(size)) for _ in prompts]
@@ -254,8 +262,8 @@ class Chameleon:
         *,
         seed: int = 0,
         size: Size | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
         ranked: bool = False,
     ) -> list[PILImage.Image]:
         """Draw several images of one prompt, with seeds `seed`, `seed` + 1 …; ranked: best ones first, by `rank`."""
@@ -264,6 +272,28 @@ class Chameleon:
             [prompt] * num_images, seeds=seeds, size=size, guidance_scale=guidance_scale, sampling=sampling
         )
         return [images[index] for index in self.rank(images, prompt)] if ranked else images
+
+    def edit(
+        self,
+        picture: Picture,
+        instruction: str,
+        num_images: int = 1,
+        *,
+        size: Size | None = None,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[PILImage.Image]:
+        """Draw a picture as an instruction changes it, `num_images` times, with seeds `seed`, `seed` + 1 …
+
+        The picture and the instruction are a prompt that the model answers with an image. size: by default the picture's.
+        """
+        block_grid = self.tokenizer.fitter.grid_for(load_picture(picture).size)
+        drawing = Drawing(block_grid if size is None else self.grid_of(size))
+        documents = [self.prompts.edit_document(picture, instruction)] * num_images
+        scale = self.edit_guidance_scale if guidance_scale is None else guidance_scale
+        seeds = range(seed, seed + num_images)
+        return self.images_after(documents, seeds, scale, sampling or self.edit_sampling, [drawing] * num_images)
 
     def rank(self, pictures: Sequence[Picture], caption: str) -> list[int]:
         """Return the indices of the pictures, the one first for which the caption has the highest likelihood."""
@@ -275,16 +305,19 @@ class Chameleon:
         """Return for each picture the mean log-likelihood (natural logarithm) of the caption's tokens and eos after it."""
         if not pictures:
             return []
-        caption_ids = [*self.tokenizer.text_to_ids(caption), self.vocabulary.eos]
-        prompts = [self.prompts.token_ids(Document((Image(picture),))) for picture in pictures]
-        token_ids = torch.tensor([[*prompt, *caption_ids] for prompt in prompts], device=self.engine.device)
-        start = token_ids.shape[1] - len(caption_ids)
-        scores: list[float] = []
-        for batch in token_ids.split(MAX_BATCH_SIZE):
-            hidden = self.model(batch[:, :-1])[:, start - 1 :]
-            log_probs = self.model.logits(hidden).float().log_softmax(-1)
-            scores += log_probs.gather(2, batch[:, start:, None]).mean(dim=(1, 2)).tolist()
-        return scores
+        caption_ids = [*self.tokenizer.text_to_ids(caption), self.vocabulary.answer_end]
+        prompts = [self.prompts.token_ids(self.prompts.caption_document(picture)) for picture in pictures]
+        scores: dict[int, float] = {}
+        for length in sorted(set(map(len, prompts))):  # pictures of other shapes have prompts of other lengths
+            indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+            for first in range(0, len(indices), MAX_BATCH_SIZE):
+                chosen = indices[first : first + MAX_BATCH_SIZE]
+                batch = torch.tensor([[*prompts[index], *caption_ids] for index in chosen], device=self.engine.device)
+                hidden = self.model(batch[:, :-1])[:, length - 1 :]
+                log_probs = self.model.logits(hidden).float().log_softmax(-1)
+                values = log_probs.gather(2, batch[:, length:, None]).mean(dim=(1, 2)).tolist()
+                scores.update(zip(chosen, values, strict=True))
+        return [scores[index] for index in range(len(prompts))]
 
     def complete(
         self,
@@ -294,8 +327,8 @@ class Chameleon:
         prompt: str = "",
         num_images: int = 1,
         seed: int = 0,
-        guidance_scale: float = 1.0,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = 1.0,
+        sampling: Sampling | None = None,
     ) -> list[PILImage.Image]:
         """Keep the upper part of a picture, in whole rows of codes, and draw the rest, `num_images` times."""
         block = self.encode_picture(picture)
@@ -311,8 +344,8 @@ class Chameleon:
         keep: float = 0.3,
         prompt: str | None = None,
         seed: int = 0,
-        guidance_scale: float = GUIDANCE_SCALE,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
     ) -> list[PILImage.Image]:
         """Draw variations of a picture that keep a random share `keep` of its codes, other codes in each.
 
@@ -332,8 +365,8 @@ class Chameleon:
         num_images: int = 1,
         *,
         seed: int = 0,
-        guidance_scale: float = GUIDANCE_SCALE,
-        sampling: Sampling = IMAGE_SAMPLING,
+        guidance_scale: float | None = None,
+        sampling: Sampling | None = None,
     ) -> list[PILImage.Image]:
         """Draw a part of a picture anew; all other pixels stay.
 
@@ -368,28 +401,47 @@ class Chameleon:
         assert block is not None
         return block
 
-    def grid_of(self, size: Size | None) -> Grid:
-        """Return the grid of a drawing of (width, height) pixels, by default the usual one.
+    def grid_of(self, size: Size | None) -> Grid | None:
+        """Return the grid of a drawing of (width, height) pixels.
 
-        Raises `BadInput` for a size that the model cannot draw.
+        Without a size it is the usual one where prompts name it or there is no other; else None, the model chooses. Raises
+        `BadInput` for a size that the model cannot draw.
         """
-        return self.vocabulary.grid if size is None else self.tokenizer.fitter.grid_of_size(size)
+        if size is not None:
+            return self.tokenizer.fitter.grid_of_size(size)
+        has_choice = len(self.vocabulary.dialect.grids) > 1 and not self.prompts.prompt_names_size
+        return None if has_choice else self.vocabulary.grid
 
     def generate_images(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        guidance_scale: float | None,
+        sampling: Sampling | None,
+        drawings: Sequence[Drawing],
+    ) -> list[PILImage.Image]:
+        """Generate an image for each prompt, seed and drawing."""
+        documents = [self.prompts.draw_document(p, drawing.grid) for p, drawing in zip(prompts, drawings, strict=True)]
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.images_after(documents, seeds, guidance_scale, sampling or self.image_sampling, drawings)
+
+    def images_after(
+        self,
+        documents: Sequence[Document],
+        seeds: Sequence[int],
         guidance_scale: float,
         sampling: Sampling,
         drawings: Sequence[Drawing],
     ) -> list[PILImage.Image]:
-        """Generate an image for each prompt, seed and drawing."""
+        """Generate an image after each document."""
         self.tokenizer.image.network.check_decoder()
-        if not prompts:
+        if not documents:
             return []
         requests = [
-            image_request(self.prompts, prompt, drawing, seed=seed, guidance_scale=guidance_scale, sampling=sampling)
-            for prompt, seed, drawing in zip(prompts, seeds, drawings, strict=True)
+            document_image_request(
+                self.prompts, document, drawing, seed=seed, guidance_scale=guidance_scale, sampling=sampling
+            )
+            for document, seed, drawing in zip(documents, seeds, drawings, strict=True)
         ]
         generated = self.engine.generate(requests)
         codes = [
@@ -409,8 +461,8 @@ class Chameleon:
         max_text_tokens: int | None = None,
         format: Sequence[PartKind] | None = None,
         guidance_scale: GuidanceScale | None = None,
-        text_sampling: Sampling = TEXT_SAMPLING,
-        image_sampling: Sampling = IMAGE_SAMPLING,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
         seed: int = 0,
     ) -> Document:
         """Continue a document or answer a conversation with text and images. Options as in `generate_batch`."""
@@ -435,8 +487,8 @@ class Chameleon:
         max_text_tokens: int | None = None,
         format: Sequence[PartKind] | None = None,
         guidance_scale: GuidanceScale | None = None,
-        text_sampling: Sampling = TEXT_SAMPLING,
-        image_sampling: Sampling = IMAGE_SAMPLING,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Document]:
         """Continue each document or conversation; at each step some may be generating text and others images.
@@ -462,8 +514,8 @@ class Chameleon:
         max_text_tokens: int | None = None,
         format: Sequence[PartKind] | None = None,
         guidance_scale: GuidanceScale | None = None,
-        text_sampling: Sampling = TEXT_SAMPLING,
-        image_sampling: Sampling = IMAGE_SAMPLING,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
         seed: int = 0,
         preview_every_n_rows: int = 0,
     ) -> Iterator[Part | PartialImage]:
@@ -501,12 +553,13 @@ class Chameleon:
         content: Content,
         constraints: OutputConstraints,
         guidance_scale: GuidanceScale | None,
-        text_sampling: Sampling,
-        image_sampling: Sampling,
+        text_sampling: Sampling | None,
+        image_sampling: Sampling | None,
         seed: int,
     ) -> Request:
         guidance = self.prompts.guidance(content, guidance_scale)
-        return Request(self.prompts.token_ids(content), constraints, text_sampling, image_sampling, guidance, seed)
+        text, image = text_sampling or self.text_sampling, image_sampling or self.image_sampling
+        return Request(self.prompts.token_ids(content), constraints, text, image, guidance, seed)
 
 
 @dataclass(frozen=True)
@@ -524,6 +577,13 @@ class Painting:
         """Return the picture with the painted pixels of a drawing."""
         pixels = np.where(self.painted[:, :, None], np.asarray(drawn.convert("RGB")), np.asarray(self.picture))
         return PILImage.fromarray(pixels)
+
+
+def sampling_of(given: dict[str, float] | None, default: Sampling) -> Sampling:
+    """Return the sampling with these fields, by default another one. Raise `BadInput` for unknown or invalid fields."""
+    with as_bad_input("sampling", "the bundle's configuration"):
+        sampling = default if given is None else Sampling(**given)  # type: ignore[arg-type]
+    return sampling
 
 
 def seeds_of(batch: Sequence[object], seeds: Sequence[int] | None) -> Sequence[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chameleon.dialect import Grid
-from chameleon.document import Document, Text
+from chameleon.document import Document
 from chameleon.errors import BadInput, check_seed
 from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.prompting import GuidanceScale, PromptBuilder
@@ -23,7 +23,8 @@ from chameleon.vocabulary import Vocabulary
 class Drawing:
     """The shape of an image that is to be generated, and what of it is given."""
 
-    grid: Grid
+    grid: Grid | None
+    """None leaves it to the model."""
     fixed_codes: tuple[int, ...] = ()
     """Token ids of its codes, row by row, −1 where the model is to choose, as it is for those that are left out."""
 
@@ -72,22 +73,36 @@ def image_request(
 
     Fixed codes at its beginning become part of the prompt, so they are prefilled instead of decoded one by one.
     """
+    document = prompts.draw_document(prompt, drawing.grid)
+    return document_image_request(prompts, document, drawing, seed=seed, guidance_scale=guidance_scale, sampling=sampling)
+
+
+def document_image_request(
+    prompts: PromptBuilder,
+    document: Document,
+    drawing: Drawing,
+    *,
+    seed: int,
+    guidance_scale: GuidanceScale,
+    sampling: Sampling,
+) -> Request:
+    """Return a request for one image after a document."""
     v, grid, fixed_codes = prompts.tokenizer.vocabulary, drawing.grid, drawing.fixed_codes
-    document = Document((Text(prompt),) if prompt else ())
     token_ids, guidance = prompts.token_ids(document), prompts.guidance(document, guidance_scale)
     leading = fixed_codes[: fixed_codes.index(-1)] if -1 in fixed_codes else fixed_codes
     if leading:
+        assert grid is not None
         started_image = v.started_image(leading, grid)
         token_ids = (*token_ids, *started_image)
         guidance = guidance.with_started_image(started_image) if guidance is not None else None
-    constraints = OutputConstraints(v.dialect.length(grid), format=() if leading else ("image",), grid=grid)
+    length = v.dialect.max_length if grid is None else v.dialect.length(grid)
+    constraints = OutputConstraints(length, format=() if leading else ("image",), grid=grid)
     return Request(token_ids, constraints, image_sampling=sampling, guidance=guidance, seed=seed, fixed_codes=fixed_codes)
 
 
 def generated_image_codes(request: Request, generated: Sequence[int], vocabulary: Vocabulary) -> Tensor:
     """Return the codes int64 [h, w] of the image that an `image_request` generated."""
-    assert request.constraints.grid is not None
     token_ids = [*request.prompt, *generated]
-    block = vocabulary.read_image(token_ids, len(token_ids) - vocabulary.dialect.length(request.constraints.grid))
+    block = vocabulary.read_image(token_ids, len(token_ids) - 1 - token_ids[::-1].index(vocabulary.boi))
     assert block is not None
     return vocabulary.image_codes(block)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from chameleon.bundle import Prompting
-from chameleon.document import Conversation, Document, Image, Message, Text
+from chameleon.bundle import GenerationConfig, Prompting
+from chameleon.dialect import Grid
+from chameleon.document import Conversation, Document, Image, Message, Part, Text
 from chameleon.errors import BadInput
-from chameleon.generation.guidance import Guidance, three_way, two_way
-from chameleon.tokenizers.mixed import Content, MixedTokenizer, PreparedDocument
+from chameleon.generation.guidance import Guidance, image_only, three_way, two_way
+from chameleon.tokenizers.image import Picture
+from chameleon.tokenizers.mixed import Content, MixedTokenizer, PreparedDocument, merge_texts
 
 GuidanceScale = float | tuple[float, float]
 """The scale of two-way guidance, or (image scale, full scale) of three-way guidance; 1 is no guidance."""
@@ -23,11 +26,40 @@ class PromptBuilder:
 
     tokenizer: MixedTokenizer
     prompting: Prompting
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     @property
     def is_conversational(self) -> bool:
         """Whether the model was fine-tuned on conversations, so that prompts end with `sep`."""
         return self.prompting == "conversation"
+
+    # --- prompts for what a model does ---
+
+    def caption_document(self, picture: Picture) -> Document:
+        """Return the prompt for a caption of a picture."""
+        return fill(self.generation.caption_prompt, picture)
+
+    def answer_document(self, picture: Picture, question: str) -> Document:
+        """Return the prompt for the answer to a question about a picture."""
+        return fill(self.generation.answer_prompt, picture, question=question)
+
+    def edit_document(self, picture: Picture, instruction: str) -> Document:
+        """Return the prompt for a picture that is changed as the instruction says."""
+        return fill(self.generation.edit_prompt, picture, instruction=instruction)
+
+    def draw_document(self, prompt: str, grid: Grid | None) -> Document:
+        """Return the prompt for a drawing, of a size if its grid is given; an empty one for an empty prompt."""
+        if not prompt:
+            return Document()
+        size = dict(zip(("width", "height"), self.tokenizer.fitter.size_of(grid or (0, 0)), strict=True))
+        return fill(self.generation.draw_prompt, None, prompt=prompt, **{name: str(side) for name, side in size.items()})
+
+    @property
+    def prompt_names_size(self) -> bool:
+        """Whether prompts for drawings name the size, which then is the drawing's."""
+        return "{width}" in self.generation.draw_prompt
+
+    # --- token ids ---
 
     def token_ids(self, content: Content) -> tuple[int, ...]:
         """Return the token ids of a prompt. The last message of a conversation must not be the assistant's."""
@@ -74,12 +106,31 @@ class PromptBuilder:
         """
         if guidance_scale is None or guidance_scale == 1:
             return None
+        if self.generation.unconditional == "image_only":
+            if isinstance(guidance_scale, tuple):
+                raise BadInput("this model knows guidance by one scale", where="guidance_scale")
+            return image_only(self.tokenizer.vocabulary.boi, guidance_scale)
         unconditional = self.token_ids(Document())
         if not isinstance(guidance_scale, tuple):
             return two_way(unconditional, guidance_scale)
         documents = [content] if isinstance(content, Document) else [message.content for message in content.messages]
         images = [part for document in documents for part in document.parts if isinstance(part, Image)]
         return three_way(self.token_ids(Document(images)), unconditional, *guidance_scale)
+
+
+PLACEHOLDER = re.compile(r"\{(image|prompt|question|instruction|width|height)\}")
+
+
+def fill(template: str, picture: Picture | None, **texts: str) -> Document:
+    """Return a prompt of `GenerationConfig` with what is given in the places of its names."""
+    parts: list[Part] = []
+    for index, piece in enumerate(PLACEHOLDER.split(template)):
+        if index % 2 and piece == "image":
+            assert picture is not None
+            parts.append(Image(picture))
+        elif text := texts[piece] if index % 2 else piece:
+            parts.append(Text(text))
+    return Document(tuple(merge_texts(parts)))
 
 
 def index_of_last_answer(conversation: Conversation) -> int:

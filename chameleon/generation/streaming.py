@@ -22,6 +22,14 @@ class PartialImage:
     """As wide as the complete image, and as high as the rows of codes decoded so far."""
     rows: int
     """Rows of codes decoded."""
+    size: tuple[int, int]
+    """Width and height of the complete image."""
+
+    def filled(self) -> PILImage.Image:
+        """Return it in the size of the complete image, grey where nothing is drawn yet."""
+        whole = PILImage.new("RGB", self.size, (128, 128, 128))
+        whole.paste(self.image, (0, 0))
+        return whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class CodeBlock:
         height = len(self.codes)
         if self.rows == height:
             return Image(image)
-        return PartialImage(image.crop((0, 0, image.width, image.height * self.rows // height)), self.rows)
+        upper = image.crop((0, 0, image.width, image.height * self.rows // height))
+        return PartialImage(upper, self.rows, image.size)
 
 
 class StreamDecoder:

@@ -14,11 +14,9 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
 from chameleon.document import Document, Text
-from chameleon.generation.chameleon import GUIDANCE_SCALE
 from chameleon.generation.constraints import OutputConstraints, PartKind
 from chameleon.generation.inspection import TokenScores
 from chameleon.generation.request import Request
-from chameleon.generation.sampling import IMAGE_SAMPLING
 from chameleon.generation.streaming import PartialImage, complete_utf8_length
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import ChatBody, CompletionBody, ImageBody
@@ -124,11 +122,11 @@ def chat_request(service: Service, body: ChatBody, prompt: tuple[int, ...], seed
     constraints = model.constraints(limit, body.max_images if has_images else 0, None, parts)
     scale = body.guidance_scale
     if scale is None and parts == ("image",):
-        scale = GUIDANCE_SCALE
+        scale = model.guidance_scale
     guidance = None
     if constraints.image_limit:
         guidance = model.prompts.guidance(EMPTY, scale)
-    return Request(prompt, constraints, service.text_sampling(body), IMAGE_SAMPLING, guidance, seed)
+    return Request(prompt, constraints, service.text_sampling(body), model.image_sampling, guidance, seed)
 
 
 def token_ids_json(body: ChatBody | ImageBody, prompt: Sequence[int], answer: Answer) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from PIL import ImageOps
 
 from chameleon.document import Image
 from chameleon.errors import MAX_SEED
-from chameleon.generation.chameleon import GUIDANCE_SCALE
 from chameleon.generation.image_requests import Drawing, image_request, randomly_kept_codes
 from chameleon.generation.request import Request
 from chameleon.generation.streaming import PartialImage
@@ -26,7 +24,7 @@ from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import MAX_CHOICES, MAX_TEXT, ImageBody
 from chameleon.serve.service import Answer, Service, encode_picture, while_connected
 from chameleon.serve.streams import event, event_stream, merge
-from chameleon.tokenizers.fitting import Size
+from chameleon.tokenizers.fitting import Size, parse_size
 from chameleon.tokenizers.image import ImageFile
 
 Finish = Callable[[PILImage.Image], PILImage.Image]
@@ -41,8 +39,6 @@ class ImageJob:
     """Prefix of the names of a stream's events."""
     body: ImageBody
     requests: list[Request]
-    size: Size
-    """Width and height in pixels."""
     finish: Finish
     """What is done to each drawing."""
 
@@ -53,8 +49,7 @@ class ImageJob:
     @property
     def about(self) -> dict[str, Any]:
         """What every answer says of its pictures."""
-        size = "{}x{}".format(*self.size)
-        return {"size": size, "quality": "auto", "background": "opaque", "output_format": self.format}
+        return {"quality": "auto", "background": "opaque", "output_format": self.format}
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
@@ -63,10 +58,14 @@ class ImageJob:
         extras = await self.extras(pictures, answers, self.requests)
         encoded = await asyncio.to_thread(self.encode_all, pictures)
         data = [{"b64_json": picture} | extra for picture, extra in zip(encoded, extras, strict=True)]
+        usage = self.service.usage([request.prompt for request in self.requests], answers).images()
+        sizes = [size_text(picture.size) for picture in pictures]
+        if len(set(sizes)) > 1:  # the model chose them
+            data = [entry | {"size": size} for entry, size in zip(data, sizes, strict=True)]
+        size = sizes[0] if len(set(sizes)) == 1 else "auto"
         if self.body.rank:
             data.sort(key=lambda entry: -entry["log_likelihood"])
-        usage = self.service.usage([request.prompt for request in self.requests], answers).images()
-        return {"created": int(time.time()), "data": data, "usage": usage} | self.about
+        return {"created": int(time.time()), "data": data, "usage": usage, "size": size} | self.about
 
     def encode_all(self, pictures: Sequence[PILImage.Image]) -> list[str]:
         return [encode_picture(self.finish(picture), self.format) for picture in pictures]
@@ -98,9 +97,10 @@ class ImageJob:
         async for index, part in merge(streams):
             common = {"created_at": int(time.time()), "index": index} | self.about
             if isinstance(part, PartialImage) and sent[index] < previews:
-                (encoded,) = await asyncio.to_thread(self.encode_all, [fill_below(part.image, self.size)])
+                (encoded,) = await asyncio.to_thread(self.encode_all, [part.filled()])
+                about = common | {"size": size_text(part.size)}
                 name = f"{self.kind}.partial_image"
-                yield event({"type": name, "b64_json": encoded, "partial_image_index": sent[index]} | common, name)
+                yield event({"type": name, "b64_json": encoded, "partial_image_index": sent[index]} | about, name)
                 sent[index] += 1
             elif isinstance(part, Image):
                 assert isinstance(part.image, PILImage.Image)
@@ -108,14 +108,12 @@ class ImageJob:
                 name = f"{self.kind}.completed"
                 usage = service.usage([self.requests[index].prompt], [answers[index]]).images()
                 (extra,) = await self.extras([part.image], [answers[index]], [self.requests[index]])
-                yield event({"type": name, "b64_json": encoded, "usage": usage} | extra | common, name)
+                about = common | {"size": size_text(part.image.size)}
+                yield event({"type": name, "b64_json": encoded, "usage": usage} | extra | about, name)
 
 
-def fill_below(upper: PILImage.Image, size: Size) -> PILImage.Image:
-    """Return a partial image in the size of the whole one, grey where nothing is drawn yet."""
-    whole = PILImage.new("RGB", size, (128, 128, 128))
-    whole.paste(upper, (0, 0))
-    return whole
+def size_text(size: Size) -> str:
+    return "{}x{}".format(*size)
 
 
 def unchanged(picture: PILImage.Image) -> PILImage.Image:
@@ -202,7 +200,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
         http: HttpRequest, kind: str, body: ImageBody, drawing_of: Callable[[int], Drawing], finish: Finish
     ) -> Any:
         """Answer with drawings, which seeds determine; all have one size."""
-        scale = GUIDANCE_SCALE if body.guidance_scale is None else body.guidance_scale
+        scale = service.model.guidance_scale if body.guidance_scale is None else body.guidance_scale
         requests = [
             image_request(
                 service.model.prompts,
@@ -214,9 +212,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             )
             for seed in service.seeds(body.seed, body.n or 1)
         ]
-        grid = requests[0].constraints.grid
-        assert grid is not None
-        job = ImageJob(service, kind, body, requests, tokenizer.fitter.size_of(grid), finish)
+        job = ImageJob(service, kind, body, requests, finish)
         if body.stream:
             return event_stream(await opened(service, requests, job.events), service.limits)
         return await while_connected(http, service.limits, job.whole)
@@ -224,12 +220,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
 
 def asked_size(body: ImageBody) -> Size | None:
     """Return the (width, height) that a body asks for; None where it leaves that to the model."""
-    if body.size in (None, "auto"):
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size or "")
-    if match is None:
-        raise ApiError(400, f"size: {body.size!r} is not auto or WIDTHxHEIGHT", param="size")
-    return int(match[1]), int(match[2])
+    return None if body.size in (None, "auto") else parse_size(body.size)
 
 
 def check_size(body: ImageBody, size: Size) -> None:

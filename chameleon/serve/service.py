@@ -22,7 +22,7 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.inspection import TokenScores, token_scores
 from chameleon.generation.request import Request
-from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
+from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.generation.streaming import CodeBlock, PartialImage, StreamDecoder
 from chameleon.serve.errors import ApiError
 from chameleon.serve.metrics import Metrics, RequestClock
@@ -210,11 +210,11 @@ class Service:
 
     def text_sampling(self, body: SamplingBody) -> Sampling:
         """Return the sampling of text that a body asks for; temperature 0 is plain greedy decoding."""
-        default = GREEDY if body.temperature == 0 else TEXT_SAMPLING
+        default = GREEDY if body.temperature == 0 else self.model.text_sampling
         return changed(default, body, ("temperature", "top_p", "top_k", "repetition_penalty"))
 
     def image_sampling(self, body: Any) -> Sampling:
-        return changed(IMAGE_SAMPLING, body, ("temperature", "top_p", "top_k"))
+        return changed(self.model.image_sampling, body, ("temperature", "top_p", "top_k"))
 
     def seeds(self, seed: int | None, count: int) -> range:
         """Return a seed for each of several choices: the one that was asked for and those after it, or random ones."""
@@ -325,7 +325,7 @@ class Service:
 
     async def caption(self, picture: PILImage.Image) -> str:
         """Return the model's caption of a picture, as `Chameleon.caption` does."""
-        prompt = await self.token_ids(Document((Image(picture),)))
+        prompt = await self.token_ids(self.model.prompts.caption_document(picture))
         (answer,) = await self.whole_answers([Request(prompt, OutputConstraints(30), GREEDY)])
         return answer.text.strip()
 
