@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from chameleon.bundle import Bundle
+from chameleon.bundle import Bundle, GenerationConfig, read_header
 from chameleon.data.index import RowIndex
 from chameleon.data.token_shards import open_shards, write_shard
+from chameleon.data.tokenize import TokenizeOptions, tokenize
 from chameleon.dialect import Grid, ImageCursor, ShapeConfig, SizedDialect
 from chameleon.document import Conversation, Document, Image, Message, Text
 from chameleon.errors import BadInput
@@ -29,7 +32,7 @@ from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY
 from chameleon.generation.streaming import PartialImage, StreamDecoder
 from chameleon.tokenizers.fitting import PictureFitter, fit_cover, nearest_shape
-from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
+from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask, write_shapes
 from chameleon.vocabulary import Vocabulary
 
 LUMINA = {  # target side in pixels: candidates, the widest and the tallest (w, h), ids of a picture: least, most, square
@@ -415,3 +418,81 @@ def test_packing_never_parts_a_picture_of_any_shape(tmp_path: Path) -> None:
         for document, start, size in index[row]:
             read = shard.read(document, start + 1, start + size + 1).tolist()
             assert read.count(v.boi) == read.count(v.eoi)
+
+
+def test_tokenizing_to_other_shapes(sized_tokenizer: MixedTokenizer, tokenizer: MixedTokenizer, tmp_path: Path) -> None:
+    """By `target_side` and `max_ratio`; views show other parts of a picture in the same shape."""
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate(((90, 30), (40, 40), (20, 100))):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        PILImage.fromarray(pixels).save(tmp_path / f"{number}.png")
+    lines = "\n".join(json.dumps({"image": f"{number}.png", "caption": "x"}) for number in range(3))
+    (tmp_path / "a.jsonl").write_text(lines)
+
+    def grids(**options: Any) -> list[Grid]:
+        made = TokenizeOptions(**options)
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        tokenize([str(tmp_path / "a.jsonl")], sized_tokenizer, out, options=made)
+        (shard,) = open_shards(out, sized_tokenizer.fingerprint)
+        found = []
+        for index in range(len(shard)):
+            views = [shard.read(index, variant=variant).tolist() for variant in range(made.variants)]
+            blocks = [sized_tokenizer.vocabulary.read_image(view, 1) for view in views]
+            assert len({block.grid for block in blocks if block is not None}) == 1
+            assert made.variants == 1 or len({tuple(block.code_ids) for block in blocks if block is not None}) > 1
+            assert blocks[0] is not None
+            found.append(blocks[0].grid)
+        return found
+
+    wide, square, tall = grids()
+    assert square == (4, 4) and wide[1] >= 2.5 * wide[0] and tall[0] >= 3 * tall[1]
+    assert grids(variants=3) == [wide, square, tall]
+    assert grids(target_side=24)[1] == (6, 6)
+    assert all(max(grid) <= 1.5 * min(grid) for grid in grids(max_ratio=1.5))
+    with pytest.raises(BadInput, match="squares of one size"):
+        tokenize([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "no", options=TokenizeOptions(target_side=24))
+    assert not (tmp_path / "no").exists()
+    # What has no such option keeps the identity of its shards.
+    assert (
+        "target_side" not in TokenizeOptions().to_json() and TokenizeOptions(target_side=24).to_json()["target_side"] == 24
+    )
+
+
+def test_a_folder_of_tokenizers_tells_the_shapes(sized_tokenizer: MixedTokenizer, tmp_path: Path) -> None:
+    sized_tokenizer.text.save(tmp_path)
+    sized_tokenizer.image.save(tmp_path)
+    assert MixedTokenizer.load(tmp_path).vocabulary.dialect.grids == ((4, 4),)
+    write_shapes(tmp_path, ShapeConfig(target=4))
+    loaded = MixedTokenizer.load(tmp_path)
+    assert loaded.vocabulary == sized_tokenizer.vocabulary and loaded.fingerprint == sized_tokenizer.fingerprint
+    write_shapes(tmp_path, None)
+    assert MixedTokenizer.load(tmp_path).vocabulary.dialect.grids == ((4, 4),)
+    (tmp_path / "shapes.json").write_text('{"target": 0}')
+    with pytest.raises(BadInput, match="target 0"):
+        MixedTokenizer.load(tmp_path)
+
+
+def test_bundles_keep_the_dialect_and_how_the_model_is_asked(model: Chameleon, tmp_path: Path) -> None:
+    asked = GenerationConfig(sized_draw_prompt="{prompt}, {width}x{height}", guidance_scale=2.0, unconditional="image_only")
+    replace(model.bundle, generation=asked).save(tmp_path / "b")
+    loaded = Chameleon.load(tmp_path / "b")
+    assert loaded.vocabulary == model.vocabulary and loaded.bundle.generation == asked
+    assert loaded.guidance_scale == 2.0 and loaded.prompts.guidance(Document(), 2.0) == image_only(
+        loaded.vocabulary.boi, 2.0
+    )
+    assert loaded.prompts.draw_document("{width}", (3, 5)).text == "{width}, 20x12"
+    assert loaded.prompts.draw_document("red", None).text == "red"
+    sizes = {loaded.draw("red", seed=seed).size for seed in range(6)}
+    assert sizes <= {loaded.tokenizer.fitter.size_of(grid) for grid in loaded.vocabulary.dialect.grids} and len(sizes) > 1
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    for key, value, message in (
+        ("generation", {"draw": "x"}, "how the model is asked"),
+        ("vocabulary", {**config["vocabulary"], "answer_end": 3}, "neither eos nor sep"),
+        ("vocabulary", {**config["vocabulary"], "grid": [4, 4]}, "either grid or dialect"),
+    ):
+        path = tmp_path / "c" / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**config, key: value}))
+        (path.parent / "provenance.json").write_text("{}")
+        with pytest.raises(BadInput, match=message):
+            read_header(path.parent, verify=False)

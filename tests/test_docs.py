@@ -24,7 +24,7 @@ from chameleon.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-GUIDES = ("data", "training", "evaluation", "tokenizers", "scaling", "generation", "conversion")
+GUIDES = ("data", "training", "evaluation", "tokenizers", "scaling", "generation", "shapes", "conversion")
 TINY_MODEL = ["size=tiny", "model={layers: 1, width: 32, heads: 2, kv_heads: 2, ffn_width: 32}"]
 TINY_RUN = ["run.max_steps=3", "global_batch_size=4", "run.progress=false"]
 SMALLER = {
@@ -59,6 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     entry = tarfile.TarInfo(f"{number:03}{extension}")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
+    mask = PILImage.new("L", (64, 64))
+    mask.paste(255, (0, 32, 64, 64))
+    mask.save(folder / "mask.png")
     for name in ("cat", "picture"):
         PILImage.new("RGB", (70, 70), "grey").save(folder / f"{name}.png")
     (conversation,) = [block for block in blocks(DOCS / "data.md", "json") if "messages" in block]
@@ -90,6 +93,7 @@ def test_the_guides_commands_run(guide: str, folder: Path, monkeypatch: pytest.M
 def test_what_the_guides_commands_wrote(folder: Path) -> None:
     assert PILImage.open(folder / "house.png").size == (64, 64)
     assert (folder / "answer" / "document.html").is_file()
+    assert PILImage.open(folder / "wide.png").size == (96, 64)
     assert "<img" in (folder / "page.html").read_text()
     assert (folder / "my" / "hf" / "config.json").is_file() and (folder / "my" / "meta").is_dir()
 

@@ -325,6 +325,44 @@ def test_edits_change_what_is_transparent_and_nothing_else(client: Any, model: C
     assert events[-1].type == "image_edit.completed" and same(from_base64(events[-1].b64_json), expected[0])
 
 
+def test_drawings_of_any_shape(sized_tokenizer: MixedTokenizer) -> None:
+    """By size, or as the model chooses; edits and variations keep the shape of their picture."""
+    network = random_model(sized_tokenizer.vocabulary.size, context_length=256)
+    model = Chameleon(Bundle(network, sized_tokenizer, "conversation"))
+    with running(model, name="small") as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        (listed,) = client.models.list().data
+        assert listed.image_sizes[0] == "16x16" and "32x8" in listed.image_sizes
+        answer = client.images.generate(model="small", prompt="a", size="32x8", n=2, extra_body={"seed": 3})
+        assert answer.size == "32x8"
+        for seed, image in enumerate(answer.data, 3):
+            assert same(from_base64(image.b64_json), model.draw("a", size=(32, 8), seed=seed))
+        chosen = client.images.generate(model="small", prompt="a", n=6, extra_body={"seed": 0})
+        expected = model.draw_batch(["a"] * 6)
+        assert all(same(from_base64(i.b64_json), one) for i, one in zip(chosen.data, expected, strict=True))
+        assert chosen.size == "auto"
+        assert [image.size for image in chosen.data] == ["{}x{}".format(*one.size) for one in expected]
+        events = list(client.images.generate(model="small", prompt="a", size="8x32", stream=True, partial_images=2))
+        assert [event.size for event in events] == ["8x32"] * 3
+        assert all(from_base64(event.b64_json).size == (8, 32) for event in events)
+        wide = noise(1, 40).resize((60, 20))
+        (varied,) = client.images.create_variation(model="small", image=("a.png", png(wide))).data
+        size = model.tokenizer.fitter.size_of(model.tokenizer.fitter.grid_for((60, 20)))
+        assert from_base64(varied.b64_json).size == size and size[0] > 2 * size[1]
+        for size_text, words in (("30x8", "multiples of 4"), ("wide", "not WIDTHxHEIGHT")):
+            with pytest.raises(openai.BadRequestError, match=words):
+                client.images.generate(model="small", prompt="a", size=size_text)
+        # Looking inside: the codes of each picture lie in rows with an end.
+        drawn = client.images.generate(model="small", prompt="a", size="32x8", extra_body={"return_token_ids": True}).data[
+            0
+        ]
+        seen = httpx.post(f"{address}/inspect", json={"tokens": [*drawn.prompt_token_ids, *drawn.token_ids]}).json()
+        (picture,) = seen["pictures"]
+        assert (picture["grid"], picture["row_length"]) == ([2, 8], 9)
+        kinds = [seen["tokens"][picture["start"] + offset]["kind"] for offset in range(18)]
+        assert kinds == (["code"] * 8 + ["special"]) * 2
+
+
 @given(st.integers(0, 2**16 - 1).filter(bool), st.integers(0, 3))
 @settings(max_examples=25)
 def test_painting_keeps_the_codes_of_cells_without_a_marked_pixel(model: Chameleon, cells: int, seed: int) -> None:

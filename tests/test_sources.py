@@ -112,6 +112,39 @@ def test_interleaved_documents(tmp_path: Path) -> None:
             at(tmp_path, record)
 
 
+def test_edits_are_a_question_and_its_answer(tmp_path: Path) -> None:
+    """In the columns of InstructPix2Pix and of MagicBrush, and in MagicBrush's own files."""
+    before, after = Image(tmp_path / "1.png"), Image(tmp_path / "2.png")
+    pix2pix = {
+        "original_prompt": "a cat",
+        "original_image": "1.png",
+        "edit_prompt": "make it blue",
+        "edited_image": "2.png",
+    }
+    brush = {"img_id": "7", "turn_index": 1, "source_img": "1.png", "mask_img": "m.png", "target_img": "2.png"}
+    for record in (pix2pix, {**brush, "instruction": "make it blue"}):
+        actual = at(tmp_path, record)
+        assert isinstance(actual, Conversation)
+        assert [message.role for message in actual.messages] == ["user", "assistant"]
+        assert actual.messages[0].content == Document((before, Text("make it blue")))
+        assert actual.messages[1].content == Document((after,))
+    turn = {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": "make it blue"}
+    actual = at(tmp_path, turn)
+    assert isinstance(actual, Conversation)
+    folder = tmp_path / "images" / "7"
+    assert actual.messages[0].content.images + actual.messages[1].content.images == [
+        folder / "7-input.png",
+        folder / "7-output1.png",
+    ]
+    for record, words in (
+        ({**pix2pix, "edit_prompt": " "}, "edit_prompt is empty"),
+        ({**pix2pix, "edited_image": 5}, "edited_image is not an image"),
+        ({**turn, "input": "../7-input.png"}, "names an image outside"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            at(tmp_path, record)
+
+
 def test_llava_conversations(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "<image>\nWhat is it?"},

@@ -171,7 +171,18 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["7b-pretrain", "34b-pretrain", "7b-finetune", "34b-finetune", "7b-lora", "7b-draw", "demo-pretrain"]
+    "name",
+    [
+        "7b-pretrain",
+        "34b-pretrain",
+        "7b-finetune",
+        "34b-finetune",
+        "7b-lora",
+        "7b-draw",
+        "lumina-finetune",
+        "lumina-lora",
+        "demo-pretrain",
+    ],
 )
 def test_a_step_of_each_recipe_at_reduced_width_and_depth(name: str, recipe: Path, tmp_path: Path) -> None:
     """All as the recipe says but for sizes, places and devices; sharding, precision and checkpointing stay."""

@@ -25,6 +25,7 @@ from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import perplexity, psnr
 from chameleon.tokenizers.fitting import fit_square
 from chameleon.tokenizers.image import ImageTokenizer, affine_augment, load_picture, to_tensor
+from chameleon.tokenizers.mixed import write_shapes
 from chameleon.tokenizers.quantizer import PlainCodebook, all_reduce_mean, all_reduce_sum, build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
@@ -372,6 +373,7 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
         tokenizer.save(Path(recipe.run.out))
+        write_shapes(Path(recipe.run.out), recipe.shapes)
     trainer.strategy.barrier()
     return tokenizer, metrics
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from chameleon.bundle import GenerationConfig
 from chameleon.config_reader import read_config
 from chameleon.data.mixture import SourceConfig, StageConfig
+from chameleon.dialect import ShapeConfig
 from chameleon.errors import BadInput, check_seed
 from chameleon.model.activation_checkpointing import ActivationCheckpointing
 from chameleon.model.loss import Z_LOSS
@@ -106,6 +108,9 @@ class FitImageRecipe:
     """Largest random shift, as a fraction of the side."""
     restyle: float = 0.0
     """Share of the pictures that are changed as another artist might have drawn them, in any hue; for drawings on white."""
+    shapes: ShapeConfig | None = None
+    """Shapes of the images of models that are trained with this tokenizer, which then write images in the sized dialect;
+    null: squares of one size. The tokenizer itself is trained on squares."""
 
 
 @dataclass
@@ -164,6 +169,8 @@ class TrainRecipe:
     num_workers: int = 0
     """Processes that load batches."""
     validation: list[SourceConfig] = field(default_factory=list)
+    generation: GenerationConfig | None = None
+    """How the trained model is asked and sampled; null: as the bundle that it starts from."""
 
 
 @dataclass

@@ -34,6 +34,12 @@ class TrainingStart:
     @classmethod
     def from_recipe(cls, recipe: TrainRecipe) -> TrainingStart:
         """Return the start that the recipe asks for. Raise `BadInput` where its keys contradict each other."""
+        start = cls.with_weights(recipe)
+        return start if recipe.generation is None else replace(start, generation=recipe.generation)
+
+    @classmethod
+    def with_weights(cls, recipe: TrainRecipe) -> TrainingStart:
+        """Return the start without what the recipe says of generation."""
         if (recipe.bundle is None) == (recipe.tokenizers is None):
             raise BadInput("give either bundle or tokenizers", where="recipe")
         if recipe.bundle is not None:

@@ -56,6 +56,15 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("--vary", metavar="IMAGE", help="draw variations of this image")
     parser.add_argument("--complete", metavar="IMAGE", help="keep the upper part of this image and draw the rest")
     parser.add_argument(
+        "--paint",
+        metavar="MASK",
+        help="draw a part of --picture anew: where this image is transparent, or, if it is nowhere, where it is not black",
+    )
+    parser.add_argument("--picture", metavar="IMAGE", help="the picture to paint (default: MASK itself)")
+    parser.add_argument("--candidates", type=int, default=1, help="continuations of which the fittest is kept (default: 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of painting; later ones redraw rows (default: 1)")
+    parser.add_argument("--edit", metavar="IMAGE", help="draw this image as the prompt, an instruction, changes it")
+    parser.add_argument(
         "--keep", type=float, help="fraction of the image that is kept (default: 0.3 to vary, 0.5 to complete)"
     )
     parser.add_argument(
@@ -124,19 +133,32 @@ def draw(arguments: argparse.Namespace) -> None:
     check_draw_options(arguments, out)
     model = load_model(arguments)
     num_images, keep = arguments.num_images, arguments.keep
+    size = None if arguments.size is None else parse_size(arguments.size)
     common: dict[str, Any] = {
         "seed": arguments.seed,
         "guidance_scale": arguments.guidance_scale,
-        "sampling": sampling_from(arguments, model.image_sampling),
+        "sampling": sampling_from(arguments, model.edit_sampling if arguments.edit else model.image_sampling),
     }
-    if arguments.vary:
+    if arguments.paint:
+        picture, mask = read_painting(arguments.picture, arguments.paint)
+        images = model.paint(
+            picture,
+            mask,
+            arguments.prompt or "",
+            num_images,
+            candidates=arguments.candidates,
+            rounds=arguments.rounds,
+            **common,
+        )
+    elif arguments.edit:
+        images = model.edit(arguments.edit, arguments.prompt, num_images, size=size, **common)
+    elif arguments.vary:
         keep = 0.3 if keep is None else keep
         images = model.variations(arguments.vary, num_images, keep=keep, prompt=arguments.prompt, **common)
     elif arguments.complete:
         keep, prompt = 0.5 if keep is None else keep, arguments.prompt or ""
         images = model.complete(arguments.complete, keep=keep, prompt=prompt, num_images=num_images, **common)
     else:
-        size = None if arguments.size is None else parse_size(arguments.size)
         images = model.draw_samples(arguments.prompt, num_images, size=size, **common)
     seeds = list(range(arguments.seed, arguments.seed + num_images))
     if arguments.best:
@@ -147,23 +169,49 @@ def draw(arguments: argparse.Namespace) -> None:
     print_result(arguments, {"prompt": arguments.prompt, "out": str(out), "seeds": seeds}, str(out))
 
 
+def read_painting(picture: str | None, mask: str) -> tuple[Any, Any]:
+    """Return the picture to paint, and the mask of it, white where it is drawn anew."""
+    import numpy as np
+    from PIL import Image as PILImage
+    from PIL import ImageOps
+
+    from chameleon.tokenizers.image import ImageFile, load_picture
+
+    opened = ImageFile(mask).opened
+    load_picture(mask)  # refuses what is damaged
+    alpha = np.asarray(ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A"))
+    if (alpha < 255).any():
+        marked = alpha < 255
+    elif picture is None:
+        raise BadInput("nothing is transparent", where=mask, remedy="give the picture with --picture")
+    else:
+        marked = np.asarray(load_picture(mask).convert("L")) > 0
+    return load_picture(picture or mask), PILImage.fromarray(np.where(marked, 255, 0).astype(np.uint8))
+
+
 def check_draw_options(arguments: argparse.Namespace, out: Path) -> None:
     """Raise `BadInput` for options that contradict each other, before the model is loaded."""
     check_image_path(out)
     if arguments.num_images < 1:
         raise BadInput("expected 1 or more", where=f"--num-images {arguments.num_images}")
-    if arguments.vary and arguments.complete:
-        raise BadInput("give --vary or --complete, not both", where="draw")
-    if arguments.prompt is None and not (arguments.vary or arguments.complete):
-        raise BadInput("nothing to draw", where="draw", remedy="give a prompt, --vary or --complete")
+    changes = ("vary", "complete", "paint", "edit")
+    given = [name for name in changes if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise BadInput(f"give --{given[0]} or --{given[1]}, not both", where="draw")
+    if arguments.prompt is None and (not given or given == ["edit"]):
+        needed = "an instruction" if given else "a prompt, --vary, --complete or --paint"
+        raise BadInput("nothing to draw", where="draw", remedy=f"give {needed}")
+    for name in ("candidates", "rounds", "picture"):
+        if getattr(arguments, name) not in (None, 1) and given != ["paint"]:
+            raise BadInput("goes with --paint", where=f"--{name}")
     if arguments.keep is not None and not (arguments.vary or arguments.complete):
         raise BadInput("goes with --vary or --complete", where="--keep")
     if arguments.size is not None:
         from chameleon.tokenizers.fitting import parse_size
 
         parse_size(arguments.size)
-        if arguments.vary or arguments.complete:
-            raise BadInput("--vary and --complete draw in the picture's own shape", where="--size")
+        if given and given != ["edit"]:
+            raise BadInput(f"--{given[0]} draws in the picture's own shape", where="--size")
     if arguments.best is not None and not 1 <= arguments.best <= arguments.num_images:
         raise BadInput(f"expected 1 to {arguments.num_images}, the number drawn", where=f"--best {arguments.best}")
     if arguments.best and arguments.prompt is None:

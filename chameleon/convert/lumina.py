@@ -44,10 +44,12 @@ UNITS = {"1.0": 2, "2.0": 4}
 """Codes of a cell's side, by the version of the models."""
 MAX_UNITS = 64
 MAX_RATIO = 4.0
+DRAW_PROMPT = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
 GENERATION = GenerationConfig(
     caption_prompt="Describe the image in detail. {image}",
     answer_prompt="{question} {image}",
-    draw_prompt="Generate an image of {width}x{height} according to the following prompt:\n{prompt}",
+    draw_prompt=DRAW_PROMPT,
+    sized_draw_prompt=DRAW_PROMPT,
     edit_prompt="{instruction} {image}",
     unconditional="image_only",
     guidance_scale=4.0,

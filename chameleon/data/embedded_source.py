@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from chameleon.data import clipart, emoji, mixed_tasks, picture_tasks
+from chameleon.data import clipart, emoji, mixed_tasks, picture_tasks, shape_tasks
 from chameleon.data.labelled import LabelledPicture
 from chameleon.data.source_types import PictureEntry, RawShard, Sample, SourceKind
 from chameleon.data.webdataset import SkipHandler
@@ -33,6 +33,7 @@ ONE_PICTURE_TASKS = {
         picture_tasks.wording,
         picture_tasks.styling,
         picture_tasks.colouring,
+        shape_tasks.shapes,
     )
 }
 MIXED_TASKS = {name: partial(mixed_tasks.conversations, name) for name in mixed_tasks.MAKERS}

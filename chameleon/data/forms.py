@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,32 @@ def pair_form(record: dict[str, Any], context: RecordContext) -> Document:
     return Document(tuple(parts))
 
 
+def edit_form(record: dict[str, Any], context: RecordContext, source: str, instruction: str, target: str) -> Conversation:
+    """Read a picture, an instruction, and the picture that it makes: a question and its answer."""
+    text = context.text(record[instruction], instruction).strip()
+    if not text:
+        raise context.error(f"{instruction} is empty")
+    question = Document((context.image(record[source], source), Text(text)))
+    answer = Document((context.image(record[target], target),))
+    return Conversation((Message("user", question), Message("assistant", answer)))
+
+
+def magicbrush_form(record: dict[str, Any], context: RecordContext) -> Conversation:
+    """Read an entry of MagicBrush's edit_turns.json, whose pictures are in `images/ID/`; their names start with ID."""
+    paths = {}
+    for key in ("input", "output"):
+        name = context.text(record[key], key)
+        paths[key] = name if "/" in name else f"images/{name.partition('-')[0]}/{name}"
+    return edit_form({**record, **paths}, context, "input", "instruction", "output")
+
+
+EDIT_KEYS = (
+    ("original_image", "edit_prompt", "edited_image"),  # InstructPix2Pix's
+    ("source_img", "instruction", "target_img"),  # MagicBrush's
+)
+"""Columns of a picture, an instruction, and the picture that it makes."""
+
+
 def text_form(record: dict[str, Any], context: RecordContext) -> Document:
     """Read text or code alone: `text` or `content`."""
     key = "text" if record.get("text") is not None else "content"
@@ -166,6 +193,8 @@ FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
     (("conversations",), llava_form),
     (("texts", "images"), obelics_form),
     (("text_list", "image_info"), mmc4_form),
+    *((keys, partial(edit_form, source=keys[0], instruction=keys[1], target=keys[2])) for keys in EDIT_KEYS),
+    (("input", "mask", "output", "instruction"), magicbrush_form),
     *(((name,), pair_form) for name in PICTURE_KEYS),
     (("text",), text_form),
     (("content",), text_form),

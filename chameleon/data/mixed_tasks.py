@@ -1,5 +1,5 @@
 """Tasks whose prompts and answers are texts and pictures by turns: lists, the same in another style or colour, rebuses,
-what does not belong, comparisons, stories, pages.
+what does not belong, comparisons, stories, pages, pictures that are changed as an instruction says.
 
 A task yields `count` conversations over random pictures. The combinations of a tenth of the prompts are kept for evaluation
 (`is_for_evaluation`): in the training split they do not occur, in the validation split only they do.
@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from PIL import Image as PILImage
+
 from chameleon.data.colours import TARGETS, main_colour, recolour
 from chameleon.data.emoji import STYLES as EMOJI_STYLES
-from chameleon.data.labelled import LabelledPicture, View, augment, by_concept, hashed_share
+from chameleon.data.labelled import NO_TONE, LabelledPicture, View, augment, by_concept, hashed_share
 from chameleon.data.picture_tasks import is_held_out_pair, thing_of, turn
 from chameleon.data.questions import CATEGORIES, categories_of, group_words, is_plain_name, with_article
 from chameleon.document import Conversation, Image, Part, Text
@@ -82,6 +84,15 @@ class Shelf:
                 styles.setdefault(entry.style, []).append(entry)
             self.concepts[concept] = styles
         self.names = sorted(self.concepts)
+        self.tones: dict[tuple[str, str], dict[str, LabelledPicture]] = {}
+        """(style, emoji without skin tone) → skin tone → picture."""
+        for entry in self.pictures:
+            if entry.skin_tone not in (None, NO_TONE, "mixed"):
+                self.tones.setdefault((entry.style, entry.base), {})[str(entry.skin_tone)] = entry
+        with_tones = {base for _, base in self.tones}
+        self.with_tones = [
+            name for name in self.names if any(e.base in with_tones for of in self.concepts[name].values() for e in of)
+        ]
         self.of_category: dict[int, list[str]] = {}
         self.of_story_kind: dict[str, list[str]] = {}
         self.of_group: dict[str, list[str]] = {}
@@ -102,6 +113,12 @@ class Shelf:
         styles = self.concepts[concept]
         chosen = style if style in styles else rng.choice(sorted(styles))
         return rng.choice(styles[chosen])
+
+    def other_styles(self, entry: LabelledPicture) -> dict[str, LabelledPicture]:
+        """Return the same emoji in other styles: style → picture."""
+        styles = {style: members for style, members in self.concepts[entry.concept].items() if style != entry.style}
+        same = {style: [one for one in members if one.base == entry.base] for style, members in styles.items()}
+        return {style: members[0] for style, members in same.items() if members and style in EMOJI_STYLES}
 
     def show(self, entry: LabelledPicture, rng: random.Random) -> Image:
         return Image(self.view(entry, rng))
@@ -281,7 +298,74 @@ def make_page(shelf: Shelf, rng: random.Random) -> Conversation | None:
     return turn([Text(prompt)], Text(about), shelf.show(entry, rng), Text(f"{entry.name}, {entry.style} style"))
 
 
-MAKERS: dict[str, Maker] = {
+class Edit(NamedTuple):
+    """Pictures, what is to be done to them, and the picture that this makes."""
+
+    kind: str
+    """colour, tone, style or together."""
+    pictures: list[PILImage.Image]
+    instruction: str
+    result: PILImage.Image
+    names: tuple[str, ...]
+    """What the pictures show."""
+    wanted: str = ""
+    """The colour, tone or style."""
+
+
+EDIT_WORDINGS = {
+    "colour": ("paint it {}", "change its colour to {}", "turn it {}"),
+    "tone": ("give it {} skin", "change the skin tone to {}"),
+    "style": ("redraw it in {} style", "change it to {} style"),
+    "together": ("put them side by side", "show both in one picture"),
+}
+
+
+def make_edit(shelf: Shelf, rng: random.Random) -> Edit | None:
+    """Return a random edit, or None where the random choices make none of this split.
+
+    Before and after have the same shift, zoom and mirroring, so that nothing else changes.
+    """
+    kind = rng.choice(sorted(EDIT_WORDINGS))
+    entry = shelf.any_of(rng.choice(shelf.with_tones if kind == "tone" else shelf.names), rng)
+    seed, wording = rng.random(), rng.choice(EDIT_WORDINGS[kind])
+    before = shelf.view(entry, random.Random(seed))
+    if kind == "together":
+        other = shelf.any_of(rng.choice(shelf.names), rng)
+        pictures, both = [before, shelf.view(other, random.Random(seed))], (entry.name, other.name)
+        return Edit(kind, pictures, wording, side_by_side(*pictures), both) if shelf.is_used("edit", *both) else None
+    if kind == "colour":
+        thing, wanted = thing_of(entry), rng.choice(sorted(TARGETS))
+        after = recolour(before, wanted)
+        if thing is None or is_held_out_pair(wanted, thing) or main_colour(after) != wanted:
+            return None
+    else:
+        others = shelf.other_styles(entry) if kind == "style" else shelf.tones.get((entry.style, entry.base), {})
+        if not others:
+            return None
+        wanted = rng.choice(sorted(others))
+        after = shelf.view(others[wanted], random.Random(seed))
+    if not shelf.is_used("edit", entry.name, wanted):
+        return None
+    return Edit(kind, [before], wording.format(wanted), after, (entry.name,), wanted)
+
+
+def side_by_side(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
+    """Return two pictures of one size beside each other on white, in the size of one."""
+    width, height = left.size
+    both = PILImage.new("RGB", (width, height), "white")
+    for index, picture in enumerate((left, right)):
+        half = picture.resize((width // 2, height // 2), PILImage.Resampling.LANCZOS)
+        both.paste(half, (index * (width // 2), height // 4))
+    return both
+
+
+def make_edited(shelf: Shelf, rng: random.Random) -> Conversation | None:
+    """Pictures and an instruction → the changed picture alone."""
+    edit = make_edit(shelf, rng)
+    return edit and turn([*map(Image, edit.pictures), Text(edit.instruction)], Image(edit.result))
+
+
+DOCUMENT_MAKERS: dict[str, Maker] = {
     "lists": make_list,
     "restyling": make_restyled,
     "recolouring": make_recoloured,
@@ -292,6 +376,19 @@ MAKERS: dict[str, Maker] = {
     "stories": make_story,
     "pages": make_page,
 }
+
+
+MAKERS: dict[str, Maker] = {**DOCUMENT_MAKERS, "editing": make_edited}
+
+
+def edits(pictures: Sequence[LabelledPicture], count: int, seed: int, view: View, split: str) -> Iterator[Edit]:
+    """Yield `count` edits of a split; fewer where `MAX_TRIES` random choices make none."""
+    shelf = Shelf(pictures, view, split)
+    for index in range(count):
+        tries = (make_edit(shelf, random.Random(f"{seed} edit {index} {attempt}")) for attempt in range(MAX_TRIES))
+        edit = next((edit for edit in tries if edit is not None), None)
+        if edit is not None:
+            yield edit
 
 
 def conversations(

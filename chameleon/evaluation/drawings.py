@@ -21,7 +21,7 @@ from chameleon.data import emoji, labelled
 from chameleon.data.colours import TARGETS, main_colour
 from chameleon.data.labelled import LabelledPicture
 from chameleon.data.picture_tasks import colour_of, is_held_out_pair, thing_of
-from chameleon.evaluation.pictures import EffNetLite0, nearest_names
+from chameleon.evaluation.pictures import EffNetLite0, nearest_names, on_square
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
 from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
 from chameleon.tokenizers.image import to_tensor
@@ -196,8 +196,9 @@ def as_hit(name: str, nearest: Sequence[str]) -> Hit:
 
 
 def at_side(picture: PILImage.Image, side: int) -> PILImage.Image:
-    """Return a square picture at the resolution of the set's pictures."""
-    return picture if picture.width == side else picture.resize((side, side), PILImage.Resampling.LANCZOS)
+    """Return a picture as a square at the resolution of the set's pictures."""
+    square = on_square(picture)
+    return square if square.width == side else square.resize((side, side), PILImage.Resampling.LANCZOS)
 
 
 def grey(picture: PILImage.Image) -> PILImage.Image:

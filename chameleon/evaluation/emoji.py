@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from chameleon.data import emoji, labelled, mixed_tasks
 from chameleon.data.labelled import LabelledPicture
 from chameleon.data.picture_tasks import thing_of
-from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about
+from chameleon.data.questions import NAME_QUESTIONS, Question, questions_about, without_colour
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput, check_seed
 from chameleon.evaluation.caption_metrics import CiderD, simple_words
@@ -45,6 +45,7 @@ MAX_ANSWER_TOKENS = 30
 NUM_COLOURED, NUM_UNSEEN_COLOURS = 200, 100
 NUM_VARIED, NUM_VARIATIONS = 100, 9
 NUM_MIXED_PROMPTS = 200
+NUM_EDITS = 200
 MAX_BYTES = 200_000
 """Of text whose likelihood is measured, of each kind."""
 Progress = Callable[[str, int, int], None]
@@ -433,7 +434,7 @@ class Mixed(EmojiPart):
     batch_size = 32
 
     def items(self) -> list[Item]:
-        per_task = -(-NUM_MIXED_PROMPTS // len(mixed_tasks.MAKERS))
+        per_task = -(-NUM_MIXED_PROMPTS // len(mixed_tasks.DOCUMENT_MAKERS))
         prompts = held_out_prompts(emoji.load("train"), per_task, self.suite.seed)
         result = []
         for index, (task, conversation) in enumerate(prompts):
@@ -469,6 +470,90 @@ class Mixed(EmojiPart):
         return Scores(rows, {name: Metric() for name in sorted(names, key=lambda name: ("," in name, name))})
 
 
+class Edits(EmojiPart):
+    """Pictures that are changed as an instruction says, in combinations that are kept out of training, by kind of edit.
+
+    A colour is right if it is the main one and the thing is recognised in grey; a tone if of the same emoji in all tones
+    that one is the nearest; a style if the classifier tells it and the emoji is among the 10 nearest; two pictures side by
+    side if both are, each in its half.
+    """
+
+    name = "edits"
+    batch_size = 32
+
+    def items(self) -> list[Item]:
+        chosen = mixed_tasks.edits(emoji.load("train"), NUM_EDITS, self.suite.seed, labelled.plain_view, "validation")
+        return [
+            Item(
+                f"{edit.kind} {index}",
+                Document((*map(Image, edit.pictures), Text(edit.instruction))),
+                Document((Image(edit.result),)),
+                category=edit.kind,
+                data=edit,
+            )
+            for index, edit in enumerate(chosen)
+        ]
+
+    def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
+        start = self.suite.seed + first
+        return model.generate_batch(
+            [item.prompt for item in items],
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_images=1,
+            format=("image",),
+            guidance_scale=self.suite.guidance_scale,
+            text_sampling=GREEDY,
+            image_sampling=self.pictures.sampling,
+            seeds=range(start, start + len(items)),
+        )
+
+    def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
+        judge = EditJudge(self.pictures.judge)
+        edits = [item.data for item in items]
+        pictures = [load_picture(output.images[0]) for output in outputs]
+        rows: list[dict[str, Term]] = [
+            {"right": right, f"right_{edit.kind}": right} for right, edit in zip(judge(edits, pictures), edits, strict=True)
+        ]
+        metrics = {name: Metric() for name in ("right", *(f"right_{kind}" for kind in mixed_tasks.EDIT_WORDINGS))}
+        bounds = {}
+        unchanged, expected = [edit.pictures[0] for edit in edits], [edit.result for edit in edits]
+        for name, shown in (("unchanged", unchanged), ("expected", expected)):
+            values = judge(edits, shown)
+            bounds[f"right_of_{name}_pictures"] = Figure(sum(values) / len(values), count=len(values))
+        return Scores(rows, metrics, bounds)
+
+
+class EditJudge:
+    """Decides whether a picture is what an edit asks for."""
+
+    def __init__(self, judge: DrawingJudge) -> None:
+        self.judge = judge
+        self.tones: dict[tuple[str, ...], list[labelled.LabelledPicture]] = {}
+        for entry in emoji.load("train"):
+            if entry.has_skin_tones:
+                self.tones.setdefault((entry.name,), []).append(entry)
+
+    def __call__(self, edits: Sequence[mixed_tasks.Edit], pictures: Sequence[PILImage.Image]) -> list[float]:
+        """Return 1 or 0 for each edit and the picture that was made."""
+        return [float(self.is_right(edit, picture)) for edit, picture in zip(edits, pictures, strict=True)]
+
+    def is_right(self, edit: mixed_tasks.Edit, picture: PILImage.Image) -> bool:
+        judge = self.judge
+        if edit.kind == "colour":
+            return bool(judge.coloured_hits([picture], [(edit.wanted, without_colour(edit.names[0]))])[0]["right_both"])
+        if edit.kind == "together":
+            side = picture.width // 2
+            halves = [picture.crop((left, side // 2, left + side, side // 2 + side)) for left in (0, side)]
+            near = judge.nearest([half.resize(picture.size, PILImage.Resampling.BICUBIC) for half in halves])
+            return all(name in names for name, names in zip(edit.names, near, strict=True))
+        if edit.kind == "tone":
+            shown = self.tones[edit.names]
+            similarity = judge.features([picture]) @ judge.features([entry.picture for entry in shown]).t()
+            return shown[int(similarity.argmax())].skin_tone == edit.wanted
+        style = next(entry for entry in judge.gallery if entry.style == edit.wanted)
+        return edit.names[0] in judge.nearest([picture])[0] and judge.style_classifier.are_right([picture], [style])[0]
+
+
 class Likelihood(EmojiPart):
     """Bits per byte of held-out words and code, the end of each document included."""
 
@@ -502,7 +587,7 @@ PARTS: dict[str, Callable[[EmojiPictures], Part]] = {
     part.name: part
     for part in (
         *(Reconstruction, Captions, Questions, Drawings, Likelihood),
-        *(Recognition, Languages, Unseen, Colours, Counts, Variety, Mixed),
+        *(Recognition, Languages, Unseen, Colours, Counts, Variety, Mixed, Edits),
     )
 }
 

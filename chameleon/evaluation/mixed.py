@@ -108,6 +108,6 @@ def held_out_prompts(pictures: Sequence[LabelledPicture], per_task: int, seed: i
     """Return (task, conversation) of prompts that are kept out of training, their pictures unchanged."""
     return [
         (task, conversation)
-        for task in mixed_tasks.MAKERS
+        for task in mixed_tasks.DOCUMENT_MAKERS
         for conversation in mixed_tasks.conversations(task, pictures, per_task, seed, plain_view, "validation")
     ]

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from chameleon.document import Document
 from chameleon.evaluation.statistics import Figure, Metric, Term, figure_of
 from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.constraints import PartKind
 from chameleon.generation.prompting import Example, GuidanceScale
 from chameleon.generation.sampling import Sampling
 from chameleon.tokenizers.image import ImageTokenizer
@@ -55,6 +56,7 @@ class EvaluatedModel(Protocol):
         guidance_scale: GuidanceScale | None,
         text_sampling: Sampling,
         image_sampling: Sampling,
+        format: Sequence[PartKind] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Document]: ...
 

@@ -49,13 +49,30 @@ class EffNetLite0:
         """Return features float32 [N, 1280], each of norm 1 if `normalised`."""
         features = [torch.empty(0, 1280)]
         for start in range(0, len(pictures), batch_size):
-            values = to_tensor(pictures[start : start + batch_size]).to(self.device)
-            values = F.interpolate(values, size=(INPUT_SIDE, INPUT_SIDE), mode="bicubic", align_corners=False)
+            squares = [on_square(picture) for picture in pictures[start : start + batch_size]]
+            is_mixed = len({square.size for square in squares}) > 1
+            scaled = [
+                F.interpolate(
+                    to_tensor(group).to(self.device), (INPUT_SIDE, INPUT_SIDE), mode="bicubic", align_corners=False
+                )
+                for group in ([[square] for square in squares] if is_mixed else [squares])
+            ]
+            values = torch.cat(scaled)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
                 maps = self.network.extract_features(values.clamp(-1, 1))
             means = maps.float().mean((2, 3)).cpu()
             features.append(F.normalize(means, dim=1) if normalised else means)
         return torch.cat(features)
+
+
+def on_square(picture: PILImage.Image) -> PILImage.Image:
+    """Return a picture in the middle of a white square."""
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    square = PILImage.new("RGB", (side, side), "white")
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def nearest_names(features: Tensor, gallery: Tensor, names: Sequence[str], count: int = 10) -> list[list[str]]:

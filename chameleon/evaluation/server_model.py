@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from chameleon.document import Conversation, Document, Image, Message, Part, Text, part_to_json
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.constraints import PartKind
 from chameleon.generation.prompting import Example, GuidanceScale
 from chameleon.generation.sampling import IMAGE_SAMPLING, Sampling
 from chameleon.tokenizers.image import load_picture
@@ -109,11 +110,12 @@ class ServerModel:
         guidance_scale: GuidanceScale | None,
         text_sampling: Sampling,
         image_sampling: Sampling,
+        format: Sequence[PartKind] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Document]:
         """Answer each document or conversation with texts and pictures."""
         more: dict[str, Any] = {"modalities": ["text", "image"], "guidance_scale": guidance_scale}
-        more |= {"max_images": max_images}
+        more |= {"max_images": max_images, "format": None if format is None else list(format)}
         if image_sampling != IMAGE_SAMPLING:
             raise BadInput(
                 "in conversations a server samples pictures in its own way",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
 from chameleon.bundle import Bundle
 from chameleon.device import check_device
-from chameleon.dialect import Grid
+from chameleon.dialect import CODE, Grid
 from chameleon.document import Document, Image, Part
 from chameleon.errors import BadInput, as_bad_input
 from chameleon.generation.constraints import OutputConstraints, PartKind
@@ -28,6 +26,7 @@ from chameleon.generation.image_requests import (
     unpainted_codes,
     upper_codes,
 )
+from chameleon.generation.painting import Painter, Painting
 from chameleon.generation.prompting import Example, GuidanceScale, PromptBuilder
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
@@ -364,6 +363,8 @@ class Chameleon:
         prompt: str = "",
         num_images: int = 1,
         *,
+        candidates: int = 1,
+        rounds: int = 1,
         seed: int = 0,
         guidance_scale: float | None = None,
         sampling: Sampling | None = None,
@@ -372,14 +373,19 @@ class Chameleon:
 
         mask: as large as the picture; the part is where it is not black. Codes of cells with a marked pixel are generated,
         each after the prompt and all codes before it, of which the others are those of the picture.
+
+        A code is thus drawn without a look at what follows it. candidates: of so many continuations the one is kept after
+        which the codes that follow are likeliest. rounds: in further rounds the marked codes of each row are drawn anew, as
+        many times, between what then stands before and after them, and kept where that makes what follows likelier.
         """
+        if candidates < 1 or rounds < 1 or (rounds > 1 and candidates < 2):
+            raise BadInput(f"candidates {candidates}, rounds {rounds}", where="paint", remedy="use 2 candidates or more")
         task = self.painting(picture, mask)
-        seeds = range(seed, seed + num_images)
-        drawings = [task.drawing] * num_images
-        return [
-            task.merge(image)
-            for image in self.generate_images([prompt] * num_images, seeds, guidance_scale, sampling, drawings)
-        ]
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        painter = Painter(self, task, prompt, guidance_scale, sampling or self.image_sampling)
+        codes = painter.run(num_images, candidates, rounds, seed)
+        batch_size = 1 if self.engine.is_exact else BATCH_SIZE
+        return [task.merge(image) for image in self.tokenizer.image.decode_all(codes, batch_size=batch_size)]
 
     def painting(self, picture: Picture, mask: PILImage.Image) -> Painting:
         """Return what is needed to draw a part of a picture anew, see `paint`."""
@@ -443,12 +449,39 @@ class Chameleon:
             )
             for document, seed, drawing in zip(documents, seeds, drawings, strict=True)
         ]
+        codes = self.generate_codes(requests)
+        return self.tokenizer.image.decode_all(codes, batch_size=1 if self.engine.is_exact else BATCH_SIZE)
+
+    def generate_codes(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Return the codes int64 [h, w] of the image that each request asks for."""
         generated = self.engine.generate(requests)
-        codes = [
+        return [
             generated_image_codes(request, token_ids, self.vocabulary)
             for request, token_ids in zip(requests, generated, strict=True)
         ]
-        return self.tokenizer.image.decode_all(codes, batch_size=1 if self.engine.is_exact else BATCH_SIZE)
+
+    @torch.inference_mode()
+    def code_log_likelihoods(self, prompt: Sequence[int], codes: Sequence[Tensor]) -> Tensor:
+        """Return the natural logarithm of the probability of each code of images after a prompt: float32 [n, h · w].
+
+        codes: int64 [h, w] each, of one shape. Each probability is that among all codes, after the prompt's token ids and
+        the codes before it, without guidance or temperature.
+        """
+        v, head = self.vocabulary, self.engine.decoder.heads.codes
+        grid = (codes[0].shape[0], codes[0].shape[1])
+        block = torch.tensor(v.image_block(grid)[:-1])
+        places = (block == CODE).nonzero().flatten()
+        before = len(prompt) + places.to(self.engine.device) - 1
+        columns = torch.full((v.size,), -1).scatter(0, head.token_ids.cpu(), torch.arange(len(head.token_ids)))
+        is_code = v.is_image(head.token_ids)
+        scores = []
+        for image_codes in codes:  # one at a time: the logits of a large image take much memory
+            code_ids = v.codes_to_ids(image_codes.flatten())
+            token_ids = torch.cat((torch.tensor(prompt), block.index_put((places,), code_ids)))
+            hidden = self.model(token_ids[None, :-1].to(self.engine.device))[0, before]
+            log_probs = head.logits(hidden).float().masked_fill(~is_code, -torch.inf).log_softmax(-1)
+            scores.append(log_probs.gather(1, columns[code_ids].to(log_probs.device)[:, None])[:, 0].cpu())
+        return torch.stack(scores)
 
     # --- documents ---
 
@@ -560,23 +593,6 @@ class Chameleon:
         guidance = self.prompts.guidance(content, guidance_scale)
         text, image = text_sampling or self.text_sampling, image_sampling or self.image_sampling
         return Request(self.prompts.token_ids(content), constraints, text, image, guidance, seed)
-
-
-@dataclass(frozen=True)
-class Painting:
-    """A picture of which a part is to be drawn anew."""
-
-    picture: PILImage.Image
-    """Fitted to the size of an image."""
-    painted: np.ndarray
-    """bool [H, W]: the pixels that change."""
-    drawing: Drawing
-    """Its fixed codes are those of the picture in cells that have no such pixel."""
-
-    def merge(self, drawn: PILImage.Image) -> PILImage.Image:
-        """Return the picture with the painted pixels of a drawing."""
-        pixels = np.where(self.painted[:, :, None], np.asarray(drawn.convert("RGB")), np.asarray(self.picture))
-        return PILImage.fromarray(pixels)
 
 
 def sampling_of(given: dict[str, float] | None, default: Sampling) -> Sampling:

@@ -51,8 +51,10 @@ class PromptBuilder:
         """Return the prompt for a drawing, of a size if its grid is given; an empty one for an empty prompt."""
         if not prompt:
             return Document()
-        size = dict(zip(("width", "height"), self.tokenizer.fitter.size_of(grid or (0, 0)), strict=True))
-        return fill(self.generation.draw_prompt, None, prompt=prompt, **{name: str(side) for name, side in size.items()})
+        if grid is None:
+            return fill(self.generation.draw_prompt, None, prompt=prompt)
+        width, height = self.tokenizer.fitter.size_of(grid)
+        return fill(self.generation.sized_draw_prompt, None, prompt=prompt, width=str(width), height=str(height))
 
     @property
     def prompt_names_size(self) -> bool:
