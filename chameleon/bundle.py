@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,17 @@ FORMAT = 3
 Prompting = Literal["document", "conversation"]
 
 
+PLACEHOLDERS = {
+    "caption_prompt": ("image",),
+    "answer_prompt": ("image", "question"),
+    "draw_prompt": ("prompt", "width", "height"),
+    "sized_draw_prompt": ("prompt", "width", "height"),
+    "edit_prompt": ("image", "instruction"),
+}
+"""What may stand in each prompt of `GenerationConfig`."""
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How a model is asked for captions, answers and drawings, and how its tokens are sampled unless told otherwise.
@@ -61,6 +73,29 @@ class GenerationConfig:
     edit_guidance_scale: float | None = None
     edit_sampling: dict[str, float] | None = None
     text_sampling: dict[str, float] | None = None
+    max_new_tokens: int = 30
+    """Of a caption or an answer."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in PLACEHOLDERS.items():
+            for placeholder in re.findall(r"\{(\w+)\}", getattr(self, name)):
+                if placeholder not in allowed:
+                    raise BadInput(f"{{{placeholder}}} is none of {', '.join(allowed)}", where=f"generation.{name}")
+        if self.unconditional not in ("empty_prompt", "image_only"):
+            raise BadInput(
+                f"{self.unconditional!r} is neither empty_prompt nor image_only", where="generation.unconditional"
+            )
+        if self.max_new_tokens < 1:
+            raise BadInput(f"{self.max_new_tokens}, expected 1 or more", where="generation.max_new_tokens")
+        for name in ("image_sampling", "edit_sampling", "text_sampling"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            for key in values:
+                if key not in SAMPLING_FIELDS:
+                    raise BadInput(f"{key} is none of {', '.join(SAMPLING_FIELDS)}", where=f"generation.{name}")
+            whole = {key: int(value) if key == "top_k" else float(value) for key, value in values.items()}
+            object.__setattr__(self, name, whole)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that differ from the package's own."""

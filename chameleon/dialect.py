@@ -92,6 +92,10 @@ class Dialect(ABC):
     def grid_of_header(self, header: Sequence[int]) -> Grid | None:
         """Return the grid that a whole header tells; None for any other token ids."""
 
+    @abstractmethod
+    def is_size(self, token_id: int) -> bool:
+        """Whether a token may be in a header."""
+
     @property
     @abstractmethod
     def specials(self) -> dict[str, int]:
@@ -173,6 +177,9 @@ class SquareDialect(Dialect):
     def grid_of_header(self, header: Sequence[int]) -> Grid | None:
         return None if header else self.own_grid
 
+    def is_size(self, token_id: int) -> bool:
+        return False
+
     @property
     def specials(self) -> dict[str, int]:
         return {}
@@ -195,11 +202,12 @@ class ShapeConfig:
     """Units of a side that a size token can tell at most; 0: as many as the area and `max_ratio` allow."""
 
     def __post_init__(self) -> None:
-        if min(self.target, self.unit) < 1 or not 1 <= self.max_ratio < math.inf or self.max_units < 0:
+        is_valid = min(self.target, self.unit) >= 1 and 1 <= self.max_ratio < math.inf
+        if not is_valid or self.max_units < 0 or 0 < self.max_units < self.target:
             raise BadInput(
                 f"target {self.target}, unit {self.unit}, max_ratio {self.max_ratio}, max_units {self.max_units}",
                 where="shapes",
-                remedy="use 1 or more",
+                remedy="use 1 or more, and max_units 0 or not below the target",
             )
 
     @property
@@ -262,6 +270,9 @@ class SizedDialect(Dialect):
             return None
         first, second = (side * self.unit for side in sides if side is not None)
         return (first, second) if self.order[0] == "height" else (second, first)
+
+    def is_size(self, token_id: int) -> bool:
+        return token_id in self.sizes
 
     @cached_property
     def specials(self) -> dict[str, int]:
@@ -368,8 +379,10 @@ class ImageCursor:
         """Tokens that the image still lacks, eoi included; in the header, those of the smallest image that it may be."""
         if self.grid is not None:
             return self.body_length - self.position + 1
-        lengths = map(self.dialect.length, self.dialect.grids)
-        return min(lengths) - 1 - len(self.header)
+        grids = [self.dialect.grid_of_header(self.required_header)] if self.required_header else self.dialect.grids
+        start = tuple(self.header)
+        fitting = [g for g in grids if g is not None and self.dialect.header(g)[: len(start)] == start]
+        return min(map(self.dialect.length, fitting or self.dialect.grids)) - 1 - len(start)
 
     @property
     def tokens_to_last_code(self) -> int:
@@ -387,6 +400,7 @@ class ImageCursor:
         """Go past a token; which code it is does not matter here."""
         if self.grid is None:
             self.header.append(token_id)
+            self.is_valid &= self.dialect.is_size(token_id)
             if len(self.header) == self.dialect.header_length:
                 self.grid = self.dialect.grid_of_header(self.header)
                 self.is_valid &= self.grid is not None

@@ -21,7 +21,7 @@ section.model { background: white; border: 1px solid var(--line); border-radius:
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
 .grid.wide { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: 10px; background: white; }
-figure img { width: 64px; height: 64px; image-rendering: auto; }
+figure img { width: 64px; height: 64px; object-fit: contain; image-rendering: auto; }
 figure .big { width: 128px; height: 128px; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; }
 .answer { font-weight: 600; } .reference { color: var(--soft); }

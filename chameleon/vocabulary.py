@@ -266,11 +266,11 @@ class Vocabulary:
 
     def started_image(self, code_ids: Sequence[int], grid: Grid) -> tuple[int, ...]:
         """Return the token ids of an image from boi to the last of its first codes, which are given as token ids."""
-        block, given = self.image_block(grid), list(code_ids)
-        places = [index for index, token_id in enumerate(block) if token_id == CODE][: len(given)]
-        for place, code_id in zip(places, given, strict=True):
-            block[place] = code_id
-        return tuple(block[: places[-1] + 1 if places else 1 + self.dialect.header_length])
+        block = self.image_block(grid)
+        positions = [index for index, token_id in enumerate(block) if token_id == CODE][: len(code_ids)]
+        for position, code_id in zip(positions, code_ids, strict=True):
+            block[position] = code_id
+        return tuple(block[: positions[-1] + 1 if positions else 1 + self.dialect.header_length])
 
     def read_image(self, token_ids: Sequence[int], start: int = 0) -> ImageBlock | None:
         """Return the image whose boi is at `start`; None where there is no whole and valid one."""
@@ -282,10 +282,10 @@ class Vocabulary:
             return None
         length = self.dialect.length(grid)
         block, expected = token_ids[start : start + length], self.image_block(grid)
-        code_ids = [found for found, token_id in zip(block, expected, strict=False) if token_id == CODE]
+        code_ids = [token_id for token_id, wanted in zip(block, expected, strict=False) if wanted == CODE]
         is_valid = len(block) == length and all(
-            found in self.image_ids if token_id == CODE else found == token_id
-            for found, token_id in zip(block, expected, strict=True)
+            token_id in self.image_ids if wanted == CODE else token_id == wanted
+            for token_id, wanted in zip(block, expected, strict=True)
         )
         return ImageBlock(grid, length, code_ids) if is_valid else None
 

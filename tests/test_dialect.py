@@ -29,10 +29,11 @@ from chameleon.generation.constraints import OutputConstraints, OutputState
 from chameleon.generation.engine import Engine
 from chameleon.generation.guidance import image_only
 from chameleon.generation.request import Request
-from chameleon.generation.sampling import GREEDY
+from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.generation.streaming import PartialImage, StreamDecoder
 from chameleon.tokenizers.fitting import PictureFitter, fit_cover, nearest_shape
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask, write_shapes
+from chameleon.train.recipe import FinetuneRecipe, read_recipe
 from chameleon.vocabulary import Vocabulary
 
 LUMINA = {  # target side in pixels: candidates, the widest and the tallest (w, h), ids of a picture: least, most, square
@@ -140,7 +141,7 @@ def test_other_shapes_and_sizes(sized_tokenizer: MixedTokenizer, tokenizer: Mixe
     assert wide.grid_for((100, 100)) == (6, 6) and wide.grid_for((900, 100)) != fitter.grid_for((900, 100))
     with pytest.raises(BadInput, match="squares of one size"):
         tokenizer.fitter.with_shapes(24, None)
-    with pytest.raises(BadInput, match="sides are 4 to 32"):
+    with pytest.raises(BadInput, match="sides are multiples of 4 up to 32 pixels"):
         fitter.with_shapes(2, None)
 
 
@@ -213,7 +214,7 @@ def test_an_image_with_one_wrong_token_is_not_whole(
     assert v.dialect.row_end is not None
     block = [*v.started_image([v.image_start] * math.prod(grid), grid), v.dialect.row_end, v.eoi]
     assert sized_tokenizer.decode(block).complete
-    place, wrong = 1 + cut % (len(block) - 1), change % v.size
+    place, wrong = 1 + cut % (len(block) - 3), change % v.size  # without the last two an image is shown all the same
     is_same_kind = block[place] == wrong or (block[place] in v.image_ids and wrong in v.image_ids)
     block[place] = wrong
     assert sized_tokenizer.decode(block).complete == is_same_kind
@@ -482,7 +483,7 @@ def test_bundles_keep_the_dialect_and_how_the_model_is_asked(model: Chameleon, t
     )
     assert loaded.prompts.draw_document("{width}", (3, 5)).text == "{width}, 20x12"
     assert loaded.prompts.draw_document("red", None).text == "red"
-    sizes = {loaded.draw("red", seed=seed).size for seed in range(6)}
+    sizes = {loaded.draw("red", seed=seed, sampling=Sampling(3.0, 1.0)).size for seed in range(6)}
     assert sizes <= {loaded.tokenizer.fitter.size_of(grid) for grid in loaded.vocabulary.dialect.grids} and len(sizes) > 1
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     for key, value, message in (
@@ -496,3 +497,69 @@ def test_bundles_keep_the_dialect_and_how_the_model_is_asked(model: Chameleon, t
         (path.parent / "provenance.json").write_text("{}")
         with pytest.raises(BadInput, match=message):
             read_header(path.parent, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"draw_prompt": "{question}"}, r"generation\.draw_prompt: \{question\} is none of prompt, width, height"),
+        ({"caption_prompt": "{prompt}"}, r"generation\.caption_prompt"),
+        ({"unconditional": "nothing"}, "neither empty_prompt nor image_only"),
+        ({"image_sampling": {"topk": 3}}, r"generation\.image_sampling: topk is none of temperature"),
+        ({"max_new_tokens": 0}, "expected 1 or more"),
+    ],
+)
+def test_how_a_model_is_asked_is_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        GenerationConfig(**fields)
+
+
+def test_a_recipe_says_how_the_model_is_asked() -> None:
+    recipe = read_recipe(FinetuneRecipe, "shapes-finetune", ["generation.image_sampling={temperature: 1, top_k: 200}"])
+    assert recipe.generation is not None
+    assert recipe.generation.sized_draw_prompt == "{prompt}, {width}x{height}"
+    assert Sampling(**recipe.generation.image_sampling or {}) == Sampling(1.0, 0.9, 200)
+    assert type((recipe.generation.image_sampling or {})["top_k"]) is int
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_an_image_with_all_its_codes_is_shown_though_its_end_is_missing(
+    sized_tokenizer: MixedTokenizer, tokenizer: MixedTokenizer, missing: int
+) -> None:
+    for of in (sized_tokenizer, tokenizer):
+        v = of.vocabulary
+        block = [*v.started_image([v.image_start] * 16, (4, 4)), *v.dialect.body((4, 4))[-1:], v.eoi]
+        tail = [token_id for token_id in block[-2:] if token_id not in v.image_ids and token_id >= 0]
+        document = of.decode(block[: len(block) - min(missing, len(tail))])
+        assert document.complete and len(document.images) == 1
+
+
+def test_prompts_that_end_in_an_image(model: Chameleon) -> None:
+    """Tokens that no image has there, sizes that nothing has, and no room are told apart."""
+    v = model.vocabulary
+    height = v.dialect.header((4, 4))[0]
+    for tokens, room, message in (
+        ((v.text_start,), 60, "its tokens are not those of one"),
+        ((height, v.image_start), 60, "its tokens are not those of one"),
+        ((*v.dialect.header((4, 4)), v.text_start), 60, "its tokens are not those of one"),
+        ((height,), 5, "for which there is no room"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            model.engine.generate([Request((v.bos, v.boi, *tokens), OutputConstraints(room))])
+    short = OutputConstraints(20, format=(), grid=(8, 2))
+    with pytest.raises(BadInput, match="the rest of an image take at least 27 tokens"):
+        model.engine.generate([Request((v.bos, v.boi), short)])
+    with pytest.raises(BadInput, match="max_units 5"):
+        ShapeConfig(10, max_units=5)
+
+
+def test_so_many_previews_as_are_asked_for(model: Chameleon) -> None:
+    v = model.vocabulary
+    for grid in ((8, 2), (4, 4), (2, 8)):
+        image = [*v.started_image([v.image_start] * 16, grid), v.dialect.row_end, v.eoi]
+        for count in (1, 2, 3):
+            decoder = StreamDecoder(model.tokenizer, num_previews=count)
+            shown = [part for token_id in image for part in decoder.push(int(token_id or 0))]
+            rows = [part.rows for part in shown if isinstance(part, PartialImage)]
+            assert len(rows) <= count and rows == sorted(set(rows)) and max(rows) < grid[0]
+            assert len(rows) == min(count, grid[0] - 1)

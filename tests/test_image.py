@@ -198,8 +198,8 @@ def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTo
     small.cache = CodeCache(4 * math.prod(image_tokenizer.config.grid))
     for order in ([0, 1, 2], [2, 3, 4, 0], [0, 5, 6, 7, 8, 9, 1], list(range(12)), [11, 11, 3]):
         assert torch.equal(small.encode([pictures[n] for n in order]), expected[order])
-        assert len(small.cache.places) <= 4
-        assert len(set(small.cache.places.values())) == len(small.cache.places)
+        assert len(small.cache.entries) <= 4
+        assert len(set(small.cache.entries.values())) == len(small.cache.entries)
 
 
 def test_moved_pictures_by_hand() -> None:

@@ -19,7 +19,6 @@ from chameleon.data.mixed_tasks import Edit, conversations, edits
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
-from chameleon.generation.painting import Painter
 from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.tokenizers.mixed import MixedTokenizer
 
@@ -66,7 +65,7 @@ def suffix_score(model: Chameleon, prompt: str, codes: torch.Tensor, block: torc
 def test_the_continuation_is_kept_after_which_the_rest_is_likeliest(model: Chameleon) -> None:
     mask = mask_of((4, 4, 12, 8))
     task = model.painting(picture(), mask)
-    painter = Painter(model, task, "red", 1.0, DRAWN)
+    painter = model.painter(task, "red", 1.0, DRAWN)
     drawn = []
     draw = painter.draw
     painter.draw = lambda drawings: drawn.append(draw(drawings)) or drawn[-1]  # type: ignore[method-assign]
@@ -83,7 +82,7 @@ def test_the_continuation_is_kept_after_which_the_rest_is_likeliest(model: Chame
 
 def test_further_rounds_never_make_what_follows_less_likely(model: Chameleon) -> None:
     mask = mask_of((4, 0, 16, 12))
-    painter = Painter(model, model.painting(picture(), mask), "red", 1.0, DRAWN)
+    painter = model.painter(model.painting(picture(), mask), "red", 1.0, DRAWN)
     rows = painter.is_painted.any(dim=1).nonzero().flatten().tolist()
     assert rows == [0, 1, 2]
     images = painter.run(2, 3, 1, seed=0)

@@ -665,6 +665,7 @@ def test_unseen_parts_of_the_suite(model: LocalModel, tmp_path: Path, monkeypatc
     monkeypatch.setattr("chameleon.evaluation.emoji.NUM_VARIED", 2)
     monkeypatch.setattr("chameleon.evaluation.emoji.NUM_VARIATIONS", 3)
     monkeypatch.setattr("chameleon.evaluation.emoji.NUM_MIXED_PROMPTS", 8)
+    monkeypatch.setattr("chameleon.evaluation.emoji.NUM_EDITS", 8)
     monkeypatch.setattr("chameleon.evaluation.emoji.MAX_NEW_TOKENS", 20)
     monkeypatch.setattr("chameleon.evaluation.emoji.MAX_BYTES", 300)
     monkeypatch.setattr("chameleon.evaluation.emoji.NUMBERS", (1, 2))
@@ -675,7 +676,7 @@ def test_unseen_parts_of_the_suite(model: LocalModel, tmp_path: Path, monkeypatc
     parts = {name.split(" / ")[1] for name in figures}
     assert parts == {
         *("reconstruction", "captions", "questions", "drawings", "likelihood", "recognition", "languages", "unseen"),
-        *("colours", "counts", "variety", "mixed"),
+        *("colours", "counts", "variety", "mixed", "edits"),
     }
     for name, figure in figures.items():
         assert figure.count > 0, name

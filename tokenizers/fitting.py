@@ -21,9 +21,9 @@ from chameleon.errors import BadInput
 Fit = Literal["crop", "pad"]
 Size = tuple[int, int]
 """(width, height) in pixels, as Pillow has it."""
-Place = tuple[float, float]
+CropPosition = tuple[float, float]
 """Where a crop lies in what it leaves out: from left and top, 0, to right and bottom, 1."""
-CENTRE: Place = (0.5, 0.5)
+CENTRE: CropPosition = (0.5, 0.5)
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded."""
 
@@ -74,10 +74,10 @@ def nearest_shape(size: Size, candidates: list[Size]) -> Size:
 def fit_cover(
     picture: PILImage.Image,
     size: Size,
-    place: Place = CENTRE,
+    position: CropPosition = CENTRE,
     resampling: PILImage.Resampling = PILImage.Resampling.BICUBIC,
 ) -> PILImage.Image:
-    """Return a picture scaled to cover a size, and cropped to it at a place.
+    """Return a picture scaled to cover a size, and cropped to it at a position.
 
     It is halved by a box filter while both sides have twice the pixels that are needed, then scaled.
     """
@@ -87,7 +87,7 @@ def fit_cover(
         picture = picture.resize((picture.width // 2, picture.height // 2), PILImage.Resampling.BOX)
     scale = max(new / old for new, old in zip(size, picture.size, strict=True))
     scaled = (round(picture.width * scale), round(picture.height * scale))
-    left, top = (int((long - short) * at) for long, short, at in zip(scaled, size, place, strict=True))
+    left, top = (int((long - short) * at) for long, short, at in zip(scaled, size, position, strict=True))
     if scaled[0] * scaled[1] > MAX_PIXELS:  # a long strip: only scale what the crop shows
         x_scale, y_scale = picture.width / scaled[0], picture.height / scaled[1]
         box = (left * x_scale, top * y_scale, (left + size[0]) * x_scale, (top + size[1]) * y_scale)
@@ -120,10 +120,11 @@ class PictureFitter:
         cell = self.dialect.unit * self.reduction
         target = self.dialect.target if target_side is None else target_side // cell
         ratio = self.dialect.max_ratio if max_ratio is None else max_ratio
-        if not 1 <= target <= self.dialect.max_units or not ratio >= 1:
+        is_whole = target_side is None or target_side % cell == 0
+        if not is_whole or not 1 <= target <= self.dialect.max_units or not ratio >= 1:
             raise BadInput(
-                f"target_side {target_side}, max_ratio {max_ratio}; sides are {cell} to {cell * self.dialect.max_units} "
-                "pixels, ratios 1 or more",
+                f"target_side {target_side}, max_ratio {max_ratio}; sides are multiples of {cell} up to "
+                f"{cell * self.dialect.max_units} pixels, ratios 1 or more",
                 where="target_side and max_ratio",
             )
         return replace(self, dialect=replace(self.dialect, target=target, max_ratio=float(ratio)))
@@ -165,7 +166,7 @@ class PictureFitter:
         return np.asarray(fitted)[:, :, 0] > 0
 
     def fit(
-        self, picture: PILImage.Image, fit: Fit = "crop", grid: Grid | None = None, place: Place = CENTRE
+        self, picture: PILImage.Image, fit: Fit = "crop", grid: Grid | None = None, position: CropPosition = CENTRE
     ) -> np.ndarray:
         """Return an RGB picture as uint8 [H, W, 3], fitted to a grid, by default that of its shape.
 
@@ -173,5 +174,5 @@ class PictureFitter:
         """
         if isinstance(self.dialect, SizedDialect):
             grid = grid or self.grid_for(picture.size)
-            return np.asarray(fit_cover(picture, self.size_of(grid), place))
+            return np.asarray(fit_cover(picture, self.size_of(grid), position))
         return np.asarray(fit_square(picture, self.size_of(self.dialect.grid)[0], fit))

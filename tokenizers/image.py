@@ -241,16 +241,16 @@ class CodeCache:
     def __init__(self, num_codes: int) -> None:
         """num_codes: codes of all images together at most."""
         self.table = torch.empty(num_codes, dtype=torch.int32)
-        self.places: OrderedDict[bytes, tuple[int, Grid]] = OrderedDict()
-        """Key of an image → where its codes start in the table, and its grid; oldest first."""
+        self.entries: OrderedDict[bytes, tuple[int, Grid]] = OrderedDict()
+        """Key of an image → index of its first code in the table, and its grid; oldest first."""
         self.end = 0
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.places
+        return key in self.entries
 
     def __getitem__(self, key: bytes) -> Tensor:
         """Return codes int64 [h, w]."""
-        start, grid = self.places[key]
+        start, grid = self.entries[key]
         return self.table[start : start + math.prod(grid)].long().view(grid)
 
     def add(self, key: bytes, codes: Tensor) -> None:
@@ -263,13 +263,13 @@ class CodeCache:
             self.end = 0
         self.forget_from(self.end, self.end + count)
         self.table[self.end : self.end + count] = codes.flatten()
-        self.places[key] = (self.end, (codes.shape[0], codes.shape[1]))
+        self.entries[key] = (self.end, (codes.shape[0], codes.shape[1]))
         self.end += count
 
     def forget_from(self, start: int, end: int) -> None:
         """Forget the oldest images, as long as their codes start in a part of the table."""
-        while self.places and start <= next(iter(self.places.values()))[0] < end:
-            self.places.popitem(last=False)
+        while self.entries and start <= next(iter(self.entries.values()))[0] < end:
+            self.entries.popitem(last=False)
 
 
 class ImageTokenizer:

@@ -23,12 +23,12 @@ from chameleon.dialect import CODE, ShapeConfig, SquareDialect
 from chameleon.document import Conversation, Document, Image, Part, Text
 from chameleon.errors import BadInput, as_bad_input
 from chameleon.files import read_json, write_json
-from chameleon.tokenizers.fitting import CENTRE, Fit, PictureFitter, Place
+from chameleon.tokenizers.fitting import CENTRE, CropPosition, Fit, PictureFitter
 from chameleon.tokenizers.image import ImageFile, ImageTokenizer
 from chameleon.tokenizers.json_text import JsonTextTokenizer
 from chameleon.tokenizers.text import SentencePieceTokenizer, TextTokenizer
 from chameleon.tokenizers.vqgan import VQGANConfig
-from chameleon.vocabulary import Vocabulary
+from chameleon.vocabulary import ImageBlock, Vocabulary
 
 Content = Document | Conversation
 TEXT_TOKENIZERS: tuple[type[TextTokenizer], ...] = (SentencePieceTokenizer, JsonTextTokenizer)
@@ -131,7 +131,7 @@ class View(NamedTuple):
     """What a document shows of a picture."""
 
     picture: PILImage.Image
-    place: Place = CENTRE
+    position: CropPosition = CENTRE
     """Where it is cropped, if its shape is not that of an image."""
 
 
@@ -152,8 +152,8 @@ class PreparedDocument:
     num_variants: int = 1
 
 
-class ImagePlace(NamedTuple):
-    """Where an image goes among the token ids of a document."""
+class ImageSlot(NamedTuple):
+    """An image among the token ids of a document."""
 
     part: Image
     fit: Fit
@@ -182,7 +182,7 @@ class DocumentPreparer:
         """
         v = self.vocabulary
         prompt_fit: Fit = "pad" if isinstance(content, Conversation) else "crop"
-        pieces: list[list[int] | ImagePlace] = [[v.bos]]
+        pieces: list[list[int] | ImageSlot] = [[v.bos]]
         for turn in split_turns(content):
             pieces += self.encode_parts(turn.prompt, prompt_fit)
             if turn.answer is None:
@@ -196,10 +196,10 @@ class DocumentPreparer:
         pieces = [[self.vocabulary.bos], *self.encode_parts(document.parts, "pad" if conversation else "crop")]
         return self.add_pictures([*pieces, [self.vocabulary.sep] * conversation])
 
-    def encode_parts(self, parts: Sequence[Part], fit: Fit) -> list[list[int] | ImagePlace]:
-        """Return the token ids of texts, and the places of images, in order."""
+    def encode_parts(self, parts: Sequence[Part], fit: Fit) -> list[list[int] | ImageSlot]:
+        """Return the token ids of texts, and the slots of images, in order."""
         return [
-            self.text_to_ids(part.text) if isinstance(part, Text) else ImagePlace(part, fit) for part in merge_texts(parts)
+            self.text_to_ids(part.text) if isinstance(part, Text) else ImageSlot(part, fit) for part in merge_texts(parts)
         ]
 
     def text_to_ids(self, text: str) -> list[int]:
@@ -208,30 +208,30 @@ class DocumentPreparer:
 
     def add_pictures(
         self,
-        pieces: Sequence[list[int] | ImagePlace],
+        pieces: Sequence[list[int] | ImageSlot],
         view: ViewFunction | None = None,
         num_variants: int = 1,
         images: Sequence[ImageFile] | None = None,
     ) -> PreparedDocument:
-        places = [piece for piece in pieces if isinstance(piece, ImagePlace)]
-        images = images or [ImageFile(place.part.image) for place in places]
+        slots = [piece for piece in pieces if isinstance(piece, ImageSlot)]
+        images = images or [ImageFile(slot.part.image) for slot in slots]
         variants: list[list[np.ndarray]] = [[] for _ in range(num_variants)]
         blocks: list[list[int]] = []
-        for index, (place, image) in enumerate(zip(places, images, strict=True)):
+        for index, (slot, image) in enumerate(zip(slots, images, strict=True)):
             try:
                 picture = image.rgb
             except BadInput as error:
-                if len(places) == 1:
+                if len(slots) == 1:
                     raise
                 raise BadInput(f"picture {index + 1}: {error.reason}", where=image.where) from None
             grid = self.fitter.grid_for(picture.size)
             blocks.append(self.vocabulary.image_block(grid))
             for variant, pictures in enumerate(variants):
                 shown = view(picture, index, variant) if view is not None else View(picture)
-                pictures.append(self.fitter.fit(shown.picture, place.fit, grid, shown.place))
+                pictures.append(self.fitter.fit(shown.picture, slot.fit, grid, shown.position))
         remaining = iter(blocks)
         token_ids = [
-            token_id for piece in pieces for token_id in (next(remaining) if isinstance(piece, ImagePlace) else piece)
+            token_id for piece in pieces for token_id in (next(remaining) if isinstance(piece, ImageSlot) else piece)
         ]
         return PreparedDocument(
             np.array(token_ids, dtype=np.int64),
@@ -335,6 +335,11 @@ class MixedTokenizer:
                 position += block.length
             elif values[start] == v.boi or values[start] in v.image_ids:
                 position = self.end_of_image(values, start)
+                if (block := self.with_all_codes(values[start:position])) is not None:
+                    images.append(len(parts))
+                    codes.append(v.image_codes(block))
+                    parts.append(Text(""))
+                    continue
                 parts.append(Text(self.truncation_marker(values[start:position])))
                 complete = False
             elif values[position] in v.text_ids:
@@ -355,6 +360,12 @@ class MixedTokenizer:
         while position < len(values) and (values[position] in v.image_ids or values[position] in inside):
             position += 1
         return position + (position < len(values) and values[position] == v.eoi)
+
+    def with_all_codes(self, values: Sequence[int]) -> ImageBlock | None:
+        """Return the image of which only the tokens after its last code are missing; None for any other."""
+        v = self.vocabulary
+        ends = [[v.eoi], *([] if v.dialect.row_end is None else [[v.dialect.row_end, v.eoi]])]
+        return next((block for end in ends if (block := v.read_image([*values, *end])) is not None), None)
 
     def truncation_marker(self, values: Sequence[int]) -> str:
         """Return what a document shows in place of an image that is not whole."""

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
+from chameleon.document import Document, Text
 from chameleon.generation.chameleon import Chameleon
 from chameleon.train.language_module import LanguageModule
 from chameleon.train.monitors import uncompiled
@@ -40,7 +41,7 @@ class SampleLogger(Callback):
             chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting, generation=module.start.generation))
             with uncompiled():
                 captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
-                drawings = chameleon.draw_batch([text for _, text in self.pairs])
+                drawings = chameleon.draw_after([Document((Text(text),)) for _, text in self.pairs])
         finally:
             module.model.train(was_training)
         step = module.completed_steps
@@ -48,7 +49,7 @@ class SampleLogger(Callback):
             caption_and_truth = f"“{caption}” for “{text}”"
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    pixels = np.concatenate([np.asarray(image.convert("RGB")) for image in (picture, drawing)], axis=1)
+                    pixels = np.asarray(beside(picture, drawing))
                     logger.experiment.add_text(f"samples/caption_{index}", caption_and_truth, step)
                     logger.experiment.add_image(f"samples/drawing_{index}", pixels, step, dataformats="HWC")
                 elif isinstance(logger, WandbLogger):
@@ -68,3 +69,11 @@ class SampleLogger(Callback):
                     if len(pairs) == self.num_samples:
                         return pairs
         return pairs
+
+
+def beside(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
+    """Return two pictures beside each other on white."""
+    both = PILImage.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+    both.paste(left.convert("RGB"), (0, 0))
+    both.paste(right.convert("RGB"), (left.width, 0))
+    return both

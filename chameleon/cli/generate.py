@@ -32,7 +32,7 @@ def add_verbs(verbs: Verbs) -> None:
         help="few-shot example; may be repeated",
     )
     add_model_options(parser)
-    add_sampling_options(parser, max_new_tokens=30)
+    add_sampling_options(parser, max_new_tokens=0)
 
     parser = verbs.add("answer", answer, "Answer a question about an image.")
     parser.add_argument("image")
@@ -46,7 +46,7 @@ def add_verbs(verbs: Verbs) -> None:
         help="few-shot example; may be repeated",
     )
     add_model_options(parser)
-    add_sampling_options(parser, max_new_tokens=30)
+    add_sampling_options(parser, max_new_tokens=0)
 
     parser = verbs.add("draw", draw, "Draw images from a prompt, or variations or completions of an image.")
     parser.add_argument("prompt", nargs="?")

@@ -13,6 +13,7 @@ from chameleon.cli.output import aligned_lines, print_error, print_progress, pri
 from chameleon.errors import BadInput
 
 if TYPE_CHECKING:
+    from chameleon.bundle import Bundle
     from chameleon.data.token_shards import TokenShard
     from chameleon.model.config import ModelConfig
 
@@ -89,7 +90,7 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     from chameleon.model.fastest_format import choose_weight_form
 
     bundle = Bundle.load(folder)
-    model, image = bundle.model.config, bundle.tokenizer.image.config
+    model = bundle.model.config
     return {
         "bundle": str(folder),
         "parameters": model.parameters,
@@ -99,12 +100,22 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
         "vocabulary size": bundle.vocabulary.size,
         "text pieces": bundle.vocabulary.num_text_pieces,
         "image codes": bundle.vocabulary.num_image_codes,
-        "image": f"{image.resolution} pixels, {image.grid[0]}×{image.grid[1]} codes",
+        "image": describe_images(bundle),
         "prompting": bundle.prompting,
         "fastest here": str(choose_weight_form("auto", "auto", "cpu")),
         "tokenizers": bundle.tokenizer.fingerprint[:12],
         "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
     }
+
+
+def describe_images(bundle: Bundle) -> str:
+    """Return the size of a bundle's images in pixels and codes, and how many shapes there are."""
+    dialect, fitter = bundle.vocabulary.dialect, bundle.tokenizer.fitter
+    usual = "{}×{} pixels, {}×{} codes".format(*fitter.size_of(dialect.grid), dialect.grid[1], dialect.grid[0])
+    if len(dialect.grids) == 1:
+        return usual
+    first, last = (fitter.size_of(grid) for grid in (dialect.grids[0], dialect.grids[-1]))
+    return f"{len(dialect.grids)} shapes from {first[0]}×{first[1]} to {last[0]}×{last[1]} pixels; a square: {usual}"
 
 
 def show_shards(arguments: argparse.Namespace, folder: Path) -> None:

@@ -88,14 +88,15 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling_options(parser: Parser, max_new_tokens: int | None = None) -> None:
-    """max_new_tokens: default of that option; None for a verb without text output."""
+    """max_new_tokens: default of that option; 0 is the model's own, None a verb without text output."""
     parser.add_argument("--temperature", type=float, help="0 is greedy decoding")
     parser.add_argument("--top-p", type=float, help="nucleus sampling; 1 keeps all tokens")
     parser.add_argument("--top-k", type=int, help="keep this many tokens; 0 keeps all")
     if max_new_tokens is not None:
         parser.add_argument("--repetition-penalty", type=float, help="penalty on earlier text tokens; 1 is none")
+        default = str(max_new_tokens) if max_new_tokens else "the model's own, usually 30"
         parser.add_argument(
-            "--max-new-tokens", type=int, default=max_new_tokens, help=f"tokens at most (default: {max_new_tokens})"
+            "--max-new-tokens", type=int, default=max_new_tokens or None, help=f"tokens at most (default: {default})"
         )
 
 

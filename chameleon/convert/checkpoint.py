@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chameleon.bundle import PROVENANCE_FILE, GenerationConfig, Prompting, read_header, stored_names, write_bundle
 from chameleon.convert import layout
-from chameleon.dialect import ShapeConfig
+from chameleon.dialect import ShapeConfig, SizedDialect
 from chameleon.errors import BadInput
 from chameleon.model.config import ModelConfig
 from chameleon.tensor_files import LazyTensors, Progress, RenamedTensors, SafetensorsFiles, no_progress
@@ -101,6 +101,14 @@ def vocabulary_of(
             f"{vocabulary.num_image_codes} image pieces, the image tokenizer has {image.codebook_size} codes", where=where
         )
     return vocabulary
+
+
+def note_what_is_lost(checkpoint: Checkpoint) -> None:
+    """Note what Meta's and Hugging Face's formats cannot say of a checkpoint."""
+    if isinstance(checkpoint.vocabulary.dialect, SizedDialect):
+        checkpoint.notes.append("the format does not say that images have several shapes: read again, they are squares")
+    if checkpoint.generation.to_json():
+        checkpoint.notes.append("the format does not keep how the model is asked and sampled")
 
 
 # --- the image tokenizer ---------------------------------------------------------------------------------------------

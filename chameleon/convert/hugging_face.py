@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from chameleon.convert import layout
-from chameleon.convert.checkpoint import DECODER, Checkpoint, Source, image_weights, vocabulary_of
+from chameleon.convert.checkpoint import DECODER, Checkpoint, Source, image_weights, note_what_is_lost, vocabulary_of
 from chameleon.convert.configs import from_hf_config, from_hf_vqgan, to_hf_config
 from chameleon.convert.meta import TEXT, read_image_tokenizer, read_text_tokenizer, tokenizer_folder
 from chameleon.errors import BadInput
@@ -138,6 +138,7 @@ def hugging_face_text(folder: Path, tokenizer: Path | None) -> JsonTextTokenizer
 
 def write_hugging_face(checkpoint: Checkpoint, folder: Path, *, progress: Progress = no_progress) -> None:
     """Write Hugging Face's files to an empty folder. Raise `BadInput` for what the format cannot express."""
+    note_what_is_lost(checkpoint)
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
     text = to_json_text(checkpoint.text, vocabulary)
     if IMAGE_PLACEHOLDER not in text.names:

@@ -57,6 +57,7 @@ GENERATION = GenerationConfig(
     edit_guidance_scale=1.0,
     edit_sampling={"temperature": 1.0, "top_p": 1.0, "top_k": 200},
     text_sampling={"temperature": 1.0, "top_p": 1.0, "top_k": 10},
+    max_new_tokens=512,
 )
 """The forms of prompts that the models were trained with, and the sampling that their README recommends."""
 
@@ -89,11 +90,12 @@ def read_lumina(folder: Path, *, tokenizer: Path | None = None, target_side: int
         raise BadInput(
             "no image tokenizer in these weights", where=folder, remedy="give the folder of Meta's with --tokenizer"
         )
-    side = target_side or stated_side(name)
+    side = stated_side(name) if target_side is None else target_side
     if side is None:
         raise BadInput("its name does not say the size of images", where=folder, remedy="give --target-side, as 768")
-    if not CELL_PIXELS <= side <= CELL_PIXELS * MAX_UNITS:
-        raise BadInput(f"{side} pixels, expected {CELL_PIXELS} to {CELL_PIXELS * MAX_UNITS}", where="--target-side")
+    if side % CELL_PIXELS or not CELL_PIXELS <= side <= CELL_PIXELS * MAX_UNITS:
+        expected = f"a multiple of {CELL_PIXELS} up to {CELL_PIXELS * MAX_UNITS}"
+        raise BadInput(f"{side} pixels, expected {expected}", where="--target-side")
     config = from_hf_config(values, where=path)
     with as_bad_input("a model's configuration", path):
         config = replace(config, dropout=float(values.get("dropout") or 0.0))
@@ -137,7 +139,9 @@ def write_lumina(checkpoint: Checkpoint, folder: Path, *, progress: Progress = n
             "z_loss_weight": Z_LOSS,
             "torch_dtype": dtype,
         }
-    write_json(folder / CONFIG, {**values, "vocabulary_map": text.names})
+    # What training changes: dropout, and the dtype in which the weights were saved.
+    changed = {"dropout": config.dropout, "torch_dtype": dtype, "max_position_embeddings": config.context_length}
+    write_json(folder / CONFIG, {**values, **changed, "vocabulary_map": text.names})
     write_tokenizer(text, folder, config.context_length)
     names = [part.hf for name in layout.shapes(config) for part in layout.parts_of(name)]
     names = [name for name in names if not (config.tied_head and name == layout.OUTER_PARTS["head.weight"][0].hf)]

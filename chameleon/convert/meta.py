@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from chameleon.convert import layout
-from chameleon.convert.checkpoint import Checkpoint, Source, image_shapes, image_weights, vocabulary_of
+from chameleon.convert.checkpoint import Checkpoint, Source, image_shapes, image_weights, note_what_is_lost, vocabulary_of
 from chameleon.convert.configs import from_meta_params, from_meta_vqgan, to_meta_params, to_meta_vqgan
 from chameleon.errors import BadInput
 from chameleon.files import read_json, write_json
@@ -222,6 +222,7 @@ def write_meta(
 
     Raises `BadInput` where sizes do not divide, or there is no decoder, without which Meta's code would draw noise.
     """
+    note_what_is_lost(checkpoint)
     config, source = checkpoint.config, checkpoint.source
     if not checkpoint.image.decoder:
         raise BadInput(

@@ -72,6 +72,8 @@ class Shelf:
     pictures: Sequence[LabelledPicture]
     view: View
     split: str
+    shown: Sequence[LabelledPicture] | None = None
+    """Pictures that edits start from, whatever the combination; None: all, in the combinations of the split."""
     concepts: dict[str, dict[str, list[LabelledPicture]]] = field(init=False)
     """Concept → style → pictures without skin tone."""
 
@@ -120,11 +122,20 @@ class Shelf:
         same = {style: [one for one in members if one.base == entry.base] for style, members in styles.items()}
         return {style: members[0] for style, members in same.items() if members and style in EMOJI_STYLES}
 
+    def picture_to_edit(self, kind: str, rng: random.Random) -> LabelledPicture:
+        """Return a random picture without skin tone; for the kind "tone" one that exists with others."""
+        if self.shown is None:
+            return self.any_of(rng.choice(self.with_tones if kind == "tone" else self.names), rng)
+        neutral = [entry for entry in self.shown if not entry.is_variant]
+        return rng.choice([entry for entry in neutral if kind != "tone" or (entry.style, entry.base) in self.tones])
+
     def show(self, entry: LabelledPicture, rng: random.Random) -> Image:
         return Image(self.view(entry, rng))
 
     def is_used(self, *words: object) -> bool:
         """Whether the combination belongs to this split."""
+        if self.shown is not None:
+            return True
         return is_for_evaluation(*words) == (self.split == "validation")
 
 
@@ -326,11 +337,11 @@ def make_edit(shelf: Shelf, rng: random.Random) -> Edit | None:
     Before and after have the same shift, zoom and mirroring, so that nothing else changes.
     """
     kind = rng.choice(sorted(EDIT_WORDINGS))
-    entry = shelf.any_of(rng.choice(shelf.with_tones if kind == "tone" else shelf.names), rng)
+    entry = shelf.picture_to_edit(kind, rng)
     seed, wording = rng.random(), rng.choice(EDIT_WORDINGS[kind])
     before = shelf.view(entry, random.Random(seed))
     if kind == "together":
-        other = shelf.any_of(rng.choice(shelf.names), rng)
+        other = shelf.picture_to_edit(kind, rng)
         pictures, both = [before, shelf.view(other, random.Random(seed))], (entry.name, other.name)
         return Edit(kind, pictures, wording, side_by_side(*pictures), both) if shelf.is_used("edit", *both) else None
     if kind == "colour":
@@ -381,9 +392,16 @@ DOCUMENT_MAKERS: dict[str, Maker] = {
 MAKERS: dict[str, Maker] = {**DOCUMENT_MAKERS, "editing": make_edited}
 
 
-def edits(pictures: Sequence[LabelledPicture], count: int, seed: int, view: View, split: str) -> Iterator[Edit]:
-    """Yield `count` edits of a split; fewer where `MAX_TRIES` random choices make none."""
-    shelf = Shelf(pictures, view, split)
+def edits(
+    pictures: Sequence[LabelledPicture],
+    count: int,
+    seed: int,
+    view: View,
+    split: str = "train",
+    shown: Sequence[LabelledPicture] | None = None,
+) -> Iterator[Edit]:
+    """Yield `count` edits of a split, or of the pictures `shown`; fewer where `MAX_TRIES` random choices make none."""
+    shelf = Shelf(pictures, view, split, shown)
     for index in range(count):
         tries = (make_edit(shelf, random.Random(f"{seed} edit {index} {attempt}")) for attempt in range(MAX_TRIES))
         edit = next((edit for edit in tries if edit is not None), None)

@@ -471,7 +471,7 @@ class Mixed(EmojiPart):
 
 
 class Edits(EmojiPart):
-    """Pictures that are changed as an instruction says, in combinations that are kept out of training, by kind of edit.
+    """Held-out pictures that are changed as an instruction says, by kind of edit.
 
     A colour is right if it is the main one and the thing is recognised in grey; a tone if of the same emoji in all tones
     that one is the nearest; a style if the classifier tells it and the emoji is among the 10 nearest; two pictures side by
@@ -482,7 +482,8 @@ class Edits(EmojiPart):
     batch_size = 32
 
     def items(self) -> list[Item]:
-        chosen = mixed_tasks.edits(emoji.load("train"), NUM_EDITS, self.suite.seed, labelled.plain_view, "validation")
+        held_out = emoji.load("validation")
+        chosen = mixed_tasks.edits(emoji.load(), NUM_EDITS, self.suite.seed, labelled.plain_view, shown=held_out)
         return [
             Item(
                 f"{edit.kind} {index}",
@@ -529,7 +530,7 @@ class EditJudge:
     def __init__(self, judge: DrawingJudge) -> None:
         self.judge = judge
         self.tones: dict[tuple[str, ...], list[labelled.LabelledPicture]] = {}
-        for entry in emoji.load("train"):
+        for entry in emoji.load():
             if entry.has_skin_tones:
                 self.tones.setdefault((entry.name,), []).append(entry)
 
@@ -543,8 +544,9 @@ class EditJudge:
             return bool(judge.coloured_hits([picture], [(edit.wanted, without_colour(edit.names[0]))])[0]["right_both"])
         if edit.kind == "together":
             side = picture.width // 2
-            halves = [picture.crop((left, side // 2, left + side, side // 2 + side)) for left in (0, side)]
-            near = judge.nearest([half.resize(picture.size, PILImage.Resampling.BICUBIC) for half in halves])
+            top = max(0, (picture.height - side) // 2)
+            halves = [picture.crop((left, top, left + side, min(picture.height, top + side))) for left in (0, side)]
+            near = judge.nearest([half.resize((2 * side, 2 * side), PILImage.Resampling.BICUBIC) for half in halves])
             return all(name in names for name, names in zip(edit.names, near, strict=True))
         if edit.kind == "tone":
             shown = self.tones[edit.names]

@@ -72,7 +72,7 @@ class ChameleonLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        return self.chameleon.vocabulary.eos
+        return self.chameleon.vocabulary.answer_end
 
     @property
     def prefix_token_id(self) -> int:

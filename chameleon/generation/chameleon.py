@@ -149,11 +149,11 @@ class Chameleon:
         picture: Picture,
         *,
         examples: Sequence[tuple[Picture, str]] = (),
-        max_new_tokens: int = 30,
+        max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         seed: int = 0,
     ) -> str:
-        """Caption a picture. examples: few-shot (picture, caption) pairs."""
+        """Caption a picture. examples: few-shot (picture, caption) pairs. max_new_tokens: by default the model's own."""
         return self.caption_batch(
             [picture], examples=examples, max_new_tokens=max_new_tokens, sampling=sampling, seeds=[seed]
         )[0]
@@ -163,7 +163,7 @@ class Chameleon:
         pictures: Sequence[Picture],
         *,
         examples: Sequence[tuple[Picture, str]] = (),
-        max_new_tokens: int = 30,
+        max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
@@ -178,7 +178,7 @@ class Chameleon:
         question: str,
         *,
         examples: Sequence[tuple[Picture, str, str]] = (),
-        max_new_tokens: int = 30,
+        max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         seed: int = 0,
     ) -> str:
@@ -192,7 +192,7 @@ class Chameleon:
         questions: Sequence[tuple[Picture, str]],
         *,
         examples: Sequence[tuple[Picture, str, str]] = (),
-        max_new_tokens: int = 30,
+        max_new_tokens: int | None = None,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
@@ -208,12 +208,12 @@ class Chameleon:
         self,
         prompts: Sequence[Document],
         examples: Sequence[Example],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Generate text alone after each prompt, preceded by few-shot examples."""
-        constraints = OutputConstraints(max_new_tokens)
+        constraints = OutputConstraints(max_new_tokens or self.bundle.generation.max_new_tokens)
         requests = [
             Request(self.prompts.token_ids(self.prompts.with_examples(examples, prompt)), constraints, sampling, seed=seed)
             for prompt, seed in zip(prompts, seeds_of(prompts, seeds), strict=True)
@@ -380,12 +380,18 @@ class Chameleon:
         """
         if candidates < 1 or rounds < 1 or (rounds > 1 and candidates < 2):
             raise BadInput(f"candidates {candidates}, rounds {rounds}", where="paint", remedy="use 2 candidates or more")
+        self.tokenizer.image.network.check_decoder()
         task = self.painting(picture, mask)
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        painter = Painter(self, task, prompt, guidance_scale, sampling or self.image_sampling)
-        codes = painter.run(num_images, candidates, rounds, seed)
+        sampling = sampling or self.image_sampling
+        codes = self.painter(task, prompt, guidance_scale, sampling).run(num_images, candidates, rounds, seed)
         batch_size = 1 if self.engine.is_exact else BATCH_SIZE
         return [task.merge(image) for image in self.tokenizer.image.decode_all(codes, batch_size=batch_size)]
+
+    def painter(self, task: Painting, prompt: str, guidance_scale: float, sampling: Sampling) -> Painter:
+        """Return what draws the part of a picture that is to be drawn anew."""
+        scores = self.code_log_likelihoods
+        return Painter(self.prompts, self.generate_codes, scores, task, prompt, guidance_scale, sampling)
 
     def painting(self, picture: Picture, mask: PILImage.Image) -> Painting:
         """Return what is needed to draw a part of a picture anew, see `paint`."""
@@ -431,6 +437,11 @@ class Chameleon:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.images_after(documents, seeds, guidance_scale, sampling or self.image_sampling, drawings)
 
+    def draw_after(self, documents: Sequence[Document]) -> list[PILImage.Image]:
+        """Draw an image after each document as it stands, without the words that prompts for drawings have."""
+        drawings = [Drawing(self.grid_of(None))] * len(documents)
+        return self.images_after(documents, range(len(documents)), self.guidance_scale, self.image_sampling, drawings)
+
     def images_after(
         self,
         documents: Sequence[Document],
@@ -470,14 +481,14 @@ class Chameleon:
         v, head = self.vocabulary, self.engine.decoder.heads.codes
         grid = (codes[0].shape[0], codes[0].shape[1])
         block = torch.tensor(v.image_block(grid)[:-1])
-        places = (block == CODE).nonzero().flatten()
-        before = len(prompt) + places.to(self.engine.device) - 1
+        code_positions = (block == CODE).nonzero().flatten()
+        before = len(prompt) + code_positions.to(self.engine.device) - 1
         columns = torch.full((v.size,), -1).scatter(0, head.token_ids.cpu(), torch.arange(len(head.token_ids)))
         is_code = v.is_image(head.token_ids)
         scores = []
         for image_codes in codes:  # one at a time: the logits of a large image take much memory
             code_ids = v.codes_to_ids(image_codes.flatten())
-            token_ids = torch.cat((torch.tensor(prompt), block.index_put((places,), code_ids)))
+            token_ids = torch.cat((torch.tensor(prompt), block.index_put((code_positions,), code_ids)))
             hidden = self.model(token_ids[None, :-1].to(self.engine.device))[0, before]
             log_probs = head.logits(hidden).float().masked_fill(~is_code, -torch.inf).log_softmax(-1)
             scores.append(log_probs.gather(1, columns[code_ids].to(log_probs.device)[:, None])[:, 0].cpu())

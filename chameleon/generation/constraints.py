@@ -102,7 +102,9 @@ class OutputState:
                 room = len(prompt) - position + constraints.max_new_tokens - constraints.min_tokens(vocabulary)
                 self.image = ImageCursor(vocabulary.dialect, constraints.grid, room)
                 for token_id in prompt[position + 1 :]:
+                    is_code_next = self.allowed_next() == AllowedNext.CODE
                     self.image.push(token_id)
+                    self.image.is_valid &= not is_code_next or token_id in vocabulary.image_ids
                 self.num_images = 1
                 break
 

@@ -327,7 +327,12 @@ class Engine:
         """Return the error for NaN or infinite logits, which names the layer they first appear in."""
         output = [*entry.generated, *token_ids]
         try:
-            branches = [torch.tensor([[*prompt, *output]], device=self.device) for prompt in entry.request.prompts]
+            sequences = [[*prompt, *output] for prompt in entry.request.prompts]
+            guidance = entry.request.guidance
+            if guidance is not None and guidance.restarts and self.vocabulary.boi in output:
+                start = len(output) - 1 - output[::-1].index(self.vocabulary.boi)
+                sequences[1:] = [output[start:] for _ in sequences[1:]]
+            branches = [torch.tensor([sequence], device=self.device) for sequence in sequences]
             layers = [first_nonfinite_layer(self.model, branch) for branch in branches]
             layer = next((layer for layer in layers if layer), None)
             where_first = f"first in {layer}" if layer else "in this batch alone, not when recomputed"

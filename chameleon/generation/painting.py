@@ -8,9 +8,8 @@ from the model's own p(row | before), weighed by p(after | before, row), of whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from chameleon.errors import MAX_SEED
 from chameleon.generation.image_requests import Drawing, image_request
+from chameleon.generation.prompting import PromptBuilder
+from chameleon.generation.request import Request
 from chameleon.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from chameleon.generation.chameleon import Chameleon
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,11 @@ class Painting:
 class Painter:
     """Draws the part of a picture that is to be drawn anew."""
 
-    model: Chameleon
+    prompts: PromptBuilder
+    generate: Callable[[Sequence[Request]], list[Tensor]]
+    """Returns the codes [h, w] of the image that each request asks for."""
+    score: Callable[[Sequence[int], Sequence[Tensor]], Tensor]
+    """Returns the log-likelihood of each code of images after a prompt: [n, h · w]."""
     task: Painting
     prompt: str
     guidance_scale: float
@@ -55,8 +57,8 @@ class Painter:
     def __post_init__(self) -> None:
         assert self.task.drawing.grid is not None
         self.is_painted = torch.tensor(self.task.drawing.fixed_codes).view(self.task.drawing.grid) < 0
-        document = self.model.prompts.draw_document(self.prompt, self.task.drawing.grid)
-        self.prompt_ids = self.model.prompts.token_ids(document)
+        document = self.prompts.draw_document(self.prompt, self.task.drawing.grid)
+        self.prompt_ids = self.prompts.token_ids(document)
 
     def run(self, num_images: int, candidates: int, rounds: int, seed: int) -> list[Tensor]:
         """Return the codes int64 [h, w] of `num_images` results. Each draw has a seed of its own, from `seed` on."""
@@ -74,7 +76,10 @@ class Painter:
         """Return the images with the painted codes of a row drawn anew, where that makes what follows likelier."""
         block = torch.zeros_like(self.is_painted)
         block[row] = self.is_painted[row]
-        code_ids = [self.model.vocabulary.codes_to_ids(image).masked_fill(block, -1).flatten().tolist() for image in images]
+        code_ids = [
+            self.prompts.tokenizer.vocabulary.codes_to_ids(image).masked_fill(block, -1).flatten().tolist()
+            for image in images
+        ]
         drawings = [Drawing(self.task.drawing.grid, tuple(ids)) for ids in code_ids for _ in range(candidates)]
         drawn = self.draw(drawings)
         return [
@@ -86,7 +91,7 @@ class Painter:
         """Return the codes of drawings."""
         requests = [
             image_request(
-                self.model.prompts,
+                self.prompts,
                 self.prompt,
                 drawing,
                 seed=(self.next_seed + index) % (MAX_SEED + 1),
@@ -96,13 +101,13 @@ class Painter:
             for index, drawing in enumerate(drawings)
         ]
         self.next_seed += len(drawings)
-        return self.model.generate_codes(requests)
+        return self.generate(requests)
 
     def best(self, images: Sequence[Tensor], block: Tensor) -> Tensor:
         """Return the image whose codes after the beginning of a block, bool [h, w], and outside of it, are likeliest."""
         if len(images) == 1:
             return images[0]
-        scores = self.model.code_log_likelihoods(self.prompt_ids, images)
+        scores = self.score(self.prompt_ids, images)
         return images[int(self.following(scores, block).argmax())]
 
     @staticmethod

@@ -53,9 +53,12 @@ class CodeBlock:
 class StreamDecoder:
     """Decodes the tokens of one request as they arrive."""
 
-    def __init__(self, tokenizer: MixedTokenizer, preview_every_n_rows: int = 0) -> None:
-        """preview_every_n_rows: yield a `PartialImage` after each so many rows of codes; 0 yields complete images only."""
-        self.tokenizer, self.preview_every_n_rows = tokenizer, preview_every_n_rows
+    def __init__(self, tokenizer: MixedTokenizer, preview_every_n_rows: int = 0, num_previews: int = 0) -> None:
+        """preview_every_n_rows: yield a `PartialImage` after each so many rows of codes; 0 yields complete images only.
+
+        num_previews: instead, so many of each image at most, evenly spaced.
+        """
+        self.tokenizer, self.preview_every_n_rows, self.num_previews = tokenizer, preview_every_n_rows, num_previews
         self.text_bytes = b""
         self.image_block: list[int] = []
         """Tokens of the image that is being generated, boi first."""
@@ -105,10 +108,15 @@ class StreamDecoder:
     def shows_preview(self, token_id: int) -> bool:
         """Return whether a token completes the rows after which there is a preview."""
         cursor = self.cursor
-        if not self.preview_every_n_rows or cursor.grid is None or not cursor.is_valid or not cursor.codes_left:
+        if cursor.grid is None or not cursor.is_valid or not cursor.codes_left:
             return False
-        is_code = token_id in self.tokenizer.vocabulary.image_ids
-        return is_code and cursor.num_codes % (self.preview_every_n_rows * cursor.grid[1]) == 0
+        height, width = cursor.grid
+        rows, column = divmod(cursor.num_codes, width)
+        if column or not rows or token_id not in self.tokenizer.vocabulary.image_ids:
+            return False
+        if self.num_previews:
+            return rows in {height * (index + 1) // (self.num_previews + 1) for index in range(self.num_previews)}
+        return self.preview_every_n_rows > 0 and rows % self.preview_every_n_rows == 0
 
     def finish(self) -> Iterator[Part]:
         """Yield what is left at the end: a truncated character or image."""

@@ -169,10 +169,11 @@ async def chat_events(
         return event(envelope | {"choices": [choice | more]})
 
     answers = [Answer() for _ in generations]
-    rows = preview_rows(service, body.partial_images)
     for index in range(len(answers)):
         yield chunk(index, {"role": "assistant", "content": ""})
-    streams = [service.parts(g, answer, body.stops, rows) for g, answer in zip(generations, answers, strict=True)]
+    streams = [
+        service.parts(g, answer, body.stops, body.partial_images) for g, answer in zip(generations, answers, strict=True)
+    ]
     async for index, part in merge(streams):
         if not body.logprobs:
             yield chunk(index, {"content": part.text if isinstance(part, Text) else [part_json(part)]})
@@ -184,12 +185,6 @@ async def chat_events(
     if body.with_usage:
         yield event(envelope | {"choices": [], "usage": service.usage([prompt], answers).chat()})
     yield DONE
-
-
-def preview_rows(service: Service, partial_images: int) -> int:
-    """Return after how many rows of codes each a preview comes, for so many previews of an image; 0 is none."""
-    height = service.vocabulary.grid[0]  # of other shapes there are a few more or fewer
-    return max(1, height // (partial_images + 1)) if partial_images else 0
 
 
 async def chat_logprobs(service: Service, prompt: Sequence[int], answer: Answer, top: int) -> dict[str, Any]:

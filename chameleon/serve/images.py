@@ -19,7 +19,7 @@ from chameleon.errors import MAX_SEED
 from chameleon.generation.image_requests import Drawing, image_request, randomly_kept_codes
 from chameleon.generation.request import Request
 from chameleon.generation.streaming import PartialImage
-from chameleon.serve.chat import opened, preview_rows, token_ids_json
+from chameleon.serve.chat import opened, token_ids_json
 from chameleon.serve.errors import ApiError
 from chameleon.serve.schema import MAX_CHOICES, MAX_TEXT, ImageBody
 from chameleon.serve.service import Answer, Service, encode_picture, while_connected
@@ -90,13 +90,13 @@ class ImageJob:
         """Yield the events of a stream: previews as rows of codes come, and each whole picture."""
         answers, previews = [Answer() for _ in generations], self.body.partial_images or 0
         streams = [
-            service.parts(generation, answer, preview_every_n_rows=preview_rows(service, previews))
+            service.parts(generation, answer, num_previews=previews)
             for generation, answer in zip(generations, answers, strict=True)
         ]
         sent = [0] * len(answers)
         async for index, part in merge(streams):
             common = {"created_at": int(time.time()), "index": index} | self.about
-            if isinstance(part, PartialImage) and sent[index] < previews:
+            if isinstance(part, PartialImage):
                 (encoded,) = await asyncio.to_thread(self.encode_all, [part.filled()])
                 about = common | {"size": size_text(part.size)}
                 name = f"{self.kind}.partial_image"

@@ -144,7 +144,9 @@ class ImageBody(Body):
 
     prompt: Prompt
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
-    size: str | None = Field(None, max_length=20, description="auto, or the model's own, as 64x64.")
+    size: str | None = Field(
+        None, max_length=20, description="WIDTHxHEIGHT in pixels, of those that the model draws; or auto."
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the first picture; left out: a random one.")
     guidance_scale: float | None = Field(None, ge=0, le=100)
     temperature: float | None = Field(None, ge=0, le=10)

@@ -238,10 +238,10 @@ class Service:
         generation: Generation,
         answer: Answer,
         stops: Sequence[str] = (),
-        preview_every_n_rows: int = 0,
+        num_previews: int = 0,
     ) -> AsyncIterator[Shown]:
         """Yield the parts of a generation as they are complete, and note them in `answer`."""
-        decoder, stop = StreamDecoder(self.model.tokenizer, preview_every_n_rows), StopTexts(stops)
+        decoder, stop = StreamDecoder(self.model.tokenizer, num_previews=num_previews), StopTexts(stops)
         decoder.start_image(started_image(generation.request.prompt, self.vocabulary))
         clock, reason = RequestClock(self.metrics), "abort"
         try:
@@ -326,7 +326,9 @@ class Service:
     async def caption(self, picture: PILImage.Image) -> str:
         """Return the model's caption of a picture, as `Chameleon.caption` does."""
         prompt = await self.token_ids(self.model.prompts.caption_document(picture))
-        (answer,) = await self.whole_answers([Request(prompt, OutputConstraints(30), GREEDY)])
+        (answer,) = await self.whole_answers(
+            [Request(prompt, OutputConstraints(self.model.bundle.generation.max_new_tokens), GREEDY)]
+        )
         return answer.text.strip()
 
     async def scores(self, token_ids: Sequence[int], top: int, *, text_only: bool = False) -> TokenScores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,11 @@ def add_routes(router: APIRouter, service: Service) -> None:
             "max_model_len": config.context_length,
             "fingerprint": service.fingerprint,
             "image_sizes": image_sizes(),
+            "defaults": {
+                "guidance_scale": model.guidance_scale,
+                "image": asdict(model.image_sampling),
+                "text": asdict(model.text_sampling),
+            },
             "image_codes": vocabulary.num_image_codes,
             "draws": model.tokenizer.image.config.decoder,
             "layers": config.layers,

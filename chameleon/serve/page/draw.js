@@ -168,7 +168,10 @@ async function redraw(path, withMask) {
 
 export function start(given) {
   actions = given;
-  byId("draw-size").append(...given.sizes.map((size) => element("option", { textContent: size })));
+  byId("draw-guidance").value = given.defaults.guidance_scale;
+  byId("draw-temperature").value = given.defaults.image.temperature;
+  byId("draw-top-p").value = given.defaults.image.top_p;
+  byId("draw-size").append(element("option", { value: "", textContent: "auto" }), ...given.sizes.map((size) => element("option", { textContent: size })));
   byId("draw-size-field").hidden = given.sizes.length < 2;
   byId("draw-form").addEventListener("submit", (event) => {
     event.preventDefault();

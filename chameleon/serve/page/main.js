@@ -79,10 +79,13 @@ async function start() {
     inside.inspect(ids);
   };
   inside.start(model);
+  byId("chat-temperature").value = model.defaults.text.temperature;
+  byId("chat-top-p").value = model.defaults.text.top_p;
   chat.start({ inspect, fingerprint: () => model.fingerprint });
   draw.start({
     inspect,
     sizes: model.image_sizes,
+    defaults: model.defaults,
     ask: (url) => {
       open(byId("tab-chat"));
       chat.attachUrl(url);
