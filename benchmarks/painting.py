@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 
 import numpy as np
@@ -57,7 +58,8 @@ def main() -> None:
     model = Chameleon.load(arguments.model)
     training, held_out = emoji.load("train"), emoji.load("validation")
     judge = DrawingJudge(training, held_out)
-    entries = [entry for entry in representatives(held_out) if entry.hexcode == entry.base][: arguments.pictures]
+    entries = [entry for entry in representatives(held_out) if entry.hexcode == entry.base]
+    entries = random.Random(0).sample(entries, arguments.pictures)
     result: dict[str, dict[str, float]] = {}
     shown: list[PILImage.Image] = []
     for mask_name, box in MASKS.items():

@@ -48,10 +48,10 @@ def ids_of(runs: Runs) -> list[int]:
 
 @lru_cache
 def grids_of_area(target: int, max_ratio: float, max_side: int) -> tuple[Grid, ...]:
-    """Return the grids of about `target`² cells, (height, width) in cells, from wide to narrow.
+    """Return the grids of about N = target · target cells, (height, width) in cells, from wide to narrow.
 
-    They are the steps of the staircase under the hyperbola height · width = target²: for each width w the heights from
-    target² // (w + 1) to target² // w, of those whose long side is at most `max_ratio` times the short one (Lumina-mGPT).
+    They are the steps of the staircase under the hyperbola height · width = N: for each width w the heights from
+    N // (w + 1) to N // w, of those whose long side is at most `max_ratio` times the short one (Lumina-mGPT).
     """
     area = target**2
     grids = [
