@@ -213,7 +213,8 @@ class Chameleon:
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Generate text alone after each prompt, preceded by few-shot examples."""
-        constraints = OutputConstraints(max_new_tokens or self.bundle.generation.max_new_tokens)
+        default = self.bundle.generation.max_new_tokens
+        constraints = OutputConstraints(default if max_new_tokens is None else max_new_tokens)
         requests = [
             Request(self.prompts.token_ids(self.prompts.with_examples(examples, prompt)), constraints, sampling, seed=seed)
             for prompt, seed in zip(prompts, seeds_of(prompts, seeds), strict=True)
@@ -287,8 +288,8 @@ class Chameleon:
 
         The picture and the instruction are a prompt that the model answers with an image. size: by default the picture's.
         """
-        block_grid = self.tokenizer.fitter.grid_for(load_picture(picture).size)
-        drawing = Drawing(block_grid if size is None else self.grid_of(size))
+        own_grid = self.tokenizer.fitter.grid_for(load_picture(picture).size)
+        drawing = Drawing(own_grid if size is None else self.grid_of(size))
         documents = [self.prompts.edit_document(picture, instruction)] * num_images
         scale = self.edit_guidance_scale if guidance_scale is None else guidance_scale
         seeds = range(seed, seed + num_images)
