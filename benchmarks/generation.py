@@ -35,7 +35,7 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import OutputConstraints
 from chameleon.generation.engine import Engine
 from chameleon.generation.guidance import three_way, two_way
-from chameleon.generation.image_requests import image_request
+from chameleon.generation.image_requests import Drawing, image_request
 from chameleon.generation.prefix_index import PrefixIndex
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
@@ -326,7 +326,9 @@ def drafts(options: Any) -> dict[str, Any]:
 def drawings(model: Chameleon, prompts: Sequence[str], sampling: Sampling, guidance: float) -> list[Request]:
     """A picture for each prompt, seeds 0, 1, 2 …"""
     return [
-        image_request(model.prompts, prompt, seed=seed, guidance_scale=guidance, sampling=sampling)
+        image_request(
+            model.prompts, prompt, Drawing(model.vocabulary.grid), seed=seed, guidance_scale=guidance, sampling=sampling
+        )
         for seed, prompt in enumerate(prompts)
     ]
 

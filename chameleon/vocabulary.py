@@ -281,13 +281,16 @@ class Vocabulary:
         if grid is None:
             return None
         length = self.dialect.length(grid)
-        block, expected = token_ids[start : start + length], self.image_block(grid)
-        code_ids = [token_id for token_id, wanted in zip(block, expected, strict=False) if wanted == CODE]
-        is_valid = len(block) == length and all(
-            token_id in self.image_ids if wanted == CODE else token_id == wanted
-            for token_id, wanted in zip(block, expected, strict=True)
-        )
-        return ImageBlock(grid, length, code_ids) if is_valid else None
+        block = token_ids[start : start + length]
+        if len(block) != length:
+            return None
+        code_ids = []
+        for token_id, expected_id in zip(block, self.image_block(grid), strict=True):
+            if expected_id == CODE and token_id in self.image_ids:
+                code_ids.append(token_id)
+            elif token_id != expected_id:
+                return None
+        return ImageBlock(grid, length, code_ids)
 
     def image_codes(self, block: ImageBlock) -> Tensor:
         """Return the codes int64 [h, w] of an image."""

@@ -171,21 +171,21 @@ def test_edits_change_what_they_say_and_nothing_else(made: list[Edit]) -> None:
     assert kinds == {"colour", "tone", "style", "together"}
     for edit in made:
         if edit.kind == "colour":
-            assert main_colour(edit.result) == edit.wanted and edit.wanted in edit.instruction
+            assert main_colour(edit.result) == edit.attribute and edit.attribute in edit.instruction
         elif edit.kind == "together":
             left, right = edit.result.crop((0, 16, 32, 48)), edit.result.crop((32, 16, 64, 48))
             for half, whole in zip((left, right), edit.pictures, strict=True):
                 small = np.asarray(whole.resize((32, 32), PILImage.Resampling.LANCZOS))
                 assert (np.asarray(half) == small).all()
         else:
-            assert edit.wanted in edit.instruction
-            assert any(edit.wanted in known for known in pictures[edit.result.tobytes()])
+            assert edit.attribute in edit.instruction
+            assert any(edit.attribute in known for known in pictures[edit.result.tobytes()])
 
 
 def test_combinations_for_evaluation_are_not_in_training(made: list[Edit]) -> None:
     held_out = list(edits(emoji.subset("train", 160), 60, 0, near_view, "validation"))
-    trained = {(edit.names, edit.wanted) for edit in made}
-    assert held_out and not trained & {(edit.names, edit.wanted) for edit in held_out}
+    trained = {(edit.names, edit.attribute) for edit in made}
+    assert held_out and not trained & {(edit.names, edit.attribute) for edit in held_out}
     (example, *_) = conversations("editing", emoji.subset("train", 160), 3, 0)
     question, answer = (message.content for message in example.messages)
     assert question.images and question.text and len(answer.images) == 1 and not answer.text

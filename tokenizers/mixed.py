@@ -22,7 +22,7 @@ from torch import Tensor
 from chameleon.dialect import CODE, ShapeConfig, SquareDialect
 from chameleon.document import Conversation, Document, Image, Part, Text
 from chameleon.errors import BadInput, as_bad_input
-from chameleon.files import read_json, write_json
+from chameleon.files import atomic_update, read_json, write_json
 from chameleon.tokenizers.fitting import CENTRE, CropPosition, Fit, PictureFitter
 from chameleon.tokenizers.image import ImageFile, ImageTokenizer
 from chameleon.tokenizers.json_text import JsonTextTokenizer
@@ -100,11 +100,11 @@ def read_shapes(folder: Path) -> ShapeConfig | None:
 
 def write_shapes(folder: Path, shapes: ShapeConfig | None) -> None:
     """Write the shapes of images to a folder of tokenizers, or remove those of an earlier run."""
-    path = folder / SHAPES_FILE
     if shapes is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_json(path, asdict(shapes))
+        (folder / SHAPES_FILE).unlink(missing_ok=True)
+        return
+    with atomic_update(folder) as partial:
+        write_json(partial / SHAPES_FILE, asdict(shapes))
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer:

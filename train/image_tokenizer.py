@@ -372,8 +372,8 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
     metrics = fit(trainer, module, training_loader, validation_loader(recipe, on_skip))
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
+        write_shapes(Path(recipe.run.out), recipe.shapes)  # first: without it the tokenizers would be those of squares
         tokenizer.save(Path(recipe.run.out))
-        write_shapes(Path(recipe.run.out), recipe.shapes)
     trainer.strategy.barrier()
     return tokenizer, metrics
 

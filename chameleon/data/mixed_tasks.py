@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from PIL import Image as PILImage
 
@@ -21,6 +22,7 @@ from chameleon.data.picture_tasks import is_held_out_pair, thing_of, turn
 from chameleon.data.questions import CATEGORIES, categories_of, group_words, is_plain_name, with_article
 from chameleon.document import Conversation, Image, Part, Text
 
+Made = TypeVar("Made")
 EVALUATION_SHARE = 0.1
 NUMBERS = ("two", "three", "four")
 ORDINALS = ("first", "second", "third", "fourth")
@@ -319,8 +321,8 @@ class Edit(NamedTuple):
     result: PILImage.Image
     names: tuple[str, ...]
     """What the pictures show."""
-    wanted: str = ""
-    """The colour, tone or style."""
+    attribute: str = ""
+    """The colour, tone or style that the result is to have."""
 
 
 EDIT_WORDINGS = {
@@ -345,19 +347,19 @@ def make_edit(shelf: Shelf, rng: random.Random) -> Edit | None:
         pictures, both = [before, shelf.view(other, random.Random(seed))], (entry.name, other.name)
         return Edit(kind, pictures, wording, side_by_side(*pictures), both) if shelf.is_used("edit", *both) else None
     if kind == "colour":
-        thing, wanted = thing_of(entry), rng.choice(sorted(TARGETS))
-        after = recolour(before, wanted)
-        if thing is None or is_held_out_pair(wanted, thing) or main_colour(after) != wanted:
+        thing, attribute = thing_of(entry), rng.choice(sorted(TARGETS))
+        after = recolour(before, attribute)
+        if thing is None or is_held_out_pair(attribute, thing) or main_colour(after) != attribute:
             return None
     else:
         others = shelf.other_styles(entry) if kind == "style" else shelf.tones.get((entry.style, entry.base), {})
         if not others:
             return None
-        wanted = rng.choice(sorted(others))
-        after = shelf.view(others[wanted], random.Random(seed))
-    if not shelf.is_used("edit", entry.name, wanted):
+        attribute = rng.choice(sorted(others))
+        after = shelf.view(others[attribute], random.Random(seed))
+    if not shelf.is_used("edit", entry.name, attribute):
         return None
-    return Edit(kind, [before], wording.format(wanted), after, (entry.name,), wanted)
+    return Edit(kind, [before], wording.format(attribute), after, (entry.name,), attribute)
 
 
 def side_by_side(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
@@ -392,6 +394,12 @@ DOCUMENT_MAKERS: dict[str, Maker] = {
 MAKERS: dict[str, Maker] = {**DOCUMENT_MAKERS, "editing": make_edited}
 
 
+def first_made(make: Callable[[random.Random], Made | None], key: str) -> Made | None:
+    """Return what a maker gives at the first of `MAX_TRIES` random choices that make anything; else None."""
+    results = (make(random.Random(f"{key} {attempt}")) for attempt in range(MAX_TRIES))
+    return next((result for result in results if result is not None), None)
+
+
 def edits(
     pictures: Sequence[LabelledPicture],
     count: int,
@@ -403,8 +411,7 @@ def edits(
     """Yield `count` edits of a split, or of the pictures `shown`; fewer where `MAX_TRIES` random choices make none."""
     shelf = Shelf(pictures, view, split, shown)
     for index in range(count):
-        tries = (make_edit(shelf, random.Random(f"{seed} edit {index} {attempt}")) for attempt in range(MAX_TRIES))
-        edit = next((edit for edit in tries if edit is not None), None)
+        edit = first_made(partial(make_edit, shelf), f"{seed} edit {index}")
         if edit is not None:
             yield edit
 
@@ -415,8 +422,6 @@ def conversations(
     """Yield `count` conversations of the task `name`; fewer where `MAX_TRIES` random choices make none."""
     shelf = Shelf(pictures, view, split)
     for index in range(count):
-        for attempt in range(MAX_TRIES):
-            conversation = MAKERS[name](shelf, random.Random(f"{seed} {name} {index} {attempt}"))
-            if conversation is not None:
-                yield conversation
-                break
+        conversation = first_made(partial(MAKERS[name], shelf), f"{seed} {name} {index}")
+        if conversation is not None:
+            yield conversation

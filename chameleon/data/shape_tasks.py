@@ -77,6 +77,6 @@ def joined(pictures: Sequence[PILImage.Image], size: Size) -> PILImage.Image:
     across, down = (len(pictures), 1) if width >= height else (1, len(pictures))
     left, top = (width - side * across) // 2, (height - side * down) // 2
     for index, picture in enumerate(pictures):
-        place = (left + side * (index % across), top + side * (index // across))
-        canvas.paste(picture.resize((side, side), PILImage.Resampling.LANCZOS), place)
+        corner = (left + side * (index % across), top + side * (index // across))
+        canvas.paste(picture.resize((side, side), PILImage.Resampling.LANCZOS), corner)
     return canvas

@@ -483,7 +483,7 @@ class Edits(EmojiPart):
 
     def items(self) -> list[Item]:
         held_out = emoji.load("validation")
-        chosen = mixed_tasks.edits(emoji.load(), NUM_EDITS, self.suite.seed, labelled.plain_view, shown=held_out)
+        edits = mixed_tasks.edits(emoji.load(), NUM_EDITS, self.suite.seed, labelled.plain_view, shown=held_out)
         return [
             Item(
                 f"{edit.kind} {index}",
@@ -492,7 +492,7 @@ class Edits(EmojiPart):
                 category=edit.kind,
                 data=edit,
             )
-            for index, edit in enumerate(chosen)
+            for index, edit in enumerate(edits)
         ]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
@@ -541,7 +541,7 @@ class EditJudge:
     def is_right(self, edit: mixed_tasks.Edit, picture: PILImage.Image) -> bool:
         judge = self.judge
         if edit.kind == "colour":
-            return bool(judge.coloured_hits([picture], [(edit.wanted, without_colour(edit.names[0]))])[0]["right_both"])
+            return bool(judge.coloured_hits([picture], [(edit.attribute, without_colour(edit.names[0]))])[0]["right_both"])
         if edit.kind == "together":
             side = picture.width // 2
             top = max(0, (picture.height - side) // 2)
@@ -551,8 +551,8 @@ class EditJudge:
         if edit.kind == "tone":
             shown = self.tones[edit.names]
             similarity = judge.features([picture]) @ judge.features([entry.picture for entry in shown]).t()
-            return shown[int(similarity.argmax())].skin_tone == edit.wanted
-        style = next(entry for entry in judge.gallery if entry.style == edit.wanted)
+            return shown[int(similarity.argmax())].skin_tone == edit.attribute
+        style = next(entry for entry in judge.gallery if entry.style == edit.attribute)
         return edit.names[0] in judge.nearest([picture])[0] and judge.style_classifier.are_right([picture], [style])[0]
 
 

@@ -311,12 +311,12 @@ class Chameleon:
         for length in sorted(set(map(len, prompts))):  # pictures of other shapes have prompts of other lengths
             indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
             for first in range(0, len(indices), MAX_BATCH_SIZE):
-                chosen = indices[first : first + MAX_BATCH_SIZE]
-                batch = torch.tensor([[*prompts[index], *caption_ids] for index in chosen], device=self.engine.device)
+                in_batch = indices[first : first + MAX_BATCH_SIZE]
+                batch = torch.tensor([[*prompts[index], *caption_ids] for index in in_batch], device=self.engine.device)
                 hidden = self.model(batch[:, :-1])[:, length - 1 :]
                 log_probs = self.model.logits(hidden).float().log_softmax(-1)
                 values = log_probs.gather(2, batch[:, length:, None]).mean(dim=(1, 2)).tolist()
-                scores.update(zip(chosen, values, strict=True))
+                scores.update(zip(in_batch, values, strict=True))
         return [scores[index] for index in range(len(prompts))]
 
     def complete(
