@@ -21,7 +21,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=other_examples
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py

@@ -30,7 +30,7 @@ from chameleon.generation.engine import Engine
 from chameleon.generation.guidance import image_only
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, Sampling
-from chameleon.generation.streaming import PartialImage, StreamDecoder
+from chameleon.generation.streaming import CodeBlock, PartialImage, StreamDecoder
 from chameleon.tokenizers.fitting import PictureFitter, fit_cover, nearest_shape
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask, write_shapes
 from chameleon.train.recipe import FinetuneRecipe, read_recipe
@@ -202,6 +202,27 @@ def test_malformed_sequences_decode_to_something(sized_tokenizer: MixedTokenizer
     streamed = [part for token_id in token_ids for part in decoder.push(token_id)] + list(decoder.finish())
     whole = [part.image.size for part in streamed if isinstance(part, Image)]  # type: ignore[union-attr]
     assert len(whole) <= token_ids.count(v.boi)
+
+
+def test_an_image_with_another_token_for_a_code_has_no_previews(sized_tokenizer: MixedTokenizer) -> None:
+    """And one that starts anew inside another shows its own rows alone."""
+    v = sized_tokenizer.vocabulary
+    grid = (2, 3)
+    codes = [v.image_start + index for index in range(6)]
+    block = list(v.started_image(codes, grid))
+    first_row = codes[:3]
+
+    def previews(token_ids: list[int]) -> list[list[int]]:
+        decoder = StreamDecoder(sized_tokenizer, preview_every_n_rows=1)
+        items = [item for token_id in token_ids for item in decoder.push_undecoded(token_id)]
+        return [v.codes_to_ids(item.codes[0]).tolist() for item in items if isinstance(item, CodeBlock)]
+
+    assert previews(block) == [first_row]
+    broken = block.copy()
+    broken[block.index(codes[1])] = block[1]  # a size token
+    assert previews(broken) == []
+    assert previews([*block[: block.index(codes[1])], *block]) == [first_row]
+    assert previews([*broken, *block]) == [first_row]
 
 
 @settings(max_examples=100)

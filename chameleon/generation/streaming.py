@@ -89,8 +89,8 @@ class StreamDecoder:
                     yield CodeBlock(v.image_codes(image), image.grid[0])
                 else:
                     yield from self.tokenizer.decode(block).parts
-            elif self.shows_preview(token_id):
-                yield self.upper_rows()
+            elif self.shows_preview(token_id) and (upper_rows := self.upper_rows()) is not None:
+                yield upper_rows
             return
         if token_id in v.text_ids:  # anything else has no place outside of images
             self.text_bytes += self.tokenizer.text_bytes([token_id])
@@ -129,11 +129,16 @@ class StreamDecoder:
             yield Text(self.text_bytes.decode("utf-8", errors="replace"))
             self.text_bytes = b""
 
-    def upper_rows(self) -> CodeBlock:
-        """Return the rows of codes so far, with the last one repeated down to the bottom."""
+    def upper_rows(self) -> CodeBlock | None:
+        """Return the rows of codes so far, with the last one repeated down to the bottom.
+
+        None where another token stands in the place of a code: such an image is never whole.
+        """
         v, grid = self.tokenizer.vocabulary, self.cursor.grid
         assert grid is not None
-        codes = [token_id for token_id in self.image_block if token_id in v.image_ids]
+        codes = [token_id for token_id in self.image_block[-self.cursor.position :] if token_id in v.image_ids]
+        if len(codes) != self.cursor.num_codes:
+            return None
         rows = v.ids_to_codes(torch.tensor(codes)).view(-1, grid[1])
         return CodeBlock(torch.cat((rows, rows[-1:].expand(grid[0] - len(rows), -1))), len(rows))
 
