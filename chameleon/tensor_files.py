@@ -28,6 +28,13 @@ MAX_FILE_BYTES = 4 * 10**9
 MAX_MAPPED_BYTES = 1 << 24
 """Bytes read from one of torch's files before its memory map is closed and opened again."""
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Name of a dtype in a `.safetensors` header → the dtype."""
 Progress = Callable[[int], None]
 """Called with the number of bytes of each tensor after it was written."""
 
@@ -99,10 +106,14 @@ class SafetensorsFiles(LazyTensors):
         return cls({name: folder / file for name, file in weight_map.items()})
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.box(name, ())
+
+    def box(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """Return a tensor, or the part of it that slices with steps of 1 select; nothing else is read."""
         path = self.names[name]
         try:
             with safe_open(path, framework="pt") as file:
-                value: Tensor = file.get_tensor(name)
+                value: Tensor = file.get_slice(name)[slices] if slices else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadInput(f"damaged ({error})", where=path) from None
         return value

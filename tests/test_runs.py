@@ -26,7 +26,7 @@ from chameleon.model.activation_checkpointing import apply_activation_checkpoint
 from chameleon.model.document_attention import document_attention, document_groups
 from chameleon.model.transformer import block_diagonal_causal_block_mask, block_diagonal_causal_mask, rope_cos_sin
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train import checkpoint, memory, trainer
+from chameleon.train import checkpoint, checkpoint_files, memory, trainer
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.train.run import train
 
@@ -142,8 +142,8 @@ def test_no_room_for_a_checkpoint_keeps_what_is_there(
         calls.append(1)
         return usage(0, 0, 10**9 if len(calls) < 3 else 1000)
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
-    with pytest.raises(BadInput, match=r"a checkpoint takes .* GB, 0\.00 GB are free; free some space, then --resume"):
+    monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", free)
+    with pytest.raises(BadInput, match=r"a checkpoint takes .* GB, 0\.00 GB are free; free some space; earlier"):
         train(recipe)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
@@ -250,7 +250,7 @@ def test_checkpoints_of_an_earlier_run_are_moved_aside(tmp_path: Path, tokenizer
         train(recipe)
     recipe.run.save_total_limit = 0
     with pytest.raises(BadInput, match="save_total_limit is 0"):
-        checkpoint.CheckpointCallback(recipe.run, {}, None)
+        checkpoint.CheckpointCallback(recipe.run, {})
 
 
 def test_a_disk_that_fills_while_a_checkpoint_is_written(
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
         raise OSError(28, "No space left on device")
 
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
-    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+    monkeypatch.setattr(checkpoint_files.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(BadInput, match=r"could not be written .*No space left"):
         train(recipe)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -80,6 +80,25 @@ def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -
     torch.testing.assert_close(log(tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("adapters", ["codebook rows", "lora", "image head"])
+def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Path) -> None:
+    """What is added to the matrices is split with them, and folded into the same bundle as on one process."""
+    start = [f"bundle={lone}/run/bundle", "tokenizers=null", "size=null", "model={}"]
+    changes = {
+        "codebook rows": ["codebook_rows=true"],
+        "lora": [*start, "trainable=lora", "lora.rank=4"],
+        "image head": [*start, "trainable=image_head"],
+    }[adapters]
+    run(lone / "recipe.yaml", tmp_path / "one", *changes)
+    run(lone / "recipe.yaml", tmp_path / "two", *changes, *WAYS["two, tensor parallel"])
+    expected = log(tmp_path / "one")
+    torch.testing.assert_close(log(tmp_path / "two"), expected, atol=1e-5, rtol=1e-5)
+    assert expected[0, 0] > expected[-1, 0] + 0.02
+    weights = [SafetensorsFiles.from_folder(tmp_path / out / "bundle") for out in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
+
+
 @pytest.mark.parametrize("way", ["two, fsdp, accumulating", "four, fsdp and tensor parallel"])
 def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) -> None:
     shutil.copytree(lone / "run" / "checkpoints", tmp_path / "checkpoints")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,50 @@ def events(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-@given(st.lists(st.floats(0.5, 2.0), min_size=10, max_size=60), st.floats(21, 1e6))
+def judge(guard: StepGuard, step: int, norm: float, loss: float = 1.0) -> str | None:
+    """As a run does: the limit of a step decides, then it is observed. Why the step is skipped."""
+    return guard.observe(step, loss, norm, is_skipped=not (math.isfinite(loss) and norm <= guard.limit(step)))
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=11, max_size=60), st.floats(21, 1e6))
 def test_a_guard_skips_spikes_only(norms: list[float], size: float) -> None:
     guard = StepGuard(StabilityConfig(window_steps=10, max_grad_norm_ratio=10.0, max_consecutive_skips=3))
-    assert all(guard.reason_to_skip(1.0, norm) is None for norm in norms)
+    assert all(judge(guard, step, norm) is None for step, norm in enumerate(norms))
     again = StepGuard(guard.config)
     again.load_state(guard.state())
+    step = len(norms)
     for one in (guard, again):
-        assert one.reason_to_skip(1.0, size * 2.0) is not None
-        assert one.reason_to_skip(math.nan, 1.0) is not None and not one.needs_rollback
-        assert one.reason_to_skip(1.0, math.inf) is not None and one.needs_rollback
-        assert one.skipped_steps == 3 and one.grad_norms == norms[-10:]
-        assert one.reason_to_skip(1.0, 1.0) is None and not one.needs_rollback
+        assert one.limit(step) == 10 * statistics.median(norms[-11:-1])  # the last one is not known in time
+        assert one.limit(step + 1) == 10 * statistics.median(norms[-10:])
+        assert judge(one, step, size * 2.0) is not None
+        assert judge(one, step + 1, 1.0, loss=math.nan) is not None and not one.needs_rollback
+        assert judge(one, step + 2, math.inf) is not None and one.needs_rollback
+        assert one.skipped_steps == 3 and list(one.grad_norms.values())[-10:] == norms[-10:]
+        assert judge(one, step + 3, 1.0) is None and not one.needs_rollback
+
+
+@given(st.lists(st.booleans(), min_size=30, max_size=60), st.randoms())
+def test_when_the_host_learns_of_a_step_makes_no_difference(late: list[bool], random: Any) -> None:
+    """The limits of a run whose host reads results at once are those of one whose host reads some a step later."""
+    norms = [random.choice([1.0, 2.0, 3.0, 99.0]) for _ in late]
+    limits = []
+    for is_late in ([False] * len(late), late):
+        guard = StepGuard(StabilityConfig(window_steps=5, max_grad_norm_ratio=10.0))
+        unread: list[tuple[int, float, bool]] = []
+        limits.append([])
+        for step, norm in enumerate(norms):
+            limits[-1].append(guard.limit(step))
+            unread.append((step, norm, norm > guard.limit(step)))
+            while len(unread) > is_late[step]:
+                earlier, value, is_skipped = unread.pop(0)
+                guard.observe(earlier, 1.0, value, is_skipped=is_skipped)
+    assert limits[0] == limits[1] and len(set(limits[0])) > 1
 
 
 def test_a_guard_without_ratio_accepts_finite_norms() -> None:
     guard = StepGuard(StabilityConfig(max_grad_norm_ratio=0.0, window_steps=2))
-    assert all(guard.reason_to_skip(1.0, norm) is None for norm in (1.0, 1.0, 1e9))
-    assert guard.reason_to_skip(math.inf, 1.0)
+    assert all(judge(guard, step, norm) is None for step, norm in enumerate((1.0, 1.0, 1e9)))
+    assert judge(guard, 3, 1.0, loss=math.inf)
 
 
 def test_an_alarm_waits_for_growth_and_repeats_after_as_much() -> None:
@@ -150,7 +177,8 @@ def test_repeated_rollbacks_end_the_run(tmp_path: Path, tokenizer: MixedTokenize
     seen = spoil(monkeypatch, set(range(5, 120)))
     with pytest.raises(BadInput, match="3 rollbacks did not help"):
         train(recipe)
-    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 5, 4, 5]
+    # The host learns of the second bad step while a third one runs.
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 4, 5, 6, 4, 5, 6]
 
 
 def test_output_norm_alarm_precedes_divergence(tmp_path: Path, tokenizer: MixedTokenizer) -> None:

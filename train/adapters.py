@@ -10,11 +10,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import parametrize
 
 from chameleon.errors import BadInput
 from chameleon.model.transformer import Transformer
+from chameleon.train.objective import local_box
 from chameleon.vocabulary import Vocabulary
+
+
+def local_replica(value: Tensor) -> Tensor:
+    """Return a tensor that all devices have, of whose gradient each computes a term."""
+    return value.to_local(grad_placements=[Partial()] * value.device_mesh.ndim) if isinstance(value, DTensor) else value
+
+
+class LocalRows:
+    """The rows of some tokens in a weight [V, D], or in the part of its rows that a device has."""
+
+    def __init__(self, weight: Tensor, token_ids: Tensor) -> None:
+        """token_ids: int64 [K]."""
+        self.original = weight
+        self.weight = weight.to_local() if isinstance(weight, DTensor) else weight
+        first_row = local_box(weight)[0].start
+        positions = local_replica(token_ids) - first_row
+        self.is_here = (positions >= 0) & (positions < len(self.weight)) if isinstance(weight, DTensor) else None
+        """bool [K]; None where all are."""
+        self.positions = self.select(positions)
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return those of values [K, …] whose tokens' rows are here."""
+        values = local_replica(values)
+        return values if self.is_here is None else values[self.is_here]
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """Return a changed weight as what the original was: all rows, or a part of them."""
+        if not isinstance(self.original, DTensor):
+            return weight
+        original = self.original
+        return DTensor.from_local(
+            weight, original.device_mesh, original.placements, shape=original.shape, stride=original.stride()
+        )
 
 
 class CodebookRows(nn.Module):
@@ -37,8 +72,10 @@ class CodebookRows(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        projected = (self.codebook.to(self.projection.dtype) @ self.projection).to(weight.dtype)
-        return weight.index_add(0, self.token_ids, projected)
+        rows = LocalRows(weight, self.token_ids)
+        projection = local_replica(self.projection)
+        projected = (rows.select(self.codebook).to(projection.dtype) @ projection).to(weight.dtype)
+        return rows.whole(rows.weight.index_add(0, rows.positions, projected))
 
 
 class ImageRows(nn.Module):
@@ -54,7 +91,9 @@ class ImageRows(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight [V, D]."""
-        return weight.index_copy(0, self.token_ids, self.rows.to(weight.dtype))
+        rows = LocalRows(weight, self.token_ids)
+        replaced = rows.select(local_replica(self.rows)).to(weight.dtype)
+        return rows.whole(rows.weight.index_copy(0, rows.positions, replaced))
 
 
 @dataclass

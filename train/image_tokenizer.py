@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from chameleon.data.augmentation import change_style
 from chameleon.data.source_types import PictureEntry
@@ -26,13 +26,24 @@ from chameleon.evaluation.pictures import perplexity, psnr
 from chameleon.tokenizers.fitting import fit_square
 from chameleon.tokenizers.image import ImageTokenizer, affine_augment, load_picture, to_tensor
 from chameleon.tokenizers.mixed import write_shapes
-from chameleon.tokenizers.quantizer import PlainCodebook, all_reduce_mean, all_reduce_sum, build_quantizer
+from chameleon.tokenizers.quantizer import PlainCodebook, build_quantizer
 from chameleon.tokenizers.vq_loss import PatchDiscriminator, ShiftTolerantLPIPS, adaptive_weight, hinge_discriminator_loss
 from chameleon.tokenizers.vqgan import VQGAN
-from chameleon.train.checkpoint import CheckpointCallback, find_resume_point
-from chameleon.train.optimizer import build_optimizers, clip_grads, global_grad_norm, lr_at, set_lr
+from chameleon.train.checkpoint import CheckpointCallback
+from chameleon.train.language_data import TimedLoader
+from chameleon.train.optimizer import (
+    build_optimizers,
+    clip_factor,
+    local_grad_square,
+    local_grads,
+    lr_at,
+    scale_grads,
+    set_lr,
+    step_unless,
+)
 from chameleon.train.recipe import FitImageRecipe
-from chameleon.train.step_module import SPARE_BATCHES_FACTOR, StepModule
+from chameleon.train.step_module import SPARE_BATCHES_FACTOR, StepDataset, StepModule
+from chameleon.train.step_result import StepResult
 from chameleon.train.trainer import build_trainer, fit, plain_recipe
 
 MAX_READ_ATTEMPTS = 100
@@ -51,22 +62,17 @@ MIN_RECENT_USES = 0.5
 VALIDATION_BATCH_SIZE = 64
 
 
-class ImageBatchDataset(Dataset[Tensor]):
+class ImageBatchDataset(StepDataset):
     """Batch n is a pure function of (seed, n). Each row draws a group of pictures, then one of the group."""
 
     def __init__(
-        self,
-        entries: Sequence[PictureEntry],
-        recipe: FitImageRecipe,
-        on_skip: SkipHandler = raise_on_skip,
-        first_batch: int = 0,
+        self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip
     ) -> None:
-        """Item n is batch `first_batch` + n."""
         groups: dict[str, list[PictureEntry]] = {}
         for entry in entries:
             groups.setdefault(entry.group, []).append(entry)
         self.groups = [groups[name] for name in sorted(groups)]
-        self.recipe, self.on_skip, self.first_batch = recipe, on_skip, first_batch
+        self.recipe, self.on_skip = recipe, on_skip
         weights = [max(self.sample_weight(entry) for entry in group) for group in self.groups]
         self.cumulative_weights = np.cumsum(weights) if recipe.weight_field else None
         self.unreadable: set[str] = set()
@@ -83,11 +89,14 @@ class ImageBatchDataset(Dataset[Tensor]):
         return SPARE_BATCHES_FACTOR * self.recipe.run.max_steps
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return float32 [global_batch_size / devices, 3, R, R] in [-1, 1]."""
-        self.check_divisible(self.world)
+        return self.part(self.first_batch + index, self.rank, self.world)
+
+    def part(self, batch: int, rank: int, world: int) -> Tensor:
+        """Return one of `world` parts of a batch: float32 [global_batch_size / world, 3, R, R] in [-1, 1]."""
+        self.check_divisible(world)
         pictures = []
-        for row in range(self.rank, self.recipe.global_batch_size, self.world):
-            rng = np.random.default_rng((self.recipe.run.seed, self.first_batch + index, row))
+        for row in range(rank, self.recipe.global_batch_size, world):
+            rng = np.random.default_rng((self.recipe.run.seed, batch, row))
             pictures.append(self.draw(rng))
         return to_tensor(pictures)
 
@@ -155,18 +164,17 @@ class ImageTokenizerModule(StepModule):
         )
         self.register_buffer("code_counts", torch.zeros(model.codebook_size))
         self.collapse_reported = False
-        self.codebook_init_pictures: list[Tensor] = []
-        """Batches whose latents initialise the codebook; none where a run is resumed."""
 
     code_counts: Tensor
     """float32 [codebook_size]: counts of the codes' uses that decay by half over some `USAGE_WINDOW` latents a code."""
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.codebook_init_pictures:
-            torch.manual_seed(self.run_config.seed)  # the same on any number of processes
-            self.init_codebook(self.codebook_init_pictures)
-            self.codebook_init_pictures = []
+    def on_train_start(self) -> None:
+        if self.completed_steps:  # a checkpoint was restored
+            return
+        assert isinstance(self.training_set, ImageBatchDataset)
+        num_batches = max(1, -(-CODEBOOK_INIT_PICTURES // self.recipe.global_batch_size))
+        torch.manual_seed(self.run_config.seed)  # the same on any number of processes, as are the pictures
+        self.init_codebook([self.training_set.part(index, 0, 1) for index in range(num_batches)])
 
     def checkpointed_tensors(self) -> dict[str, Tensor]:
         """Return all but the perceptual network, which is not trained; codebooks may be trained without gradients."""
@@ -236,27 +244,30 @@ class ImageTokenizerModule(StepModule):
             optimizer.zero_grad()
         self.manual_backward(loss)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        grad_norm = global_grad_norm(parameters)
         mean_psnr = psnr(reconstruction.detach(), pictures).mean()
         psnr_of_mean = psnr(pictures.mean(dim=0, keepdim=True), pictures).mean()
-        mean_loss, mean_psnr, gain = all_reduce_mean(
-            torch.stack((loss.detach().float(), mean_psnr, mean_psnr - psnr_of_mean))
-        )
-        if not self.should_skip_step(mean_loss, grad_norm):
-            clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
-            for optimizer in network_optimizers:
-                set_lr(optimizer.optimizer, lr)
-                optimizer.step()
-            if self.ema is not None:
-                self.ema.update_parameters(self.network)
-            if is_adversarial:
-                metrics["train/discriminator"] = self.discriminator_step(optimizers[-1], pictures, reconstruction.detach())
+        world_size = self.trainer.world_size
+        means = torch.stack((loss.detach(), mean_psnr, mean_psnr - psnr_of_mean)).double() / world_size
+        grad_square = local_grad_square(parameters, world_size).to(self.device)
+        counts = torch.bincount(quantized.codes.flatten(), minlength=len(self.code_counts)).double()
+        sums, requested = self.sum_over_processes(torch.cat((grad_square.unsqueeze(0), means, counts)))
+        grad_norm, (mean_loss, mean_psnr, gain), counts = sums[0].sqrt(), sums[1:4], sums[4:]
+        skip = self.decide_to_skip(mean_loss, grad_norm)
+        scale_grads(parameters, clip_factor(grad_norm, recipe.optimizer.max_grad_norm))
+        for optimizer in network_optimizers:
+            set_lr(optimizer.optimizer, lr)
+            step_unless(skip, optimizer)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        if is_adversarial:
+            metrics["train/discriminator"] = self.discriminator_step(
+                optimizers[-1], pictures, reconstruction.detach(), skip
+            )
 
-        counts = all_reduce_sum(torch.bincount(quantized.codes.flatten(), minlength=len(self.code_counts)))
         window = USAGE_WINDOW * len(self.code_counts)
         self.code_counts.mul_(torch.exp(-counts.sum() / window)).add_(counts)
         code_perplexity = perplexity(self.code_counts)
-        self.check_collapse(float(code_perplexity) / len(self.code_counts), float(gain))
+        self.record_step(skip, mean_loss, grad_norm, requested, code_perplexity / len(self.code_counts), gain)
         if self.is_logged_step:
             quantizer = self.network.quantize
             metrics |= {
@@ -284,8 +295,8 @@ class ImageTokenizerModule(StepModule):
             weight = adaptive_weight(reconstruction_loss, loss, self.network.decoder.last_layer)
         return loss, weight
 
-    def discriminator_step(self, optimizer: Any, pictures: Tensor, reconstruction: Tensor) -> Tensor:
-        """Train the discriminator on one batch and return its loss."""
+    def discriminator_step(self, optimizer: Any, pictures: Tensor, reconstruction: Tensor, skip: Tensor) -> Tensor:
+        """Train the discriminator on one batch, unless `skip` is 1 or its gradient is not finite, and return its loss."""
         assert self.discriminator is not None
         recipe, start = self.recipe, self.recipe.loss.adversarial_start
         lr = lr_at(self.completed_steps - start, recipe.run.max_steps - start, recipe.discriminator)
@@ -294,20 +305,22 @@ class ImageTokenizerModule(StepModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         parameters = list(self.discriminator.parameters())
-        grad_norm = global_grad_norm(parameters)
-        if grad_norm.isfinite():
-            clip_grads(parameters, recipe.discriminator.max_grad_norm, grad_norm)
-            optimizer.step()
+        grad_norm = torch.nn.utils.get_total_norm(local_grads(parameters))
+        scale_grads(parameters, clip_factor(grad_norm, recipe.discriminator.max_grad_norm))
+        step_unless(torch.maximum(skip, (~grad_norm.isfinite()).float()), optimizer)
         return loss.detach()
 
-    def check_collapse(self, usage: float, gain_db: float) -> None:
+    def check_result(self, result: StepResult) -> None:
+        self.check_collapse(result.step, *result.values)
+
+    def check_collapse(self, step: int, usage: float, gain_db: float) -> None:
         """Warn once where hardly any code is used any more, or where pictures come back no better than their mean.
 
         usage: perplexity of the codes / size of the codebook. gain_db: PSNR of the reconstructions above that of the
         batch's mean. Codes can be as frequent as each other and tell nothing: by position, or where the decoder ignores
         them.
         """
-        if self.completed_steps < USAGE_SETTLES_AFTER_STEPS or self.collapse_reported:
+        if step <= USAGE_SETTLES_AFTER_STEPS or self.collapse_reported:
             return
         if usage < self.recipe.min_codebook_usage:
             sign = f"its perplexity is {usage:.1%} of its size"
@@ -317,7 +330,7 @@ class ImageTokenizerModule(StepModule):
             return
         self.collapse_reported = True
         remedy = "lower the lr, or use codebook=moving_average"
-        self.events.add(self.current_step, "alarm", f"the codebook collapses: {sign} ({remedy})")
+        self.events.add(step, "alarm", f"the codebook collapses: {sign} ({remedy})")
 
     # --- validation and result -------------------------------------------------------------------------------------
 
@@ -356,19 +369,15 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
         raise BadInput("an image tokenizer is not sharded", where="run.data_parallel", remedy="use ddp")
     L.seed_everything(recipe.run.seed, verbose=False)
     plain = plain_recipe(recipe)
-    resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
+    callbacks = [CheckpointCallback(recipe.run, plain)]
     module = ImageTokenizerModule(recipe)
-    first_batch = resume_point.batches_seen if resume_point else 0
     pictures = read_pictures(recipe.sources, on_skip, allow_paths=recipe.allow_paths)
-    training_set = ImageBatchDataset(pictures, recipe, on_skip, first_batch)
-    if resume_point is None:
-        num_batches = max(1, -(-CODEBOOK_INIT_PICTURES // recipe.global_batch_size))
-        module.codebook_init_pictures = [training_set[index] for index in range(num_batches)]
-    callbacks = [CheckpointCallback(recipe.run, plain, resume_point)]
+    training_set = ImageBatchDataset(pictures, recipe, on_skip)
     trainer = build_trainer(recipe.run, has_unused_parameters=bool(recipe.loss.adversarial), callbacks=callbacks)
     training_set.check_divisible(trainer.world_size)
     training_set.rank, training_set.world = trainer.global_rank, trainer.world_size
-    training_loader: DataLoader[Any] = DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers)
+    module.training_set = training_set
+    training_loader = TimedLoader(DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers))
     metrics = fit(trainer, module, training_loader, validation_loader(recipe, on_skip))
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:

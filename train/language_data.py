@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,17 +11,18 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.mixture import Mixture, PackedBatch
+from chameleon.train.step_module import StepDataset
 
 
-class PackedBatchDataset(Dataset[PackedBatch]):
+class PackedBatchDataset(StepDataset):
     """Item n is one device's part of batch `first_batch` + n.
 
     It has more batches than the run has steps, since a rollback continues with later batches.
     """
 
-    def __init__(self, mixture: Mixture, num_batches: int, first_batch: int = 0, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, mixture: Mixture, num_batches: int, *, rank: int = 0, world: int = 1) -> None:
         """rank, world: which of how many data-parallel parts."""
-        self.mixture, self.num_batches, self.first_batch = mixture, num_batches, first_batch
+        self.mixture, self.num_batches = mixture, num_batches
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
@@ -28,6 +30,30 @@ class PackedBatchDataset(Dataset[PackedBatch]):
 
     def __getitem__(self, index: int) -> PackedBatch:
         return self.mixture.batch(self.first_batch + index, self.rank, self.world)
+
+
+class ValidationDataset(Dataset[PackedBatch]):
+    """One device's part of the validation rows, each of which one device sees once.
+
+    All devices have as many batches; where rows are missing, one without loss stands in.
+    """
+
+    def __init__(self, mixture: Mixture, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        """batch_size: rows of one forward pass on a device."""
+        self.mixture, self.batch_size, self.rank, self.world = mixture, batch_size, rank, world
+        self.num_rows = sum(map(len, mixture.sources))
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / (self.batch_size * self.world))
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        first = index * self.batch_size * self.world + self.rank
+        rows = range(first, first + self.batch_size * self.world, self.world)
+        batch = self.mixture.rows([min(row, self.num_rows - 1) for row in rows])
+        for position, row in enumerate(rows):
+            if row >= self.num_rows:
+                batch.loss_weights[position] = 0
+        return batch
 
 
 class TimedLoader:
@@ -42,6 +68,7 @@ class TimedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        """Begin with the first batch that is asked for, when a run that is resumed knows which one it is."""
         batches = iter(self.loader)
         while True:
             start = time.perf_counter()

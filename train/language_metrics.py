@@ -1,4 +1,4 @@
-"""Metrics of a training step of the Transformer, summed on the device and over all processes in one collective."""
+"""Metrics of a logged training step of the Transformer, summed on the device and over all processes."""
 
 from __future__ import annotations
 
@@ -32,30 +32,22 @@ class SourceTotals(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """Totals of one training step over all processes, for logging and for deciding whether to skip it."""
+    """Totals of a logged training step over all processes."""
 
-    loss: float
-    output_norm: float
     modalities: list[ModalityTotals]
     sources: list[SourceTotals]
-    """Only on logged steps."""
 
     @classmethod
     def from_list(cls, values: Sequence[float]) -> StepTotals:
         """Unpack what `local_totals` packed."""
-        per_modality = [ModalityTotals(*values[2 + 3 * i : 5 + 3 * i]) for i in range(len(MODALITIES))]
-        rest = values[2 + 3 * len(MODALITIES) :]
-        per_source = [SourceTotals(*rest[i : i + 2]) for i in range(0, len(rest), 2)]
-        return cls(values[0], values[1], per_modality, per_source)
+        per_modality = [ModalityTotals(*values[3 * i : 3 + 3 * i]) for i in range(len(MODALITIES))]
+        rest = values[3 * len(MODALITIES) :]
+        return cls(per_modality, [SourceTotals(*rest[i : i + 2]) for i in range(0, len(rest), 2)])
 
     def metrics(self, source_names: Sequence[str]) -> dict[str, float]:
         """Return the values for the log."""
         num_tokens = max(1.0, sum(modality.tokens for modality in self.modalities))
-        metrics = {
-            "train/loss": self.loss,
-            "train/log_z": sum(modality.log_z for modality in self.modalities) / num_tokens,
-            "train/output_norm": self.output_norm,
-        }
+        metrics = {"train/log_z": sum(modality.log_z for modality in self.modalities) / num_tokens}
         for kind, totals in zip(MODALITIES, self.modalities, strict=True):
             metrics[f"train/{kind.name.lower()}_loss"] = mean(totals.nll, totals.tokens)
             metrics[f"train/{kind.name.lower()}_log_z"] = mean(totals.log_z, totals.tokens)
@@ -71,33 +63,22 @@ def mean(total: float, count: float) -> float:
 
 
 def local_totals(
-    batch: PackedBatch,
-    modality: Tensor,
-    token_losses: Sequence[TokenLoss],
-    loss: Tensor,
-    output_norm: Tensor,
-    data_parallel_size: int,
-    source_of_row: Tensor | None,
-    num_sources: int,
-) -> Tensor:
-    """Pack this process's terms of `StepTotals` into a float64 tensor, to be summed over all data-parallel processes.
+    batch: PackedBatch, modality: Tensor, token_losses: Sequence[TokenLoss], source_of_row: Tensor, num_sources: int
+) -> list[Tensor]:
+    """Return this process's terms of `StepTotals`, to be summed over all data-parallel processes: float64 tensors [N].
 
-    loss and output_norm: scalars of this process, which are averaged over processes. token_losses: of the micro-batches.
-    source_of_row: int64 [B], on logged steps.
+    token_losses: of the micro-batches. source_of_row: int64 [B].
     """
     nll = torch.cat([token_loss.nll for token_loss in token_losses]).detach()
     log_z = torch.cat([token_loss.log_z for token_loss in token_losses]).detach()
     has_loss = batch.loss_weights.flatten() > 0
-    totals = [loss.detach() / data_parallel_size, output_norm / data_parallel_size]
+    totals = []
     for kind in MODALITIES:
         is_kind = has_loss & (modality.flatten() == kind)
         totals += [is_kind.sum(), nll[is_kind].sum(), log_z[is_kind].sum()]
-    packed = torch.stack([total.double() for total in totals])
-    if source_of_row is None:
-        return packed
     per_row = torch.stack((batch.loss_weights.gt(0).sum(1), nll.view(batch.input_ids.shape).sum(1)), dim=1).double()
-    per_source = torch.zeros(num_sources, 2, dtype=torch.float64, device=packed.device).index_add(0, source_of_row, per_row)
-    return torch.cat((packed, per_source.flatten()))
+    per_source = torch.zeros(num_sources, 2, dtype=torch.float64, device=nll.device).index_add(0, source_of_row, per_row)
+    return [torch.stack([total.double() for total in totals]), per_source.flatten()]
 
 
 def sources_of_rows(mixture: Mixture, batch_index: int, rank: int, world: int) -> list[int]:

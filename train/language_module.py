@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from chameleon.bundle import Prompting
 from chameleon.data.mixture import Mixture, PackedBatch, PackedSource
+from chameleon.data.token_shards import TokenShard, verify_shards
 from chameleon.device import matmul_peak
+from chameleon.model.loss import TokenLoss
 from chameleon.model.transformer import Transformer
 from chameleon.plan import flops_per_token
 from chameleon.tokenizers.mixed import MixedTokenizer
@@ -22,11 +24,29 @@ from chameleon.train.language_data import TimedLoader
 from chameleon.train.language_metrics import MODALITIES, StepTotals, local_totals, mean, sources_of_rows
 from chameleon.train.monitors import AttentionLogitMonitor, UpdateRatioMonitor
 from chameleon.train.objective import Objective
-from chameleon.train.optimizer import build_optimizers, clip_grads, full_tensor, global_grad_norm, lr_at, set_lr
-from chameleon.train.parallel import copy_full_tensor, fill_parameters, fused_row_order, parallelize
+from chameleon.train.optimizer import (
+    build_optimizers,
+    clip_factor,
+    full_tensor,
+    local_grad_square,
+    lr_at,
+    scale_grads,
+    set_lr,
+    step_unless,
+)
+from chameleon.train.parallel import (
+    Box,
+    consecutive_runs,
+    copy_full_tensor,
+    fill_parameters,
+    fused_row_order,
+    parallelize,
+)
+from chameleon.train.processes import num_processes, process_rank, run_on_all_processes
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe
 from chameleon.train.stability import DivergenceAlarm
 from chameleon.train.step_module import StepModule
+from chameleon.train.step_result import StepResult
 from chameleon.train.trainer import effective_precision, fsdp_param_dtype
 from chameleon.train.training_start import TrainingStart, add_adapters
 from chameleon.vocabulary import Modality, Vocabulary
@@ -53,6 +73,8 @@ class LanguageModule(StepModule):
         """Start of the training: (time, seconds waited for the loader)."""
         self.prompting: Prompting = "conversation" if isinstance(recipe, FinetuneRecipe) else "document"
         """How the trained model is to be prompted."""
+        self.shards_to_verify: list[TokenShard] = []
+        """Shards whose checksums are compared before the first step, each by one process."""
         self.sample_sources: Sequence[PackedSource] = mixture.sources
         """Sources of the pictures and texts of `SampleLogger`."""
 
@@ -74,18 +96,18 @@ class LanguageModule(StepModule):
         """Forward, loss, backward, gradient norm, clipping, optimiser step, log.
 
         The loss is normalised by the number of weighted tokens of the global batch, over all devices and micro-batches.
+        That is known once all processes have told theirs, with the gradient norm; until then the number of all targets
+        stands for it.
         """
         start_time = time.perf_counter()
         recipe, optimizers = self.recipe, self.optimizer_list()
         lr = lr_at(self.completed_steps, recipe.run.max_steps, recipe.optimizer)
-        is_monitored = self.is_logged_step and recipe.monitors
+        is_logged, is_monitored = self.is_logged_step, self.is_logged_step and recipe.monitors
         attention_monitor = AttentionLogitMonitor(self.model) if is_monitored else None
 
-        # Gradients are averaged over data-parallel processes, so each process normalises by the mean of their totals.
         modality = self.vocabulary.modality(batch.targets)
         loss_weights = torch.where(modality == Modality.IMAGE, recipe.image_loss_weight, 1.0) * batch.loss_weights.float()
-        total_weight = self.all_reduce_sum(loss_weights.sum()) / self.data_parallel_size
-        loss_weights = loss_weights / total_weight.clamp(min=1e-6)
+        loss_weights = loss_weights / loss_weights.numel()
 
         batch_size = len(batch.input_ids)
         micro_batch_size = recipe.micro_batch_size or batch_size
@@ -104,27 +126,35 @@ class LanguageModule(StepModule):
             output_norm = output_norm + self.output_norm * (len(micro_batch.input_ids) / batch_size)
 
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        grad_norm = global_grad_norm(parameters)
-        weighted_batch = batch._replace(loss_weights=loss_weights)
-        totals = self.reduce_totals(weighted_batch, modality, token_losses, loss, output_norm)
-        update_ratio: Tensor | float = 0.0
-        if not self.should_skip_step(totals.loss, grad_norm):
-            clip_grads(parameters, recipe.optimizer.max_grad_norm, grad_norm)
-            update_monitor = UpdateRatioMonitor(self.model) if is_monitored else None
-            for optimizer in optimizers:
-                set_lr(optimizer.optimizer, lr)
-                optimizer.step()
-            update_ratio = update_monitor.ratio() if update_monitor else 0.0
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        grad_square = local_grad_square(parameters, self.trainer.world_size)
+        means = [loss_weights.sum(), loss, output_norm]  # over data-parallel processes, as gradients are
+        totals = []
+        if is_logged:
+            totals = self.local_totals(batch._replace(loss_weights=loss_weights), modality, token_losses)
+        local = torch.stack([value.double().to(self.device) for value in (grad_square, *means)])
+        sums, requested = self.sum_over_processes(torch.cat((local, *totals)))
+        weight, loss, output_norm = (sums[1:4] / self.trainer.world_size).unbind()
+        weight = weight.clamp(min=1e-6)
+        loss, grad_norm = loss / weight, sums[0].sqrt() / weight
 
-        self.check_divergence(totals)
-        if self.is_logged_step:
-            metrics = totals.metrics([source.config.display_name for source in self.mixture.sources])
-            metrics |= {"train/grad_norm": float(grad_norm), "lr": lr}
+        skip = self.decide_to_skip(loss, grad_norm)
+        scale_grads(parameters, clip_factor(grad_norm, recipe.optimizer.max_grad_norm) / weight)
+        update_monitor = UpdateRatioMonitor(self.model) if is_monitored else None
+        for optimizer in optimizers:
+            set_lr(optimizer.optimizer, lr)
+            step_unless(skip, optimizer)
+            optimizer.zero_grad()
+        result = self.record_step(skip, loss, grad_norm, requested, output_norm)
+        if is_logged:
+            step_totals = StepTotals.from_list((sums[4:] / recipe.run.tensor_parallel_size).tolist())
+            metrics = {"train/loss": result.loss, "train/output_norm": result.values[0]}
+            metrics |= step_totals.metrics([source.config.display_name for source in self.mixture.sources])
+            metrics |= {"train/grad_norm": result.grad_norm, "lr": lr}
             metrics |= {"stability/skipped_steps": float(self.guard.skipped_steps)}
-            if attention_monitor is not None:
-                metrics |= {"monitor/update_ratio": float(update_ratio), **self.attention_metrics(attention_monitor)}
+            if attention_monitor is not None and update_monitor is not None:
+                metrics |= {"monitor/update_ratio": float(update_monitor.ratio())}
+                metrics |= self.attention_metrics(attention_monitor)
+            self.check_log_z(step_totals)
             self.write_metrics(self.current_step, metrics | self.speed_metrics(batch, start_time))
 
     def no_grad_sync(self) -> AbstractContextManager[Any]:
@@ -132,24 +162,25 @@ class LanguageModule(StepModule):
         block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
         return block_sync() if block_sync is not None and self.recipe.run.data_parallel == "ddp" else nullcontext()
 
-    def reduce_totals(
-        self, batch: PackedBatch, modality: Tensor, token_losses: list[Any], loss: Tensor, output_norm: Tensor
-    ) -> StepTotals:
-        """Sum the step's totals over all processes, and transfer them to the host."""
+    def local_totals(self, batch: PackedBatch, modality: Tensor, token_losses: list[TokenLoss]) -> list[Tensor]:
+        """Return this process's terms of `StepTotals`."""
         rank, world = self.data_parallel_rank, self.data_parallel_size
-        source_of_row = None
-        if self.is_logged_step:
-            source_of_row = torch.tensor(sources_of_rows(self.mixture, self.batches_seen, rank, world), device=self.device)
-        local = local_totals(
-            batch, modality, token_losses, loss, output_norm, world, source_of_row, len(self.mixture.sources)
-        )
-        return StepTotals.from_list(self.all_reduce_sum(local).tolist())
+        source_of_row = torch.tensor(sources_of_rows(self.mixture, self.batches_seen, rank, world), device=self.device)
+        return local_totals(batch, modality, token_losses, source_of_row, len(self.mixture.sources))
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum `values` over the data-parallel processes. A collective operation."""
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(values)
+        return values / self.recipe.run.tensor_parallel_size
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.model, self.recipe.optimizer)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        own = self.shards_to_verify[process_rank() :: num_processes()]
+        run_on_all_processes(lambda: verify_shards(own))
         self.matmul_peak = matmul_peak(self.device, self.product_dtype)
         self.wait_clock = (time.perf_counter(), self.loader.seconds_waited if self.loader else 0.0)
 
@@ -164,16 +195,18 @@ class LanguageModule(StepModule):
         """Record the mean norm of the last block's output, whose growth precedes divergence (arXiv 2405.09818, fig. 5a)."""
         self.output_norm = output.detach().float().norm(dim=-1).mean()
 
-    def check_divergence(self, totals: StepTotals) -> None:
-        """Report signs of divergence."""
-        self.report(self.alarm.check_output_norm(self.completed_steps, totals.output_norm))
+    def check_result(self, result: StepResult) -> None:
+        self.report(self.alarm.check_output_norm(result.step - 1, result.values[0]), result.step)
+
+    def check_log_z(self, totals: StepTotals) -> None:
+        """Report drifted output logits."""
         for kind, modality_totals in zip(MODALITIES, totals.modalities, strict=True):
             log_z = mean(modality_totals.log_z, modality_totals.tokens)
-            self.report(self.alarm.check_log_z(log_z, kind.name.lower()))
+            self.report(self.alarm.check_log_z(log_z, kind.name.lower()), self.current_step)
 
-    def report(self, warning: str | None) -> None:
+    def report(self, warning: str | None, step: int) -> None:
         if warning is not None:
-            self.events.add(self.current_step, "alarm", warning)
+            self.events.add(step, "alarm", warning)
 
     def attention_metrics(self, monitor: AttentionLogitMonitor) -> dict[str, float]:
         """Return the largest attention logit of each layer over all processes, and report where it is too large."""
@@ -182,7 +215,7 @@ class LanguageModule(StepModule):
             largest = torch.as_tensor(self.all_gather(largest)).amax(dim=0)
         values = largest.tolist()
         layer = max(range(len(values)), key=values.__getitem__)
-        self.report(self.alarm.check_attention_logit(values[layer], layer))
+        self.report(self.alarm.check_attention_logit(values[layer], layer), self.current_step)
         return {f"monitor/attention_logit_{layer}": value for layer, value in enumerate(values)}
 
     def speed_metrics(self, batch: PackedBatch, start_time: float) -> dict[str, float]:
@@ -214,6 +247,7 @@ class LanguageModule(StepModule):
             self.validation_sums[index] += torch.stack((token_loss.nll[is_kind].sum().double(), is_kind.sum().double()))
 
     def on_validation_epoch_end(self) -> None:
+        self.validation_sums = self.all_reduce_sum(self.validation_sums)
         metrics = {
             f"validation/{kind.name.lower()}_loss": nll / tokens
             for kind, (nll, tokens) in zip(MODALITIES, self.validation_sums.tolist(), strict=True)
@@ -241,18 +275,20 @@ class LanguageModule(StepModule):
         self.objective.to_empty(device="cpu" if mesh is None else self.trainer.strategy.root_device)
         if self.start.config.tied_head:
             self.model.head.weight = self.model.embed.weight
-        fill_parameters(self.objective, self.initial_value, kept)
+        fill_parameters(self.objective, self.initial_part, kept)
         self.model.blocks[-1].register_forward_hook(self.record_output_norm)
 
-    def initial_value(self, name: str) -> Tensor:
-        """Return the initial value of a parameter of the objective, its rows in tensor-parallel order."""
+    def initial_part(self, name: str, box: Box) -> Tensor:
+        """Return a part of the initial value of a parameter of the objective, its rows in tensor-parallel order."""
         plain = plain_name(name.removeprefix("model."))
         if ".lora_" in name:
             shape = dict(self.objective.named_parameters())[name].shape
-            return initial_lora_value(name, shape, self.recipe.run.seed + zlib.crc32(plain.encode()))
-        value = self.start.initial_value(plain)
+            return initial_lora_value(name, shape, self.recipe.run.seed + zlib.crc32(plain.encode()))[box]
         order = fused_row_order(plain, self.start.config, self.recipe.run.tensor_parallel_size)
-        return value if order is None else value[order]
+        if order is None:
+            return self.start.initial_part(plain, box)
+        runs = consecutive_runs(order[box[0]])
+        return torch.cat([self.start.initial_part(plain, (rows, *box[1:])) for rows in runs])
 
     def reorder_fused_rows(self, before: int, now: int, optimizers: list[torch.optim.Optimizer]) -> None:
         if before == now:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from chameleon.model.transformer import ScaledDotProductAttention, Transformer
-from chameleon.train.optimizer import full_tensor
+from chameleon.train.optimizer import num_shards
 
 QUERIES_PER_CHUNK = 256
 """Queries whose attention logits exist at one time."""
@@ -75,16 +76,25 @@ class UpdateRatioMonitor:
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.before = [p.detach().clone() for p in self.parameters]
+        self.before = [local_part(p).clone() for p in self.parameters]
 
     @torch.no_grad()
     def ratio(self) -> Tensor:
         """Return the ratio, a scalar. To be called once, after the step, on every process."""
-        squares: list[Tensor | float] = [0.0, 0.0]
+        squares = torch.zeros(2, dtype=torch.float64, device=self.before[0].device)
         for parameter, before in zip(self.parameters, self.before, strict=True):
-            after = parameter.detach()
-            for index, tensor in enumerate((after - before, after)):
-                squares[index] = squares[index] + full_tensor(tensor.float().square().sum())
+            after = local_part(parameter)
+            # Each process adds its part, of which there are as many copies as processes beyond the number of parts.
+            parts = torch.stack([tensor.float().square().sum().double() for tensor in (after - before, after)])
+            squares += parts * num_shards(parameter)
         self.before.clear()
-        change, norm = (torch.as_tensor(value).sqrt() for value in squares)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(squares)
+        change, norm = squares.sqrt().float()  # both too large by the same factor, the root of the number of processes
         return change / norm.clamp(min=1e-30)
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
+    """Return this process's part of a parameter."""
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value

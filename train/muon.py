@@ -40,6 +40,9 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` orthogonalises in bfloat16 on every device; this one in float32 where bfloat16 is slow.
     """
 
+    found_inf: Tensor | None = None
+    """float32 scalar: 1 where a step is to change nothing, as in PyTorch's fused optimisers."""
+
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95
     ) -> None:
@@ -63,10 +66,14 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        momentum, keep = state["momentum_buffer"], torch.ones((), device=gradient.device)
+        if self.found_inf is not None:
+            keep = 1 - self.found_inf
+            gradient = torch.where(keep.bool(), gradient, momentum)  # which then stays as it is
+        momentum.lerp_(gradient, 1 - group["momentum"])
         matrix = gradient.lerp(momentum, group["momentum"]).flatten(1)
         dtype = torch.bfloat16 if fast_bfloat16(matrix.device) else torch.float32
         direction = orthogonalize(matrix, dtype).view_as(parameter).to(parameter.dtype)
-        lr = group["lr"]
+        lr = group["lr"] * keep
         parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.add_(direction, alpha=-lr * ADAMW_RMS * math.sqrt(max(matrix.shape)))
+        parameter.addcmul_(direction, lr, value=-ADAMW_RMS * math.sqrt(max(matrix.shape)))

@@ -7,10 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from chameleon.data.mixture import PackedBatch
 from chameleon.model.document_attention import document_groups
-from chameleon.model.loss import TokenLoss, chunked_cross_entropy, cut_cross_entropy
+from chameleon.model.loss import TokenLoss, VocabularyPart, chunked_cross_entropy, cut_cross_entropy
 from chameleon.model.transformer import (
     AttentionMask,
     Transformer,
@@ -36,7 +39,9 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.z_loss, self.attention = model, z_loss, attention
-        self.cross_entropy = chunked_cross_entropy if loss == "chunked" else cut_cross_entropy
+        self.loss = loss
+        self.tensor_parallel_mesh: DeviceMesh | None = None
+        """Devices that split the model: each then has the hidden states of some tokens, and some rows of the head."""
 
     def forward(self, batch: PackedBatch, loss_weights: Tensor) -> TokenLoss:
         """Return the sum of the weighted losses of a batch [B, T]; loss_weights [B, T] carry the normalisation."""
@@ -47,10 +52,30 @@ class Objective(nn.Module):
         hidden = self.model(batch.input_ids, batch.positions, mask)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return self.cross_entropy(
-            hidden.flatten(0, 1),
-            self.model.head.weight,
-            batch.targets.flatten(),
-            loss_weights.flatten(),
-            z_loss=self.z_loss,
-        )
+        head, part = self.model.head.weight, None
+        if self.tensor_parallel_mesh is not None:
+            hidden = whole_sequences(hidden, self.tensor_parallel_mesh)
+            assert isinstance(head, DTensor)
+            first_row = local_box(head)[0].start
+            head, part = head.to_local(), VocabularyPart(first_row, self.tensor_parallel_mesh.get_group())
+        tensors = (hidden.flatten(0, 1), head, batch.targets.flatten(), loss_weights.flatten())
+        if self.loss == "cut":
+            return cut_cross_entropy(*tensors, z_loss=self.z_loss)
+        return chunked_cross_entropy(*tensors, z_loss=self.z_loss, part=part)
+
+
+def whole_sequences(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the hidden states [B, T, D] of all tokens, of which each device has a part [B, T / devices, D].
+
+    The gradient is a sum over the devices, of which each one computes a term.
+    """
+    gathered = DTensor.from_local(hidden, mesh, [Shard(1)]).redistribute(placements=[Replicate()])
+    return gathered.to_local(grad_placements=[Partial()])
+
+
+def local_box(target: Tensor) -> tuple[slice, ...]:
+    """Return which part of the whole tensor this process holds, as a range of each dimension."""
+    if not isinstance(target, DTensor):
+        return tuple(slice(0, size) for size in target.shape)
+    shape, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))

@@ -108,14 +108,56 @@ def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]
     return list(groups.values())
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm over all gradients, on all devices: float32 scalar."""
-    grads = [[p.grad for p in group if p.grad is not None] for group in group_by_mesh(parameters)]
-    norms = [full_tensor(nn.utils.get_total_norm(group)).float() for group in grads if group]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+def local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return this process's part of each gradient that there is."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 
 
-def clip_grads(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients of the given global norm down to `max_norm`; 0 does not clip."""
-    for group in group_by_mesh(parameters) if max_norm else []:
-        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+def local_grad_square(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
+    """Return this process's share of the squared norm over all gradients: a float64 scalar.
+
+    The sum of the shares of all processes is the squared norm. A part of a gradient that several of them hold counts in
+    equal shares.
+    """
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(num_shards(parameter), []).append(parameter)
+    share: Tensor | None = None
+    for shards, group in groups.items():
+        grads = local_grads(group)
+        if grads:
+            square = nn.utils.get_total_norm(grads).double().square() * shards / world_size
+            share = square if share is None else share + square
+    return torch.zeros((), dtype=torch.float64) if share is None else share
+
+
+def num_shards(tensor: Tensor) -> int:
+    """Return the number of different parts that a tensor is split into over all processes."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = (
+        tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()
+    )
+    return math.prod(sizes)
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor that scales gradients of the given norm down to `max_norm`; 0 does not clip."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+
+
+def scale_grads(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by a scalar tensor."""
+    grads = local_grads(parameters)
+    if grads:
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+
+
+def step_unless(skip: Tensor, optimizer: Any) -> None:
+    """Make a step, or change nothing where the float32 scalar `skip` is 1: decided on the device, without waiting for it.
+
+    optimizer: Lightning's wrapper. Fused AdamW has this for loss scaling (`found_inf`); Muon follows it.
+    """
+    optimizer.optimizer.found_inf = skip
+    optimizer.step()

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from chameleon.compiled_code import keep_compiled_code
 from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Block, Transformer
-from chameleon.train.objective import Objective
+from chameleon.train.objective import Objective, local_box
 
 
 class QKNormParallel(ParallelStyle):
@@ -42,11 +49,70 @@ class QKNormParallel(ParallelStyle):
         return distribute_module(module, device_mesh, shard_parameters, wrap_input, unwrap_output)  # type: ignore[arg-type]
 
 
-def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Split heads and the hidden width of the feed-forward layers over devices (Megatron-LM, arXiv 1909.08053).
+class VocabularyParallel(ParallelStyle):
+    """Rows of embedding or head on a device: its part of the vocabulary.
 
-    The rows of fused matrices must be in the order of `fused_row_order`. Embedding, head and norms are replicated. Raises
-    `BadInput` where sizes do not divide.
+    The embedding returns all features of a part of the tokens, [B, T / devices, D].
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def shard_parameters(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for key, value in list(part.named_parameters(recurse=False)):
+                placement = Shard(0) if key in ("weight", "original") else Replicate()  # of parametrisations
+                part.register_parameter(key, nn.Parameter(distribute_tensor(value, mesh, [placement]), value.requires_grad))
+
+        def wrap_input(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+            return DTensor.from_local(inputs[0], mesh, [Replicate()])
+
+        def unwrap_output(part: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+            return output.redistribute(placements=[Shard(1)]).to_local()
+
+        if isinstance(module, nn.Embedding):
+            return distribute_module(module, device_mesh, shard_parameters, wrap_input, unwrap_output)  # type: ignore[arg-type]
+        return distribute_module(module, device_mesh, shard_parameters)
+
+
+class ReplicatedOverTokens(ParallelStyle):
+    """A linear layer that every device has, applied to its part of the tokens, [B, T / devices, D]."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def wrap_input(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+            part.batch_size = len(inputs[0])  # type: ignore[assignment]
+            return DTensor.from_local(inputs[0].flatten(0, 1), mesh, [Shard(0)])
+
+        def unwrap_output(part: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+            return output.to_local().unflatten(0, (part.batch_size, -1))
+
+        return distribute_module(module, device_mesh, None, wrap_input, unwrap_output)  # type: ignore[arg-type]
+
+
+class Replicated(ParallelStyle):
+    """A layer that every device has, applied to all tokens."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh)
+
+
+def with_adapters(plan: dict[str, ParallelStyle], block: nn.Module) -> dict[str, ParallelStyle]:
+    """Return a plan for a block in which matrices may have LoRA adapters.
+
+    Where a matrix is split by its outputs, so is the second matrix of its adapter; where by its inputs, the first one.
+    """
+    adapted = dict(plan)
+    for name, style in plan.items():
+        if hasattr(block.get_submodule(name), "base_layer"):
+            adapted[f"{name}.base_layer"] = adapted.pop(name)
+            by_outputs = isinstance(style, ColwiseParallel)
+            adapted[f"{name}.lora_A.default"] = Replicated() if by_outputs else RowwiseParallel(output_layouts=Shard(1))
+            adapted[f"{name}.lora_B.default"] = ColwiseParallel() if by_outputs else ReplicatedOverTokens()
+    return adapted
+
+
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Split heads, the hidden width of the feed-forward layers and the vocabulary over devices (Megatron-LM, arXiv
+    1909.08053), and between these the tokens (sequence parallelism, arXiv 2205.05198).
+
+    The rows of fused matrices must be in the order of `fused_row_order`. Raises `BadInput` where sizes do not divide.
     """
     config, size = model.config, mesh.size()
     counts = {"heads": config.heads, "kv_heads": config.kv_heads, "ffn_width": config.ffn_width}
@@ -55,18 +121,30 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     for name, count in counts.items():
         if count % size:
             raise BadInput(f"{name} {count} is not divisible by {size}", where="run.tensor_parallel_size")
+    is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    of_tokens = SequenceParallel(use_local_output=True)
+    all_tokens, some_tokens = Replicate(), Shard(1)
     plan: dict[str, ParallelStyle] = {
+        "attention_norm": of_tokens,
+        "attention": PrepareModuleInput(
+            input_layouts=(some_tokens, None, None, None), desired_input_layouts=(all_tokens, None, None, None)
+        ),
         "attention.qkv": ColwiseParallel(),
-        "attention.out": RowwiseParallel(),
+        "attention.out": RowwiseParallel(output_layouts=some_tokens),
+        "ffn_norm": of_tokens,
+        "ffn": PrepareModuleInput(input_layouts=(some_tokens,), desired_input_layouts=(all_tokens,)),
         "ffn.gate_up": ColwiseParallel(),
-        "ffn.down": RowwiseParallel(),
+        "ffn.down": RowwiseParallel(output_layouts=some_tokens),
     }
     if config.qk_norm:
         plan |= {"attention.q_norm": QKNormParallel(), "attention.k_norm": QKNormParallel()}
     for block in model.blocks:
-        parallelize_module(block, mesh, plan)
+        parallelize_module(block, mesh, with_adapters(plan, block))
         attention: Any = block.attention
         attention.heads, attention.kv_heads = config.heads // size, config.kv_heads // size
+    parallelize_module(model, mesh, {"embed": VocabularyParallel(), "norm": of_tokens, "head": VocabularyParallel()})
+    for name, parameter in model.named_parameters():  # PyTorch makes some of them anew
+        parameter.requires_grad_(is_trained[name])
 
 
 def fused_row_order(name: str, config: ModelConfig, size: int) -> Tensor | None:
@@ -74,7 +152,7 @@ def fused_row_order(name: str, config: ModelConfig, size: int) -> Tensor | None:
 
     A device's share of a fused matrix is its share of each part: [q₀ k₀ v₀ | q₁ k₁ v₁ | …].
     """
-    if size == 1 or not name.endswith("weight"):
+    if size == 1 or not name.endswith("weight") or ".lora_A." in name:
         return None
     if ".qkv." in name:
         heads = torch.arange(config.heads + 2 * config.kv_heads)
@@ -103,7 +181,8 @@ def parallelize(
     """
     model = objective.model
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        apply_tensor_parallel(model, mesh["tensor_parallel"])
+        objective.tensor_parallel_mesh = mesh["tensor_parallel"]
+        apply_tensor_parallel(model, objective.tensor_parallel_mesh)
     if compile:
         keep_compiled_code()
     for block in model.blocks:
@@ -122,24 +201,31 @@ def parallelize(
         fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
 
 
-@torch.no_grad()
-def fill_parameters(module: nn.Module, initial_value: Callable[[str], Tensor], kept: dict[str, Tensor]) -> None:
-    """Set each parameter and buffer of a module created on `meta`, from full tensors `initial_value(name)`.
+Box = tuple[slice, ...]
+"""A part of a tensor: a range of each dimension."""
 
-    Those are made on the CPU whatever the default device, so that they are the same on all. kept: tensors that had values
+
+def consecutive_runs(indices: Tensor) -> list[slice]:
+    """Return indices, int64 [N], as ranges of consecutive ones."""
+    ends = (indices.diff() != 1).nonzero()[:, 0] + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in indices.tensor_split(ends) if len(run)]
+
+
+@torch.no_grad()
+def fill_parameters(module: nn.Module, initial_part: Callable[[str, Box], Tensor], kept: dict[str, Tensor]) -> None:
+    """Set each parameter and buffer of a module created on `meta` to what `initial_part(name, box)` returns for its part.
+
+    Parts are made on the CPU whatever the default device, so that they are the same on all. kept: tensors that had values
     before the module's memory was allocated, by name.
     """
     for name, target in (*module.named_parameters(), *module.named_buffers()):
+        box = local_box(target)
         with torch.device("cpu"):
-            value = kept[name] if name in kept else initial_value(name)
-        copy_full_tensor(target, value)
+            value = kept[name][box] if name in kept else initial_part(name, box)
+        (target.to_local() if isinstance(target, DTensor) else target).copy_(value)
 
 
 @torch.no_grad()
 def copy_full_tensor(target: Tensor, source: Tensor) -> None:
     """Copy a full tensor to a target that may be sharded."""
-    if isinstance(target, DTensor):
-        source = source.to(target.dtype)
-        target.copy_(distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None))
-    else:
-        target.copy_(source)
+    (target.to_local() if isinstance(target, DTensor) else target).copy_(source[local_box(target)])

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import Mixture
 from chameleon.errors import BadInput
-from chameleon.train.checkpoint import CheckpointCallback, find_resume_point
-from chameleon.train.language_data import PackedBatchDataset, TimedLoader, data_fingerprint
+from chameleon.train.checkpoint import CheckpointCallback
+from chameleon.train.language_data import PackedBatchDataset, TimedLoader, ValidationDataset, data_fingerprint
 from chameleon.train.language_module import LanguageModule
 from chameleon.train.memory import check_memory
 from chameleon.train.objective import AttentionKind
@@ -39,7 +39,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     """
     L.seed_everything(recipe.run.seed, verbose=False)
     plain = plain_recipe(recipe)
-    resume_point = find_resume_point(recipe.run, plain) if recipe.run.resume else None
+    callbacks: list[Callback] = [CheckpointCallback(recipe.run, plain)]
     if recipe.attention == "flex" and not uses_gpus(recipe.run):
         raise BadInput("flex needs a GPU", where="recipe.attention", remedy="use auto")
     if recipe.activation_checkpointing != "none" and recipe.attention == "flex":
@@ -72,26 +72,22 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
         **shared,
     )
     module = LanguageModule(start, recipe, mixture, context_length)
-    callbacks: list[Callback] = [CheckpointCallback(recipe.run, plain, resume_point)]
     callbacks += [SampleLogger(recipe.num_samples)] if recipe.num_samples else []
     trainer = build_trainer(recipe.run, callbacks=callbacks)
     rank, world = (n // recipe.run.tensor_parallel_size for n in (trainer.global_rank, trainer.world_size))
     mixture.check_divisible(world)
     check_memory(start.config, recipe, context_length, trainer.world_size)
-    first_batch = resume_point.batches_seen if resume_point else 0
-    training_set = PackedBatchDataset(
-        mixture, SPARE_BATCHES_FACTOR * recipe.run.max_steps, first_batch, rank=rank, world=world
-    )
+    training_set = PackedBatchDataset(mixture, SPARE_BATCHES_FACTOR * recipe.run.max_steps, rank=rank, world=world)
     validation_loader, sources = None, mixture.sources
     if recipe.validation:
         batch_size = recipe.micro_batch_size or recipe.global_batch_size // world  # as in a forward pass of training
         validation = Mixture(recipe.validation, global_batch_size=batch_size, seed=0, **shared)
         sources, module.sample_sources = sources + validation.sources, validation.sources
-        num_batches = max(1, sum(map(len, validation.sources)) // batch_size)
-        validation_loader = DataLoader(PackedBatchDataset(validation, num_batches), batch_size=None)
+        validation_set = ValidationDataset(validation, batch_size, rank=rank, world=world)
+        validation_loader = DataLoader(validation_set, batch_size=None)
     if recipe.verify_shards:
-        for shard in (shard for source in sources for shard in source.shards):
-            shard.verify()
+        module.shards_to_verify = [shard for source in sources for shard in source.shards]
+    module.training_set = training_set
     module.loader = TimedLoader(DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers))
     metrics = fit(trainer, module, module.loader, validation_loader)
     model = module.full_model()

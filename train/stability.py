@@ -1,15 +1,19 @@
 """Training stability: which steps are skipped, when a run rolls back, and which signs of divergence raise an alarm.
 
 Everything here sees plain numbers that are the same on every process, and its state fits in a checkpoint.
+
+The host learns of a step while the next one runs. So that a run does not depend on when it learns, a step is judged by the
+norms up to the last but one.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 from dataclasses import dataclass
 
-from torch import Tensor, float64, tensor
+from torch import Tensor, float64, int64, tensor
 
 
 @dataclass
@@ -40,30 +44,36 @@ class StepGuard:
 
     def __init__(self, config: StabilityConfig) -> None:
         self.config = config
-        self.grad_norms: list[float] = []
-        """Gradient norms of the last steps that were not skipped."""
+        self.grad_norms: dict[int, float] = {}
+        """Step → gradient norm of the last steps that were not skipped."""
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.rollbacks = 0
         """Rollbacks since the last checkpoint was written."""
 
-    def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
-        """Return the reason to skip a step with this loss and gradient norm, or None; update the history of norms."""
-        reason = None
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            reason = f"loss is {loss:g}, gradient norm {grad_norm:g}"
-        elif self.config.max_grad_norm_ratio and len(self.grad_norms) >= self.config.window_steps:
-            median = statistics.median(self.grad_norms)
-            if grad_norm > self.config.max_grad_norm_ratio * median:
-                ratio = grad_norm / max(median, 1e-30)
-                reason = f"gradient norm {grad_norm:.3g} is {ratio:.0f} times the median {median:.3g}"
-        if reason is None:
+    def median(self, step: int) -> float | None:
+        """Return the median norm that `step` is judged by; None while there are fewer than `window_steps`."""
+        norms = [norm for earlier, norm in self.grad_norms.items() if earlier < step - 1][-self.config.window_steps :]
+        return statistics.median(norms) if len(norms) == self.config.window_steps else None
+
+    def limit(self, step: int) -> float:
+        """Return the gradient norm above which a step is skipped; the largest number where any finite norm will do."""
+        median = self.median(step) if self.config.max_grad_norm_ratio else None
+        return sys.float_info.max if median is None else self.config.max_grad_norm_ratio * median
+
+    def observe(self, step: int, loss: float, grad_norm: float, *, is_skipped: bool) -> str | None:
+        """Record what became of a step. Return why it was skipped, or None."""
+        if not is_skipped:
             self.consecutive_skips = 0
-            self.grad_norms = [*self.grad_norms, grad_norm][-self.config.window_steps :]
-        else:
-            self.skipped_steps += 1
-            self.consecutive_skips += 1
-        return reason
+            kept = list(self.grad_norms.items())[-self.config.window_steps :]
+            self.grad_norms = {**dict(kept), step: grad_norm}
+            return None
+        self.skipped_steps += 1
+        self.consecutive_skips += 1
+        median = self.median(step)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)) or median is None:
+            return f"loss is {loss:g}, gradient norm {grad_norm:g}"
+        return f"gradient norm {grad_norm:.3g} is {grad_norm / max(median, 1e-30):.0f} times the median {median:.3g}"
 
     @property
     def needs_rollback(self) -> bool:
@@ -78,12 +88,13 @@ class StepGuard:
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint stores."""
         return {
-            "grad_norms": tensor(self.grad_norms, dtype=float64),
+            "steps": tensor(list(self.grad_norms), dtype=int64),
+            "grad_norms": tensor(list(self.grad_norms.values()), dtype=float64),
             "counts": tensor([self.skipped_steps, self.consecutive_skips, self.rollbacks]),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.grad_norms = state["grad_norms"].tolist()
+        self.grad_norms = dict(zip(state["steps"].tolist(), state["grad_norms"].tolist(), strict=True))
         self.skipped_steps, self.consecutive_skips, self.rollbacks = map(int, state["counts"])
 
 

@@ -12,13 +12,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.data import Dataset
 
 from chameleon.data.mixture import splitmix64
 from chameleon.files import EVENTS_FILE, read_events
 from chameleon.train.recipe import RunConfig
 from chameleon.train.stability import StabilityConfig, StepGuard
+from chameleon.train.step_result import HostCopy, StepResult
 
+REQUESTS = ("save", "stop", "fail")
+"""What one process may ask of all: to write a checkpoint, to write one and end, to end since something failed."""
 SPARE_BATCHES_FACTOR = 2
 """Loaders hold this many times the batches that a run needs, so that it can roll back."""
 
@@ -51,11 +55,21 @@ class EventLog:
             file.write(json.dumps({"step": step, "time": time.time(), "kind": kind, "text": text}) + "\n")
 
 
+class StepDataset(Dataset[Any]):
+    """A dataset whose item n is one process's part of batch `first_batch` + n."""
+
+    first_batch: int = 0
+
+
 class StepModule(L.LightningModule):
     """A Lightning module with manual optimisation that can continue from any step.
 
     Its position is two counters: completed steps, and batches seen, which are more after a rollback. Together with the
     seed they determine the next batch and its random numbers.
+
+    A step never waits for its own result, logged steps apart: processes sum what they have to tell each other in one
+    collective (`sum_over_processes`), the decision to skip the step stays on the device (`decide_to_skip`), and the host
+    reads the result one step later (`record_step`).
     """
 
     def __init__(self, run: RunConfig, stability: StabilityConfig) -> None:
@@ -69,6 +83,14 @@ class StepModule(L.LightningModule):
         """Also the index of the next batch."""
         self.metrics: dict[str, float] = {}
         """The latest value of each metric."""
+        self.requests = dict.fromkeys(REQUESTS, False)
+        """What this process asks all of them to do; the next step's collective tells them."""
+        self.granted = dict.fromkeys(REQUESTS, False)
+        """What any process asked for, by the results that the host has read, and nobody has taken up."""
+        self.training_set: StepDataset | None = None
+        """What the loader reads, told where to begin once a checkpoint is restored."""
+        self.unread: tuple[StepResult, HostCopy] | None = None
+        """The result of the latest step, while it is on its way to the host."""
 
     @property
     def data_parallel_rank(self) -> int:
@@ -95,7 +117,7 @@ class StepModule(L.LightningModule):
         self.events.enabled = self.trainer.is_global_zero
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(splitmix64(self.run_config.seed, self.batches_seen, self.data_parallel_rank) >> 1)
+        torch.manual_seed(splitmix64(self.run_config.seed, self.batches_seen, self.trainer.global_rank) >> 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.completed_steps += 1
@@ -108,11 +130,64 @@ class StepModule(L.LightningModule):
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over the parts of the batch. A collective operation."""
-        if self.trainer.world_size == 1:
-            return values
-        return torch.as_tensor(self.all_gather(values)).sum(dim=0) / self.run_config.tensor_parallel_size
+    # --- the result of a step ----------------------------------------------------------------------------------------
+
+    def sum_over_processes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (values summed over all processes, number of processes that make each request).
+
+        values: float64 [N]. The one collective of a step beside those of parameters and gradients.
+        """
+        requested = torch.zeros(len(REQUESTS), dtype=values.dtype, device=values.device)
+        for index, name in enumerate(REQUESTS):
+            if self.requests[name]:
+                requested[index], self.requests[name] = 1, False
+        sums = torch.cat((requested, values))
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(sums)
+        return sums[len(REQUESTS) :], sums[: len(REQUESTS)]
+
+    def decide_to_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Return 1.0 where the optimiser step is to be skipped, else 0.0: a float32 scalar, the same on all processes."""
+        is_usual = loss.isfinite() & (grad_norm <= self.guard.limit(self.current_step))  # false for NaN
+        return (~is_usual).float()
+
+    def record_step(self, skip: Tensor, loss: Tensor, grad_norm: Tensor, requested: Tensor, *values: Tensor) -> StepResult:
+        """Read the result of the step before this one; on logged steps, and before validation, this one's too.
+
+        Returns this step's, whose numbers are there once it is read. values: further float64 scalars.
+        """
+        self.read_result()
+        numbers = torch.stack([number.double() for number in (skip, loss, grad_norm, *requested, *values)])
+        result = StepResult(self.current_step, self.batches_seen)
+        self.unread = result, HostCopy(numbers)
+        if self.is_logged_step:
+            self.read_result()
+        return result
+
+    def read_result(self) -> None:
+        """Wait for the result that is on its way to the host, if one is, and report what it says."""
+        if self.unread is None:
+            return
+        result, copy = self.unread
+        self.unread = None
+        skip, result.loss, result.grad_norm, *rest = copy.read()
+        result.values = rest[len(REQUESTS) :]
+        self.granted |= {name: True for name, count in zip(REQUESTS, rest, strict=False) if count}
+        reason = self.guard.observe(result.step, result.loss, result.grad_norm, is_skipped=bool(skip))
+        if reason is not None:
+            text = f"{reason} {self.describe_batch(result.batch)}".rstrip()
+            self.events.add(result.step, "skipped step", text)
+        self.check_result(result)
+
+    def take_granted(self) -> dict[str, bool]:
+        """Return what was asked for since the last call."""
+        granted, self.granted = self.granted, dict.fromkeys(REQUESTS, False)
+        return granted
+
+    def check_result(self, result: StepResult) -> None:
+        """Report what a step's result is a sign of."""
+
+    # --- the log -----------------------------------------------------------------------------------------------------
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Write the metrics of a step to all loggers. NaN marks a metric for which the batch has no tokens."""
@@ -130,7 +205,7 @@ class StepModule(L.LightningModule):
         return {f"guard.{name}": value for name, value in self.guard.state().items()}
 
     def load_extra_state(self, extra: dict[str, Tensor]) -> None:
-        self.guard.load_state({name: extra[f"guard.{name}"] for name in ("grad_norms", "counts")})
+        self.guard.load_state({name: extra[f"guard.{name}"] for name in ("steps", "grad_norms", "counts")})
 
     def checkpointed_tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint stores of the module: trainable parameters, and buffers, by name."""
@@ -143,11 +218,3 @@ class StepModule(L.LightningModule):
     def describe_batch(self, batch_index: int) -> str:
         """Return where the samples of a batch are, for a message about it; empty where that is not known."""
         return ""
-
-    def should_skip_step(self, loss: Tensor | float, grad_norm: Tensor) -> bool:
-        """Return whether the optimiser step is to be skipped, the same on all processes, and report it if so."""
-        reason = self.guard.reason_to_skip(float(loss), float(grad_norm))
-        if reason is not None:
-            text = f"{reason} {self.describe_batch(self.batches_seen)}".rstrip()
-            self.events.add(self.current_step, "skipped step", text)
-        return reason is not None

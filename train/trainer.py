@@ -133,7 +133,7 @@ def build_trainer(run: RunConfig, *, has_unused_parameters: bool = False, callba
         options["strategy"] = strategy
     if run.data_parallel == "fsdp" and precision == "bf16-mixed":
         precision = "32-true"  # FSDP2 casts parameters itself, see `fsdp_param_dtype`
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=("cuda" if uses_gpus(run) else "cpu") if run.accelerator == "auto" else run.accelerator,
         devices=device_count(run),
         num_nodes=run.num_nodes,
@@ -151,6 +151,9 @@ def build_trainer(run: RunConfig, *, has_unused_parameters: bool = False, callba
         default_root_dir=run.out,
         **options,
     )
+    # Lightning would broadcast and wait in every step for what `StepModule.requests` tells with the step's result.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def fit(trainer: L.Trainer, module: StepModule, training_loader: Any, validation_loader: Any | None) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ class TrainingStart:
 
     config: ModelConfig
     tokenizer: MixedTokenizer
-    initial_value: Callable[[str], Tensor]
-    """Name of a parameter of the plain model → its full value, float32."""
+    initial_part: Callable[[str, tuple[slice, ...]], Tensor]
+    """(name of a parameter of the plain model, range of each dimension) → that part of its value, float32."""
     provenance: dict[str, Any] = field(default_factory=dict)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
@@ -52,7 +52,11 @@ class TrainingStart:
         config = replace(config, vocab_size=tokenizer.vocabulary.size)
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in Transformer(config).named_parameters()}
-        return cls(config, tokenizer, lambda name: initial_value(name, shapes[name], config, recipe.run.seed))
+
+        def initial_part(name: str, box: tuple[slice, ...]) -> Tensor:
+            return initial_value(name, shapes[name], config, recipe.run.seed)[box]
+
+        return cls(config, tokenizer, initial_part)
 
 
 def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
@@ -72,12 +76,16 @@ def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
                     remedy="use the recipe of its size, or set size to null",
                 )
     config = replace(header.model, dropout=recipe.model.get("dropout", header.model.dropout))
-    files: Mapping[str, Tensor] = SafetensorsFiles.from_folder(folder)
+    files = SafetensorsFiles.from_folder(folder)
     missing = set(stored_names(config)) - set(files)
     if missing:
         raise BadInput(f"no tensor {min(missing)}", where=folder)
     tokenizer = MixedTokenizer.load(folder, header.vocabulary)
-    return TrainingStart(config, tokenizer, lambda name: files[name].float(), header.provenance, header.generation)
+
+    def initial_part(name: str, box: tuple[slice, ...]) -> Tensor:
+        return files.box(name, box).float()
+
+    return TrainingStart(config, tokenizer, initial_part, header.provenance, header.generation)
 
 
 def add_adapters(model: Transformer, start: TrainingStart, recipe: TrainRecipe) -> None:
@@ -87,11 +95,7 @@ def add_adapters(model: Transformer, start: TrainingStart, recipe: TrainRecipe) 
         raise BadInput(f"codebook_rows does not go with trainable={recipe.trainable}", where="recipe.codebook_rows")
     if recipe.codebook_rows:
         add_codebook_rows(model, start.tokenizer.image.network.quantize.codebook(), vocabulary)
-    if recipe.trainable == "lora" and recipe.run.tensor_parallel_size > 1:
-        raise BadInput(
-            "LoRA does not go with tensor parallelism", where="recipe.trainable", remedy="use data_parallel=fsdp alone"
-        )
     if recipe.trainable == "lora":
         add_lora(model, recipe.lora)
     elif recipe.trainable == "image_head":
-        train_image_head_only(model, start.initial_value("head.weight"), vocabulary)
+        train_image_head_only(model, start.initial_part("head.weight", ()), vocabulary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -297,11 +297,15 @@ class Mixture:
         """Return the part of a batch for one of `world` devices, each tensor [global_batch_size / world, T]."""
         self.check_divisible(world)
         first_row, end = batch_index * self.global_batch_size, (batch_index + 1) * self.global_batch_size
-        rows = []
-        for row in range(first_row + rank, end, world):
+        return self.rows(range(first_row + rank, end, world))
+
+    def rows(self, rows: Iterable[int]) -> PackedBatch:
+        """Return rows of the run by their indices, each tensor [rows, T]."""
+        columns = []
+        for row in rows:
             source, epoch, row_of_source = self.locate(row)
-            rows.append(self.sources[source].row(row_of_source, epoch, self.seed))
-        return PackedBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+            columns.append(self.sources[source].row(row_of_source, epoch, self.seed))
+        return PackedBatch(*(torch.stack(column) for column in zip(*columns, strict=True)))
 
 
 def stage_weights(sources: Sequence[SourceConfig], stages: Sequence[StageConfig]) -> list[np.ndarray]:

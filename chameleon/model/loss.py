@@ -4,6 +4,9 @@ loss = Σ_t w_t · (−log p(target_t) + z · log²Z_t). Logits exist for one ch
 computed immediately, and only its products with the head and the hidden states are kept (the scheme of cut
 cross-entropy, arXiv 2411.09009, without its kernels). z-loss as in PaLM (arXiv 2204.02311), with the coefficient 1e-5 of
 arXiv 2405.09818, section 2.3.
+
+The vocabulary may be split over processes (Megatron-LM, arXiv 1909.08053): each has some rows of the head, and for each
+token they exchange two numbers, the logsumexp of their logits and the target's logit.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from chameleon.errors import BadInput
 
@@ -38,13 +41,36 @@ def loss_chunk_size(vocab_size: int) -> int:
     return min(512, max(128, MAX_LOGITS // vocab_size))
 
 
+class VocabularyPart(NamedTuple):
+    """Which rows of the head a process has."""
+
+    first_row: int
+    group: Any
+    """The processes that have the head together, the process group of torch.distributed."""
+
+
+def whole_log_z(lse: Tensor, target_logit: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Return log Z and the target's logit, both [N, 1], from each process's part of them. A collective operation."""
+    parts = torch.stack((lse, target_logit))
+    gathered = parts.new_empty(distributed.get_world_size(group), *parts.shape)
+    distributed.all_gather(list(gathered), parts, group=group)
+    return gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The forward pass also computes the gradients, chunk by chunk; the backward pass only scales them in place, so it
-    can run once."""
+    can run once. Of a split vocabulary, the gradient of the hidden states is this process's term of a sum."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_loss: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        z_loss: float,
+        chunk: int,
+        part: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -57,13 +83,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             weight = weights[chunk_slice].unsqueeze(1)
             logits = (h @ cast_head.t()).float()
             lse = logits.logsumexp(1, keepdim=True)
+            if part is None:
+                target_logit = logits.gather(1, target)
+            else:
+                target = target - part.first_row
+                is_here = (target >= 0) & (target < len(head))
+                target, weight_here = target.clamp(0, len(head) - 1), weight * is_here
+                lse, target_logit = whole_log_z(lse, logits.gather(1, target) * is_here, part.group)
             log_z[chunk_slice] = lse.squeeze(1)
-            nll[chunk_slice] = (lse - logits.gather(1, target)).squeeze(1)
+            nll[chunk_slice] = (lse - target_logit).squeeze(1)
             if not (needs_hidden or needs_head):
                 continue
             # d/dlogits of w · (lse − logit_target + z · lse²), computed in place
             grad = logits.sub_(lse).exp_().mul_(weight * (1 + 2 * z_loss * lse))
-            grad.scatter_add_(1, target, -weight)
+            grad.scatter_add_(1, target, -(weight if part is None else weight_here))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk_slice] = grad @ cast_head
@@ -84,26 +117,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             grad_hidden.mul_(scale) if grad_hidden is not None else None,
             grad_head.mul_(scale).to(ctx.head_dtype) if grad_head is not None else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, z_loss: float = Z_LOSS, chunk: int | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    z_loss: float = Z_LOSS,
+    chunk: int | None = None,
+    part: VocabularyPart | None = None,
 ) -> TokenLoss:
     """Compute the weighted cross-entropy with z-loss of hidden states.
 
-    hidden: float [N, D]. head: float [V, D]. targets: int64 [N]. weights: float32 [N]; tokens of weight 0 cost nothing,
-    and the loss is a plain sum, so the weights carry the normalisation (1 / number of tokens in the global batch).
-    chunk: tokens whose logits exist at one time, by default `loss_chunk_size`.
+    hidden: float [N, D]. head: float [V, D], or the rows that `part` names. targets: int64 [N]. weights: float32 [N];
+    tokens of weight 0 cost nothing, and the loss is a plain sum, so the weights carry the normalisation (1 / number of
+    tokens in the global batch). chunk: tokens whose logits exist at one time, by default `loss_chunk_size`. With `part` a
+    collective operation, whose gradient of `hidden` is to be summed over the processes.
     """
     chunk = chunk or loss_chunk_size(len(head))
     nonzero = weights.nonzero().squeeze(1)
     loss, nll, log_z = ChunkedCrossEntropy.apply(
-        hidden[nonzero], head, targets[nonzero], weights[nonzero].float(), z_loss, chunk
+        hidden[nonzero], head, targets[nonzero], weights[nonzero].float(), z_loss, chunk, part
     )
     zeros = torch.zeros(len(weights), dtype=torch.float32, device=hidden.device)
     return TokenLoss(loss, zeros.index_copy(0, nonzero, nll), zeros.index_copy(0, nonzero, log_z))

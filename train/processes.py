@@ -1,0 +1,68 @@
+"""What the processes of a run do together outside of its steps: agree, share out, and fail as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from chameleon.errors import BadInput
+
+T = TypeVar("T")
+
+
+def is_single_process() -> bool:
+    """Return whether no process group is initialised."""
+    return not (distributed.is_available() and distributed.is_initialized())
+
+
+def process_rank() -> int:
+    """Return the index of this process among all."""
+    return 0 if is_single_process() else distributed.get_rank()
+
+
+def num_processes() -> int:
+    """Return the number of processes."""
+    return 1 if is_single_process() else distributed.get_world_size()
+
+
+def gather(value: T, group: Any = None) -> list[T]:
+    """Return every process's value, in the order of their ranks, on all of them. A collective operation."""
+    if is_single_process():
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    distributed.all_gather_object(values, value, group)
+    return values
+
+
+def run_on_all_processes(action: Callable[[], T], group: Any = None) -> T:
+    """Run an action on every process and return its result. Raise `BadInput` on all of them where it fails on one.
+
+    A collective operation. group: processes and their backend, by default those of the run.
+    """
+    error: BadInput | None = None
+    result: Any = None
+    try:
+        result = action()
+    except BadInput as bad_input:
+        error = bad_input
+    except OSError as os_error:
+        error = BadInput(str(os_error), where=os_error.filename)
+    first_error = next((other for other in gather(error, group) if other is not None), None)
+    if first_error is not None:
+        raise first_error
+    return result
+
+
+def on_first_process(action: Callable[[], T]) -> T:
+    """Run an action on the first process and return its result on all. Raise `BadInput` on all of them where it fails.
+
+    A collective operation.
+    """
+    result = run_on_all_processes(lambda: action() if process_rank() == 0 else None)
+    if is_single_process():
+        return result  # type: ignore[return-value]
+    results = [result]
+    distributed.broadcast_object_list(results, src=0)
+    return results[0]  # type: ignore[return-value]
