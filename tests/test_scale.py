@@ -93,7 +93,7 @@ def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Pa
     run(lone / "recipe.yaml", tmp_path / "two", *changes, *WAYS["two, tensor parallel"])
     expected = log(tmp_path / "one")
     torch.testing.assert_close(log(tmp_path / "two"), expected, atol=1e-5, rtol=1e-5)
-    assert expected[0, 0] > expected[-1, 0] + 0.02
+    assert expected[0, 0] > expected[-1, 0] + 0.01
     weights = [SafetensorsFiles.from_folder(tmp_path / out / "bundle") for out in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
 from chameleon.bundle import Prompting
 from chameleon.data.mixture import Mixture, PackedBatch, PackedSource
@@ -22,7 +23,7 @@ from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.adapters import fold_adapters, initial_lora_value, plain_name
 from chameleon.train.language_data import TimedLoader
 from chameleon.train.language_metrics import MODALITIES, StepTotals, local_totals, mean, sources_of_rows
-from chameleon.train.monitors import AttentionLogitMonitor, UpdateRatioMonitor
+from chameleon.train.monitors import AttentionLogitMonitor, LayerTimer, UpdateRatioMonitor
 from chameleon.train.objective import Objective
 from chameleon.train.optimizer import (
     build_optimizers,
@@ -104,6 +105,7 @@ class LanguageModule(StepModule):
         lr = lr_at(self.completed_steps, recipe.run.max_steps, recipe.optimizer)
         is_logged, is_monitored = self.is_logged_step, self.is_logged_step and recipe.monitors
         attention_monitor = AttentionLogitMonitor(self.model) if is_monitored else None
+        timer = LayerTimer(self.model) if is_monitored and self.trainer.world_size > 1 else None
 
         modality = self.vocabulary.modality(batch.targets)
         loss_weights = torch.where(modality == Modality.IMAGE, recipe.image_loss_weight, 1.0) * batch.loss_weights.float()
@@ -117,7 +119,11 @@ class LanguageModule(StepModule):
             rows = slice(first_row, first_row + micro_batch_size)
             micro_batch = PackedBatch(*(column[rows] for column in batch))
             is_last = first_row + micro_batch_size >= batch_size
-            with attention_monitor.recording(micro_batch.document_ids) if attention_monitor else nullcontext():
+            with ExitStack() as stack:
+                if attention_monitor is not None:
+                    stack.enter_context(attention_monitor.recording(micro_batch.document_ids))
+                if timer is not None:
+                    stack.enter_context(timer.recording())
                 token_loss = self.objective(micro_batch, loss_weights[rows])
             with nullcontext() if is_last else self.no_grad_sync():
                 self.manual_backward(token_loss.loss)
@@ -155,12 +161,24 @@ class LanguageModule(StepModule):
                 metrics |= {"monitor/update_ratio": float(update_monitor.ratio())}
                 metrics |= self.attention_metrics(attention_monitor)
             self.check_log_z(step_totals)
-            self.write_metrics(self.current_step, metrics | self.speed_metrics(batch, start_time))
+            metrics |= self.speed_metrics(batch, start_time)
+            if timer is not None:
+                metrics |= self.slowest_process(timer.seconds())
+            self.write_metrics(self.current_step, metrics)
 
-    def no_grad_sync(self) -> AbstractContextManager[Any]:
-        """Return a context without gradient synchronisation, for all micro-batches but the last. (FSDP2 reduces each.)"""
-        block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block_sync() if block_sync is not None and self.recipe.run.data_parallel == "ddp" else nullcontext()
+    @contextmanager
+    def no_grad_sync(self) -> Iterator[None]:
+        """Leave gradients of all micro-batches but the last on their process, where the recipe says so."""
+        if self.recipe.run.data_parallel == "ddp":
+            block_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+            with block_sync():
+                yield
+        elif self.recipe.gradient_sync == "step" and isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(False)
+            yield
+            self.objective.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def local_totals(self, batch: PackedBatch, modality: Tensor, token_losses: list[TokenLoss]) -> list[Tensor]:
         """Return this process's terms of `StepTotals`."""
@@ -232,6 +250,15 @@ class LanguageModule(StepModule):
             waited = self.loader.seconds_waited - waited_before
             metrics["speed/data_wait_share"] = waited / (time.perf_counter() - training_start)
         return metrics
+
+    def slowest_process(self, seconds: float) -> dict[str, float]:
+        """Return which process takes longest for the layers of a forward pass, and report one that is slow each time."""
+        mine = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        of_processes = torch.as_tensor(self.all_gather(mine)).flatten()
+        slowest, median = int(of_processes.argmax()), float(of_processes.median())
+        ratio = float(of_processes.max()) / max(median, 1e-9)
+        self.report(self.alarm.check_slowest_process(slowest, ratio), self.current_step)
+        return {"speed/slowest_process": slowest, "speed/slowest_to_median": ratio, "speed/layer_seconds": median}
 
     # --- validation ------------------------------------------------------------------------------------------------
 

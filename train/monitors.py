@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,52 @@ class AttentionLogitMonitor:
                 handle.remove()
         new = [current[layer] for layer in range(len(self.model.blocks))]
         self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or new, new, strict=True)]
+
+
+class LayerTimer:
+    """Measures the time that attention and feed-forward layers take in forward passes, without what blocks wait for.
+
+    FSDP gathers a block's parameters before it runs, so a slow process differs from those that wait for it.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.layers = [layer for block in model.blocks for layer in (block.attention, block.ffn)]
+        self.spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Measure the forward passes of a block of code, which run uncompiled."""
+        started: list[Any] = []
+
+        def start(*_: Any) -> None:
+            started.append(time_mark())
+
+        def stop(*_: Any) -> None:
+            self.spans.append((started.pop(), time_mark()))
+
+        handles = [layer.register_forward_pre_hook(start, prepend=True) for layer in self.layers]  # type: ignore[union-attr]
+        handles += [layer.register_forward_hook(stop) for layer in self.layers]  # type: ignore[union-attr]
+        try:
+            with uncompiled():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def seconds(self) -> float:
+        """Return the sum of the times. The device must have finished."""
+        if self.spans and isinstance(self.spans[0][0], torch.cuda.Event):
+            return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3
+        return sum(end - start for start, end in self.spans)
+
+
+def time_mark() -> Any:
+    """Return the time on the CPU, or an event on the GPU."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class UpdateRatioMonitor:

@@ -10,6 +10,13 @@ from torch import distributed
 from chameleon.errors import BadInput
 
 T = TypeVar("T")
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+"""In messages of PyTorch where the process at the other end is gone."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error says that another process is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_CONNECTION)
 
 
 def is_single_process() -> bool:

@@ -146,6 +146,9 @@ class TrainRecipe:
     """Rows of a step, over all devices."""
     micro_batch_size: int = 0
     """Rows of one forward and backward pass on a device (gradient accumulation); 0 takes all of the device's rows."""
+    gradient_sync: Literal["micro_batch", "step"] = "micro_batch"
+    """When `fsdp` reduces gradients with several micro-batches: after each, or once a step, for which every device holds
+    the gradients of all the parameters that tensor parallelism leaves it."""
     image_loss_weight: float = 1.0
     """Weight of image codes in the loss; other tokens have 1."""
     z_loss: float = Z_LOSS

@@ -35,6 +35,8 @@ class StabilityConfig:
     each time it has grown as much. Checked after warm-up and two windows: until then every model's norm grows."""
     max_attention_logit: float = 100.0
     """Warn of attention logits above this, where softmax is almost one-hot (arXiv 2309.14322)."""
+    max_slowdown: float = 1.5
+    """Warn of a process that takes more than this many times the median for its layers, three logged steps in a row."""
     max_log_z: float = 30.0
     """Warn where log Z is larger in magnitude: the output logits have drifted, which z-loss prevents (PaLM)."""
 
@@ -108,6 +110,8 @@ class DivergenceAlarm:
         self.lowest_median = math.inf
         self.is_raised = {"attention": False, "log_z of text": False, "log_z of image": False}
         """Whether each sign was present at the previous check, so that it is reported once."""
+        self.slow_process = (-1, 0)
+        """The process that was slow at the latest checks, and how many in a row; not part of the state."""
 
     def check_output_norm(self, step: int, output_norm: float) -> str | None:
         """Check the norm of the last block's output, of every step, for growth."""
@@ -135,6 +139,14 @@ class DivergenceAlarm:
         if not self.is_new(f"log_z of {modality}", abs(log_z) > self.config.max_log_z):
             return None
         return f"log Z of {modality} is {log_z:.0f}: the output logits have drifted (raise z_loss)"
+
+    def check_slowest_process(self, rank: int, ratio: float) -> str | None:
+        """Check the time that the slowest process takes for its layers, as a multiple of the median."""
+        is_slow = ratio > self.config.max_slowdown
+        self.slow_process = (rank, self.slow_process[1] + 1 if self.slow_process[0] == rank else 1) if is_slow else (-1, 0)
+        if not self.config.alarms or self.slow_process[1] != 3:
+            return None
+        return f"process {rank} takes {ratio:.1f} times as long as the median for its layers: a slow or busy device"
 
     def is_new(self, sign: str, is_seen: bool) -> bool:
         """Return whether a sign is present that was absent at the previous check."""

@@ -16,6 +16,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from chameleon.allocator import keep_freed_memory
 from chameleon.device import fast_bfloat16
 from chameleon.errors import BadInput
+from chameleon.train.process_watch import ProcessWatch
+from chameleon.train.processes import is_lost_connection
 from chameleon.train.progress import ProgressLine
 from chameleon.train.recipe import RunConfig, to_plain
 from chameleon.train.step_module import StepModule
@@ -142,7 +144,7 @@ def build_trainer(run: RunConfig, *, has_unused_parameters: bool = False, callba
         log_every_n_steps=1,  # the module writes its metrics itself, see `StepModule.write_metrics`
         logger=build_loggers(run),
         val_check_interval=min(run.validate_every_n_steps, run.max_steps) or None,
-        callbacks=[*callbacks, *([ProgressLine(run.max_steps)] if run.progress else [])],
+        callbacks=[ProcessWatch(), *callbacks, *([ProgressLine(run.max_steps)] if run.progress else [])],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -170,4 +172,9 @@ def fit(trainer: L.Trainer, module: StepModule, training_loader: Any, validation
             where="recipe",
             remedy="lower micro_batch_size, set activation_checkpointing=full, or shard over more devices",
         ) from None
+    except RuntimeError as error:
+        watch = next((callback for callback in trainer.callbacks if isinstance(callback, ProcessWatch)), None)  # type: ignore[attr-defined]
+        if watch is None or not is_lost_connection(error):
+            raise
+        raise watch.reason_for_lost_connection() from None
     return module.finite_metrics()

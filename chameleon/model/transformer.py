@@ -64,13 +64,23 @@ def block_diagonal_causal_mask(document_ids: Tensor) -> Tensor:
 
 def block_diagonal_causal_block_mask(document_ids: Tensor) -> BlockMask:
     """Return the same mask for FlexAttention (arXiv 2412.05496), which skips blocks that are masked completely."""
-    from torch.nn.attention.flex_attention import create_block_mask  # here, since it takes long to import
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     batch_size, length = document_ids.shape
-    return create_block_mask(mask, batch_size, None, length, length, device=str(document_ids.device))
+    create_block_mask = block_mask_creator_for(document_ids.device.type)
+    block_mask: BlockMask = create_block_mask(mask, batch_size, None, length, length, device=str(document_ids.device))
+    return block_mask
+
+
+@functools.cache
+def block_mask_creator_for(device: str) -> Callable[..., Any]:
+    """Return PyTorch's function that makes block masks: compiled on GPUs, where it else writes out the whole mask."""
+    from torch.nn.attention.flex_attention import create_block_mask  # here, since it takes long to import
+
+    function: Any = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+    return function
 
 
 @functools.cache
