@@ -22,6 +22,17 @@ class BadInput(ValueError):
         """The message without `where`."""
         super().__init__(" ".join(f"{where}: {self.reason}".split()) if where is not None else self.reason)
 
+    def __reduce__(self) -> Any:
+        """Pickle the message and the reason, for other processes."""
+        return rebuild, (str(self), self.reason)
+
+
+def rebuild(message: str, reason: str) -> BadInput:
+    """Return an error that was pickled."""
+    error = BadInput(message)
+    error.reason = reason
+    return error
+
 
 @contextmanager
 def as_bad_input(what: str, where: object) -> Iterator[None]:

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from chameleon.cli import main
 from chameleon.data import colours, emoji, labelled, picture_tasks, token_shards
 from chameleon.data.questions import YES_NO, questions_about
-from chameleon.data.sources import expand, read, read_pictures, texts_of
+from chameleon.data.sources import expand, read, texts_of
 from chameleon.data.token_shards import TokenShard, open_shards, write_shard
 from chameleon.data.tokenize import tokenize
 from chameleon.document import Document, Image, Text
@@ -270,11 +270,6 @@ def test_text_and_code_splits_are_apart() -> None:
         held = {d.text for d in task("validation")}
         seen = {d.text for d in task("train")}
         assert held and seen and not held & seen
-
-
-def test_picture_sources() -> None:
-    entries = read_pictures(["emoji:pairs?split=validation&concepts=10"])
-    assert entries and {type(entry.source) for entry in entries} == {bytes}
 
 
 # --- token shards ---

@@ -21,7 +21,7 @@ from torch import distributed, multiprocessing
 
 from chameleon.bundle import Bundle
 from chameleon.data.mixture import SourceConfig
-from chameleon.data.sources import read_pictures
+from chameleon.data.picture_index import PictureSet, PictureSources
 from chameleon.data.token_shards import open_shards
 from chameleon.errors import BadInput
 from chameleon.model.transformer import Transformer
@@ -236,8 +236,8 @@ def test_pictures_that_cannot_be_read_are_named_once_and_others_drawn(tmp_path: 
     skipped: list[str] = []
     fit_image(recipe, lambda where, why, _=0: skipped.append(where))
     assert 1 <= len(skipped) <= 2 and set(skipped) == {str(bad)}  # in training and in validation
-    training = ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)
-    assert torch.equal(training[3], ImageBatchDataset(read_pictures(recipe.sources), recipe, lambda *_: None)[3])
+    training = ImageBatchDataset(pictures_of(recipe), recipe, lambda *_: None)
+    assert torch.equal(training[3], ImageBatchDataset(pictures_of(recipe), recipe, lambda *_: None)[3])
     recipe.global_batch_size = 9
     training.world = 2
     with pytest.raises(BadInput, match="global_batch_size 9 is not divisible by 2"):
@@ -385,7 +385,7 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
         record = json.dumps({"caption": "a square", "faces": weight})
         (tmp_path / "pictures" / f"{number}.json").write_text(record)
     recipe.weight_field, recipe.scale, recipe.shift, recipe.global_batch_size = "faces", (1.0, 1.0), 0.0, 100
-    training = ImageBatchDataset(read_pictures(recipe.sources), recipe)
+    training = ImageBatchDataset(pictures_of(recipe), recipe)
     colours = {picture.numpy().tobytes(): name for name, picture in originals(recipe).items()}
     drawn = Counter(colours[picture.numpy().tobytes()] for step in range(30) for picture in training[step])
     expected = {f"{number}.png": {0: 3.0, 1: 2.0}.get(number, 1.0) for number in range(12)}
@@ -394,11 +394,18 @@ def test_pictures_are_drawn_by_their_weight(tmp_path: Path) -> None:
     assert chi_square < 31.3  # 99.9% of 11 degrees of freedom
     (tmp_path / "pictures" / "2.json").write_text(json.dumps({"caption": "a square", "faces": -1}))
     with pytest.raises(BadInput, match=r"2\.png: faces is -1, expected a number above 0"):
-        ImageBatchDataset(read_pictures(recipe.sources), recipe)
+        pictures_of(recipe)
+
+
+def pictures_of(recipe: FitImageRecipe) -> PictureSet:
+    sources = PictureSources(recipe.sources, weight_field=recipe.weight_field)
+    folder = Path(recipe.run.out) / "pictures" / "training"
+    sources.make_index(folder)
+    return sources.open(folder)
 
 
 def originals(recipe: FitImageRecipe) -> dict[str, torch.Tensor]:
-    entries = read_pictures(recipe.sources)
+    entries = list(pictures_of(recipe))
     pictures = [fit_square(load_picture(entry.source, entry.name), 16) for entry in entries]
     return {Path(entry.name).name: to_tensor([picture])[0] for entry, picture in zip(entries, pictures, strict=True)}
 

@@ -166,7 +166,8 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
             warnings.simplefilter("ignore")  # of running in a single process
             save(tensors, storage_writer=writer, process_group=group, no_dist=is_single_process())
     except CheckpointException as error:  # not a subclass of Exception
-        raise OSError("; ".join(map(str, error.failures.values())) or str(error)) from None
+        reasons = [failure[0] for failure in error.failures.values()]  # each with its traceback
+        raise BadInput(f"could not be written ({'; '.join(map(str, reasons)) or error})", where=folder) from None
 
 
 def check_disk_space(folder: Path, tensors: dict[str, Tensor]) -> None:

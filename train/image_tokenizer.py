@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from einops import rearrange
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.augmentation import change_style
+from chameleon.data.picture_index import PictureSet, PictureSources
 from chameleon.data.source_types import PictureEntry
-from chameleon.data.sources import read_pictures
 from chameleon.data.webdataset import SkipHandler, raise_on_skip
 from chameleon.errors import BadInput
 from chameleon.evaluation.pictures import perplexity, psnr
@@ -41,6 +42,7 @@ from chameleon.train.optimizer import (
     set_lr,
     step_unless,
 )
+from chameleon.train.processes import on_first_process
 from chameleon.train.recipe import FitImageRecipe
 from chameleon.train.step_module import SPARE_BATCHES_FACTOR, StepDataset, StepModule
 from chameleon.train.step_result import StepResult
@@ -63,27 +65,13 @@ VALIDATION_BATCH_SIZE = 64
 
 
 class ImageBatchDataset(StepDataset):
-    """Batch n is a pure function of (seed, n). Each row draws a group of pictures, then one of the group."""
+    """Batch n is a pure function of (seed, n): each row draws a picture, and how it is changed."""
 
-    def __init__(
-        self, entries: Sequence[PictureEntry], recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip
-    ) -> None:
-        groups: dict[str, list[PictureEntry]] = {}
-        for entry in entries:
-            groups.setdefault(entry.group, []).append(entry)
-        self.groups = [groups[name] for name in sorted(groups)]
-        self.recipe, self.on_skip = recipe, on_skip
-        weights = [max(self.sample_weight(entry) for entry in group) for group in self.groups]
-        self.cumulative_weights = np.cumsum(weights) if recipe.weight_field else None
+    def __init__(self, pictures: PictureSet | None, recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> None:
+        """pictures: may be set later, before the first batch is read."""
+        self.pictures, self.recipe, self.on_skip = pictures, recipe, on_skip
         self.unreadable: set[str] = set()
         self.rank, self.world = 0, 1
-
-    def sample_weight(self, entry: PictureEntry) -> float:
-        """Return the relative sampling weight of an image. Raise `BadInput` where its record has no such number."""
-        value = entry.fields.get(self.recipe.weight_field, 1.0) if self.recipe.weight_field else 1.0
-        if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-            raise BadInput(f"{self.recipe.weight_field} is {value!r}, expected a number above 0", where=entry.name)
-        return float(value)
 
     def __len__(self) -> int:
         return SPARE_BATCHES_FACTOR * self.recipe.run.max_steps
@@ -112,14 +100,9 @@ class ImageBatchDataset(StepDataset):
 
     def draw(self, rng: np.random.Generator) -> PILImage.Image:
         """Draw a picture; an unreadable one is reported once, and another one drawn instead."""
+        assert self.pictures is not None
         for _ in range(MAX_READ_ATTEMPTS):
-            if self.cumulative_weights is None:
-                group = self.groups[rng.integers(len(self.groups))]
-            else:
-                point = rng.random() * self.cumulative_weights[-1]
-                group_index = int(np.searchsorted(self.cumulative_weights, point, side="right"))
-                group = self.groups[min(group_index, len(self.groups) - 1)]
-            entry = group[rng.integers(len(group))]
+            entry = self.pictures.draw(rng)
             if entry.name in self.unreadable:
                 continue
             try:
@@ -142,12 +125,41 @@ class ImageBatchDataset(StepDataset):
         return picture
 
 
+class ImageValidationDataset(Dataset[tuple[Tensor, int]]):
+    """The validation pictures in batches, of each of which every process has some; all have as many batches."""
+
+    def __init__(self, resolution: int, on_skip: SkipHandler) -> None:
+        self.pictures: PictureSet | None = None
+        """Set before the first batch is read."""
+        self.resolution, self.on_skip = resolution, on_skip
+        self.rank, self.world = 0, 1
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.pictures) / (VALIDATION_BATCH_SIZE * self.world)) if self.pictures is not None else 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return float32 [B, 3, R, R] in [-1, 1], B ≥ 1, and how many of them count."""
+        assert self.pictures is not None
+        first, end = (n * VALIDATION_BATCH_SIZE * self.world for n in (index, index + 1))
+        pictures = []
+        for number in range(first + self.rank, min(end, len(self.pictures)), self.world):
+            entry = self.pictures[number]
+            try:
+                pictures.append(fit_square(load_picture(entry.source, entry.name), self.resolution))
+            except BadInput as error:
+                self.on_skip(entry.name, error.reason)
+        blank = PILImage.new("RGB", (self.resolution, self.resolution))
+        return to_tensor(pictures or [blank]), len(pictures)
+
+
 class ImageTokenizerModule(StepModule):
     """The VQGAN and, where the recipe asks for them, its discriminator and a moving average of its weights."""
 
-    def __init__(self, recipe: FitImageRecipe) -> None:
+    def __init__(self, recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> None:
         super().__init__(recipe.run, recipe.stability)
         self.recipe = recipe
+        self.training_set: ImageBatchDataset = ImageBatchDataset(None, recipe, on_skip)
+        self.validation_set = ImageValidationDataset(recipe.model.resolution, on_skip)
         model = recipe.model
         self.network = VQGAN(model, build_quantizer(recipe.codebook, *model.codebook_shape))
         loss = recipe.loss
@@ -168,10 +180,26 @@ class ImageTokenizerModule(StepModule):
     code_counts: Tensor
     """float32 [codebook_size]: counts of the codes' uses that decay by half over some `USAGE_WINDOW` latents a code."""
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.find_pictures()
+
+    def find_pictures(self) -> None:
+        """Open the pictures of training and validation; the first process indexes them. A collective operation."""
+        recipe, folder = self.recipe, Path(self.recipe.run.out) / "pictures"
+        for name, sources, dataset in (
+            ("training", recipe.sources, self.training_set),
+            ("validation", recipe.validation, self.validation_set),
+        ):
+            if sources and dataset.pictures is None:
+                weight_field = recipe.weight_field if name == "training" else None
+                found = PictureSources(sources, allow_paths=recipe.allow_paths, weight_field=weight_field)
+                on_first_process(partial(found.make_index, folder / name, dataset.on_skip, recipe.num_workers))
+                dataset.pictures = found.open(folder / name)
+
     def on_train_start(self) -> None:
         if self.completed_steps:  # a checkpoint was restored
             return
-        assert isinstance(self.training_set, ImageBatchDataset)
         num_batches = max(1, -(-CODEBOOK_INIT_PICTURES // self.recipe.global_batch_size))
         torch.manual_seed(self.run_config.seed)  # the same on any number of processes, as are the pictures
         self.init_codebook([self.training_set.part(index, 0, 1) for index in range(num_batches)])
@@ -336,20 +364,25 @@ class ImageTokenizerModule(StepModule):
 
     def on_validation_epoch_start(self) -> None:
         self.validation_counts = torch.zeros_like(self.code_counts)
-        self.validation_psnr: list[Tensor] = []
+        self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Sum of the PSNR of the pictures, and their number."""
 
-    def validation_step(self, pictures: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+        pictures, count = batch
         reconstruction, quantized = self.final_network(pictures)
-        self.validation_counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.validation_counts))
-        self.validation_psnr.append(psnr(reconstruction.float().clamp(-1, 1), pictures))
+        codes = quantized.codes[:count].flatten()
+        self.validation_counts += torch.bincount(codes, minlength=len(self.validation_counts))
+        total = psnr(reconstruction.float().clamp(-1, 1), pictures)[:count].double().sum()
+        self.validation_sums += torch.stack((total, torch.full_like(total, count)))
 
     def on_validation_epoch_end(self) -> None:
+        counts, (total, number) = self.all_reduce_sum(self.validation_counts), self.all_reduce_sum(self.validation_sums)
         self.write_metrics(
             self.completed_steps,
             {
-                "validation/psnr": torch.cat(self.validation_psnr).mean(),
-                "validation/codebook_usage": (self.validation_counts > 0).float().mean(),
-                "validation/codebook_perplexity": perplexity(self.validation_counts),
+                "validation/psnr": total / number,
+                "validation/codebook_usage": (counts > 0).float().mean(),
+                "validation/codebook_perplexity": perplexity(counts),
             },
         )
 
@@ -369,32 +402,18 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
         raise BadInput("an image tokenizer is not sharded", where="run.data_parallel", remedy="use ddp")
     L.seed_everything(recipe.run.seed, verbose=False)
     plain = plain_recipe(recipe)
+    module = ImageTokenizerModule(recipe, on_skip)
     callbacks = [CheckpointCallback(recipe.run, plain)]
-    module = ImageTokenizerModule(recipe)
-    pictures = read_pictures(recipe.sources, on_skip, allow_paths=recipe.allow_paths)
-    training_set = ImageBatchDataset(pictures, recipe, on_skip)
     trainer = build_trainer(recipe.run, has_unused_parameters=bool(recipe.loss.adversarial), callbacks=callbacks)
-    training_set.check_divisible(trainer.world_size)
-    training_set.rank, training_set.world = trainer.global_rank, trainer.world_size
-    module.training_set = training_set
-    training_loader = TimedLoader(DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers))
-    metrics = fit(trainer, module, training_loader, validation_loader(recipe, on_skip))
+    module.training_set.check_divisible(trainer.world_size)
+    for dataset in (module.training_set, module.validation_set):
+        dataset.rank, dataset.world = trainer.global_rank, trainer.world_size
+    training_loader = TimedLoader(DataLoader(module.training_set, batch_size=None, num_workers=recipe.num_workers))
+    validation_loader = DataLoader(module.validation_set, batch_size=None) if recipe.validation else None
+    metrics = fit(trainer, module, training_loader, validation_loader)
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
         write_shapes(Path(recipe.run.out), recipe.shapes)  # first: without it the tokenizers would be those of squares
         tokenizer.save(Path(recipe.run.out))
     trainer.strategy.barrier()
     return tokenizer, metrics
-
-
-def validation_loader(recipe: FitImageRecipe, on_skip: SkipHandler) -> DataLoader[Any] | None:
-    """Return a loader of the validation pictures, or None where there are none."""
-    pictures = []
-    for entry in read_pictures(recipe.validation, on_skip, allow_paths=recipe.allow_paths) if recipe.validation else []:
-        try:
-            pictures.append(fit_square(load_picture(entry.source, entry.name), recipe.model.resolution))
-        except BadInput as error:
-            on_skip(entry.name, error.reason)
-    starts = range(0, len(pictures), VALIDATION_BATCH_SIZE)
-    batches = [to_tensor(pictures[start : start + VALIDATION_BATCH_SIZE]) for start in starts]
-    return DataLoader(batches, batch_size=None) if batches else None  # type: ignore[arg-type]

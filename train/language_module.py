@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from chameleon.bundle import Prompting
@@ -185,12 +185,6 @@ class LanguageModule(StepModule):
         rank, world = self.data_parallel_rank, self.data_parallel_size
         source_of_row = torch.tensor(sources_of_rows(self.mixture, self.batches_seen, rank, world), device=self.device)
         return local_totals(batch, modality, token_losses, source_of_row, len(self.mixture.sources))
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over the data-parallel processes. A collective operation."""
-        if self.trainer.world_size > 1:
-            distributed.all_reduce(values)
-        return values / self.recipe.run.tensor_parallel_size
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.model, self.recipe.optimizer)

@@ -146,6 +146,12 @@ class StepModule(L.LightningModule):
             distributed.all_reduce(sums)
         return sums[len(REQUESTS) :], sums[: len(REQUESTS)]
 
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum `values` over the data-parallel processes. A collective operation."""
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(values)
+        return values / self.run_config.tensor_parallel_size
+
     def decide_to_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Return 1.0 where the optimiser step is to be skipped, else 0.0: a float32 scalar, the same on all processes."""
         is_usual = loss.isfinite() & (grad_norm <= self.guard.limit(self.current_step))  # false for NaN

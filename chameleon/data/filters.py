@@ -38,6 +38,9 @@ class Filters:
     """Fields that must have at least this value, such as {aesthetic: 5.5}. Samples without the field are left out."""
     unique_images: bool = False
     """Leave out documents all of whose pictures are duplicates of earlier ones, byte for byte, in any of the sources."""
+    near_duplicates: bool = False
+    """The same with pictures that look alike: of the same pHash, the signs of their 64 lowest frequencies (the package
+    ImageHash), so scaled, recompressed or slightly changed copies too."""
 
     def check(self) -> None:
         """Raise `BadInput` for limits that no sample could satisfy."""

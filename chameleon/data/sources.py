@@ -373,20 +373,6 @@ def text_blocks(path: Path, on_skip: SkipHandler) -> Iterator[str]:
 # --- pictures, for training an image tokenizer -----------------------------------------------------------------------
 
 
-def read_pictures(
-    sources: Iterable[str], on_skip: SkipHandler = raise_on_skip, *, allow_paths: bool = False
-) -> list[PictureEntry]:
-    """Return the pictures of all sources, not opened yet. Raise `BadInput` where there is none."""
-    pictures: list[PictureEntry] = []
-    for source in sources:
-        for shard in expand(source, allow_paths=allow_paths):
-            pictures_of = SOURCE_KINDS[shard.kind].pictures
-            pictures += pictures_of(shard) if pictures_of is not None else pictures_in_documents(shard, on_skip)
-    if not pictures:
-        raise BadInput("no picture in any source", where=", ".join(sources))
-    return pictures
-
-
 def pictures_in_documents(shard: RawShard, on_skip: SkipHandler) -> Iterator[PictureEntry]:
     """Yield the pictures of the documents of a shard, each a group of its own."""
     for sample in read(shard, on_skip):

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -26,19 +26,19 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image as PILImage
 
 from chameleon.allocator import keep_freed_memory
 from chameleon.data import sources
+from chameleon.data.duplicates import Duplicates, duplicate_share, find_duplicates
 from chameleon.data.filters import ALL_DUPLICATES, FILTERED, Filters, reason_to_filter
 from chameleon.data.source_types import RawShard, Sample
-from chameleon.data.token_shards import DESCRIPTION, HASH_BYTES, PICTURES, TokenShard, write_shard
+from chameleon.data.token_shards import DESCRIPTION, PICTURES, TokenShard, write_shard
 from chameleon.errors import BadInput, check_seed
 from chameleon.files import atomic_update, remove_stale_partials, write_json
 from chameleon.tokenizers.image import BATCH_SIZE
-from chameleon.tokenizers.mixed import DocumentPreparer, MixedTokenizer, PreparedDocument, View, ViewFunction, split_turns
+from chameleon.tokenizers.mixed import DocumentPreparer, MixedTokenizer, PreparedDocument, View, ViewFunction
 
 MAX_EXAMPLES = 20
 """Skipped samples that a report names."""
@@ -46,6 +46,7 @@ MAX_REASONS, OTHER_REASONS = 100, "other reasons"
 """Reasons that a report counts separately; some decoders' messages contain numbers."""
 CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS = 64, BATCH_SIZE, 1 << 20
 """Size of a chunk, which is prepared and encoded together."""
+DUPLICATES_FOLDER = ".duplicates"
 SHAPE_OPTIONS = ("target_side", "max_ratio")
 CHUNKS_AHEAD = 2
 """Chunks queued in addition to those being processed by workers."""
@@ -81,8 +82,11 @@ class TokenizeOptions:
         self.filters.check()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options; shapes only where they are given, since shards of earlier versions have none."""
-        return {name: value for name, value in asdict(self).items() if name not in SHAPE_OPTIONS or value is not None}
+        """Return the options; shapes and near duplicates only where they are given, since earlier shards have none."""
+        options = {name: value for name, value in asdict(self).items() if name not in SHAPE_OPTIONS or value is not None}
+        if not self.filters.near_duplicates:
+            del options["filters"]["near_duplicates"]
+        return options
 
     def preparer(self, tokenizer: MixedTokenizer) -> DocumentPreparer:
         """Return the tokenizer's preparer, for these shapes of pictures. Raise `BadInput` where it has no such."""
@@ -426,7 +430,7 @@ def tokenize(
     options = options or TokenizeOptions()
     options.check()
     options.preparer(tokenizer)  # raises for shapes that the tokenizers do not have
-    tasks = plan_tasks(patterns, out, options, allow_paths=allow_paths)
+    tasks = plan_tasks(patterns, out, options, allow_paths=allow_paths, num_workers=num_workers)
     fingerprint, start_time = tokenizer.fingerprint, time.monotonic()
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         existing = list(pool.map(existing_report, tasks, repeat(fingerprint)))
@@ -467,7 +471,7 @@ def tokenize(
         remove_stale_partials(task.folder)
     if not total.documents_in:
         raise BadInput("no samples", where=", ".join(patterns), remedy="the files are empty")
-    total.duplicate_share = duplicate_share(task.folder / PICTURES for task in tasks)
+    total.duplicate_share = duplicate_share([task.folder / PICTURES for task in tasks])
     names = {task.folder.name for task in tasks}
     total.others = sorted(path.parent.name for path in out.glob(f"*/{DESCRIPTION}") if path.parent.name not in names)
     with atomic_update(out) as partial:
@@ -475,8 +479,13 @@ def tokenize(
     return total
 
 
-def plan_tasks(patterns: Sequence[str], out: Path, options: TokenizeOptions, *, allow_paths: bool = False) -> list[Task]:
-    """Return the tasks of all sources, in order. Raise `BadInput` where a file is given twice."""
+def plan_tasks(
+    patterns: Sequence[str], out: Path, options: TokenizeOptions, *, allow_paths: bool = False, num_workers: int = 0
+) -> list[Task]:
+    """Return the tasks of all sources, in order. Raise `BadInput` where a file is given twice.
+
+    num_workers: processes that look for duplicates.
+    """
     raw_shards: dict[str, RawShard] = {}
     out = out.absolute()  # other processes, maybe on other machines, have other working directories
     for pattern in patterns:
@@ -486,52 +495,15 @@ def plan_tasks(patterns: Sequence[str], out: Path, options: TokenizeOptions, *, 
             if name in raw_shards:
                 raise BadInput("given twice", where=raw.path, remedy="name each file in one source only")
             raw_shards[name] = raw
-    duplicates: list[dict[int, list[bytes]]] = [{} for _ in raw_shards]
-    if options.filters.unique_images:
-        duplicates = find_duplicates(raw_shards.values(), options.filters)
+    duplicates = [Duplicates() for _ in raw_shards]
+    if options.filters.unique_images or options.filters.near_duplicates:
+        duplicates = find_duplicates(list(raw_shards.values()), options.filters, out / DUPLICATES_FOLDER, num_workers)
     tasks = []
     for (name, raw), left_out in zip(raw_shards.items(), duplicates, strict=True):
         digest = hashlib.sha256(repr(sorted(left_out)).encode()).hexdigest()
         source = {**raw.identity, "made": options.to_json(), **({"duplicates": digest} if left_out else {})}
         tasks.append(Task(raw, out / name, json.loads(json.dumps(source)), left_out))
     return tasks
-
-
-def find_duplicates(raw_shards: Iterable[RawShard], filters: Filters) -> list[dict[int, list[bytes]]]:
-    """Return for each raw shard the samples all of whose pictures are duplicates of earlier ones, with their hashes.
-
-    Samples that the other filters leave out do not count as earlier ones, nor those whose images have no valid header.
-    """
-    seen: set[bytes] = set()
-    result: list[dict[int, list[bytes]]] = []
-    for raw in raw_shards:
-        duplicates: dict[int, list[bytes]] = {}
-        samples = (item for item in read_items(raw) if isinstance(item, Sample))
-        for sample_index, sample in enumerate(samples):
-            try:
-                split_turns(sample.content)
-                if reason_to_filter(sample, filters) is not None:
-                    continue
-                for image in sample.image_files:
-                    image.opened  # noqa: B018 (raises for an invalid header)
-                hashes = [image.hash for image in sample.image_files]
-            except BadInput:  # it is reported when it is prepared
-                continue
-            if hashes and seen.issuperset(hashes):
-                duplicates[sample_index] = hashes
-            seen.update(hashes)
-        result.append(duplicates)
-    return result
-
-
-def duplicate_share(files: Iterable[Path]) -> float:
-    """Return the share of the hashes in all files that are repetitions of another one."""
-    hash_type = f"V{HASH_BYTES}"
-    hashes = np.concatenate([np.fromfile(path, dtype=hash_type) for path in files] or [np.empty(0, hash_type)])
-    halves = hashes.view("<u8").reshape(-1, 2)
-    order = np.lexsort(halves.T)
-    num_repeated = (halves[order[1:]] == halves[order[:-1]]).all(axis=1).sum()
-    return float(num_repeated) / max(1, len(halves))
 
 
 def existing_report(task: Task, fingerprint: str) -> Report | None:

@@ -55,6 +55,21 @@ class Member:
 
     name: str
     data: bytes
+    offset: int = 0
+    """Its first byte in the archive."""
+
+
+class MemberBytes(bytes):
+    """The bytes of a file of an archive that is not compressed, and where they lie in it."""
+
+    path: str
+    offset: int
+
+    @classmethod
+    def of(cls, member: Member, path: Path) -> MemberBytes:
+        data = cls(member.data)
+        data.path, data.offset = str(path), member.offset
+        return data
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,7 @@ class TarReader:
                     reason = f"member {name} claims {size} bytes, over the limit of {limit} MiB"
                     yield Damage(reason, self.skip(size))
                     continue
+                start = self.offset
                 data = self.read(size)
                 if len(data) < size:
                     yield Member(name, b"")  # so that the sample before it is known to be complete
@@ -119,7 +135,7 @@ class TarReader:
                 if header.type in LONG_NAME_TYPES:
                     extended_name = parse_extended_name(header.type, data)
                 elif header.isreg():
-                    yield Member(name, data)
+                    yield Member(name, data, start)
         except (EOFError, OSError, zlib.error) as error:  # of the decompressor
             yield Damage(f"truncated archive, after byte {self.offset} ({error})", 0)
             return
@@ -189,7 +205,8 @@ def read_samples(path: Path, on_skip: SkipHandler = raise_on_skip) -> Iterator[d
     def members() -> Iterator[dict[str, Any]]:
         for index, entry in enumerate(TarReader(stream).entries()):
             if isinstance(entry, Member):
-                yield {"fname": entry.name, "data": entry.data, "__url__": str(path)}
+                data = entry.data if is_compressed else MemberBytes.of(entry, path)
+                yield {"fname": entry.name, "data": data, "__url__": str(path)}
             else:  # as a sample of its own, so that those before and after it are not joined
                 damages.append(entry)
                 yield {"fname": f"\0{index}.{DAMAGE}", "data": b"", "__url__": str(path)}
@@ -202,6 +219,7 @@ def read_samples(path: Path, on_skip: SkipHandler = raise_on_skip) -> Iterator[d
         on_skip(f"{path}, sample {sample['__key__']}", "may lack members, next to a damaged place in the archive")
 
     with open_archive(path) as stream:
+        is_compressed = isinstance(stream, gzip.GzipFile)
         previous: dict[str, Any] | None = None  # held back, since damage after it may have taken some of its members
         is_after_damage = False
         for sample in group_by_keys(members(), handler=on_duplicate):
