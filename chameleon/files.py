@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,29 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+VERIFIED = "verified.json"
+"""Beside files with checksums: in which state they were verified."""
+
+
+def verify_once(folder: Path, sha256: Mapping[str, str], verify: Callable[[], None]) -> None:
+    """Call `verify`, which compares the files of a folder with their checksums, unless it was done for them as they are.
+
+    That is noted in the folder, with the sizes and times of the files. Raises what `verify` raises.
+    """
+    note = folder / VERIFIED
+    try:
+        stats = {name: (folder / name).stat() for name in sha256}
+    except OSError:  # a file is missing, which `verify` tells
+        verify()
+        return
+    state = json.dumps({name: [stat.st_size, stat.st_mtime_ns, sha256[name]] for name, stat in stats.items()})
+    if note.is_file() and note.read_text(encoding="utf-8") == state:
+        return
+    verify()
+    with suppress(BadInput), atomic_file(note) as partial:  # the folder may not be writable
+        partial.write_text(state, encoding="utf-8")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

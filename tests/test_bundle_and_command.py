@@ -228,7 +228,7 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
     document.write_text('{"parts": [{"type": "text", "text": "orange"}]}')
     main(["generate", str(document), "--max-new-tokens", "30", *options])
     assert "parts" in json.loads(capsys.readouterr().out)
-    main(["info", str(bundle_folder), "--json"])
+    main(["--json", "info", str(bundle_folder)])  # before the verb, as after it
     assert json.loads(capsys.readouterr().out)["image codes"] == 32
 
 

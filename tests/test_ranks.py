@@ -27,6 +27,7 @@ INSTRUMENTED = """
 import collections, json, os, pathlib, sys, time
 import torch
 from torch import distributed
+from chameleon import bundle
 from chameleon.cli import main
 from chameleon.data import token_shards
 from chameleon.tensor_files import SafetensorsFiles
@@ -47,7 +48,9 @@ checkpoint_files.read_bytes = record("checkpoint", checkpoint_files.read_bytes, 
 # The image tokenizer is small, and every process has it.
 size_of_part = lambda result, arguments: result.nbytes * arguments[0].names[arguments[1]].name.startswith("model")
 SafetensorsFiles.box = record("bundle", SafetensorsFiles.box, size_of_part)
-token_shards.sha256_of = record("shards", token_shards.sha256_of, lambda _, arguments: arguments[0].stat().st_size)
+size_of_file = lambda _, arguments: arguments[0].stat().st_size
+token_shards.sha256_of = record("shards", token_shards.sha256_of, size_of_file)
+bundle.sha256_of = record("bundle verified", bundle.sha256_of, size_of_file)
 
 step = LanguageModule.training_step
 def counted(module, batch, number):
@@ -146,7 +149,13 @@ def test_each_process_reads_its_part(recipe: Path, tmp_path: Path) -> None:
     assert all(0 < sum(seen["shards"]) <= 1.2 * shards / 4 for seen in first)
     bundle = tmp_path / "first" / "bundle"
     whole = (bundle / "model.safetensors").stat().st_size
-    second = run(recipe, tmp_path / "second", *settings, f"bundle={bundle}", "tokenizers=null", "size=null", "model={}")
+    start = [f"bundle={bundle}", "tokenizers=null", "size=null", "model={}", "run.save_every_n_steps=0"]
+    for out in ("second", "third"):
+        seen_by = run(recipe, tmp_path / out, *FSDP, "run.devices=4", *start)
+        hashed = [sum(seen.get("bundle verified", [])) for seen in seen_by]
+        # The first process writes a bundle too; it verifies the one that it starts from once for all.
+        assert not any(hashed[1:]) and (hashed[0] > 1.9 * whole) == (out == "second")
+    second = seen_by
     assert all("shards" not in seen for seen in second)  # they have not changed since
     assert all(0 < sum(seen["bundle"]) <= 1.2 * whole / 4 for seen in second)
     again = run(recipe, tmp_path / "first", *settings, "--resume")

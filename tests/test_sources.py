@@ -8,6 +8,7 @@ import io
 import json
 import math
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from pyarrow import parquet
 
+from chameleon.data import records
 from chameleon.data.forms import RecordContext, content_of
 from chameleon.data.sources import Sample, expand, expand_braces, read
+from chameleon.data.webdataset import raise_on_skip
 from chameleon.document import Conversation, Document, Image, Text
 from chameleon.errors import BadInput
 
@@ -303,3 +306,66 @@ def test_many_kinds_of_damage(ending: str, tmp_path: Path) -> None:
         actual, skipped = samples(str(path))
         assert all(isinstance(sample.content, Document) for sample in actual)
         assert actual or skipped or not bytes(data).strip() or ending in (".csv", ".jsonl")
+
+
+# --- arrays and texts as streams ---
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(json_values, max_size=8), st.sampled_from([None, 1]), st.integers(1, 40))
+def test_an_array_is_read_one_element_at_a_time(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, block: int
+) -> None:
+    """In whatever pieces the file comes, as the standard library reads it as a whole."""
+    path = tmp_path_factory.mktemp("arrays") / "values.json"
+    path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "READ_BYTES", block)
+        assert [value for _, value in records.read_json_array(path, raise_on_skip)] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "expected an array of records"),
+        ("", "the file ends within the array"),
+        ("[1, 2", "the file ends within the array|not JSON"),
+        ("[1, ]", "an element is missing"),
+        ("[1 2]", "expected a comma"),
+        ('[{"a": 1, "a": 2}]', "occurs twice"),
+        ("[NaN]", "NaN is not JSON"),
+        ("[1] 2", "more after the end"),
+        ("[tru]", "not JSON"),
+    ],
+)
+def test_what_is_no_array(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "values.json").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        list(records.read_json_array(tmp_path / "values.json", raise_on_skip))
+
+
+def test_an_array_is_never_held_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "values.json"
+    path.write_text("[" + ",".join(json.dumps("x" * 100_000) for _ in range(300)) + "]")
+    tracemalloc.start()
+    assert sum(len(value) for _, value in records.read_json_array(path, raise_on_skip)) == 30_000_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15e6
+
+
+@given(st.text(alphabet="ab\n漢", max_size=200), st.integers(1, 30))
+def test_a_long_text_becomes_documents_of_a_stated_length(
+    tmp_path_factory: pytest.TempPathFactory, text: str, limit: int
+) -> None:
+    path = tmp_path_factory.mktemp("texts") / "long.txt"
+    path.write_bytes(text.encode())
+    parts = [sample.text for sample in read(*expand(f"text:{path}?characters={limit}"))]
+    assert "".join(parts) == text and all(0 < len(part) <= max(limit, 1) or len(parts) == 1 for part in parts)
+    for part in parts[:-1]:  # it ends after a line, where there is one
+        assert part.endswith("\n") or ("\n" not in part and len(part) == limit)

@@ -43,7 +43,7 @@ from chameleon.train.parallel import (
     fused_row_order,
     parallelize,
 )
-from chameleon.train.processes import num_processes, process_rank, run_on_all_processes
+from chameleon.train.processes import num_processes, on_first_process, process_rank, run_on_all_processes
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe
 from chameleon.train.stability import DivergenceAlarm
 from chameleon.train.step_module import StepModule
@@ -191,6 +191,7 @@ class LanguageModule(StepModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        on_first_process(self.start.verify)
         own = self.shards_to_verify[process_rank() :: num_processes()]
         run_on_all_processes(lambda: verify_shards(own))
         self.matmul_peak = matmul_peak(self.device, self.product_dtype)

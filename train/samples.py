@@ -20,7 +20,7 @@ class SampleLogger(Callback):
     """Logs captions of pictures, and drawings of their texts, to TensorBoard and Weights & Biases.
 
     The pictures are those of the first documents with one picture and a text, from the validation sources, or from those
-    of training where there are none. Models sharded by FSDP2 are skipped, since no process has the full model.
+    of training where there are none. Of a sharded model the first process gathers a copy on the CPU, while the others wait.
     """
 
     def __init__(self, num_samples: int) -> None:
@@ -29,21 +29,23 @@ class SampleLogger(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, LanguageModule)
-        if not trainer.is_global_zero or module.recipe.run.data_parallel == "fsdp":
+        is_sharded = module.recipe.run.data_parallel == "fsdp"
+        gathered = module.full_model() if is_sharded else None
+        if not trainer.is_global_zero:
             return
-        tokenizer = module.tokenizer
+        tokenizer, model = module.tokenizer, gathered if gathered is not None else module.model
         self.pairs = self.pairs or self.find_pairs(module)
         if not self.pairs or not tokenizer.image.config.decoder:
             return
-        was_training = module.model.training
+        was_training = model.training
         try:
-            module.model.eval()
-            chameleon = Chameleon(Bundle(module.model, tokenizer, module.prompting, generation=module.start.generation))
+            model.eval()
+            chameleon = Chameleon(Bundle(model, tokenizer, module.prompting, generation=module.start.generation))
             with uncompiled():
                 captions = chameleon.caption_batch([picture for picture, _ in self.pairs])
                 drawings = chameleon.draw_after([Document((Text(text),)) for _, text in self.pairs])
         finally:
-            module.model.train(was_training)
+            model.train(was_training)
         step = module.completed_steps
         for index, ((picture, text), caption, drawing) in enumerate(zip(self.pairs, captions, drawings, strict=True)):
             caption_and_truth = f"“{caption}” for “{text}”"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chameleon.bundle import GenerationConfig, read_header, stored_names
+from chameleon.bundle import GenerationConfig, read_header, stored_names, verify_files
 from chameleon.errors import BadInput
+from chameleon.files import verify_once
 from chameleon.model.config import ModelConfig, named_size
 from chameleon.model.transformer import Transformer, initial_value
 from chameleon.tensor_files import SafetensorsFiles
@@ -30,6 +32,13 @@ class TrainingStart:
     """(name of a parameter of the plain model, range of each dimension) → that part of its value, float32."""
     provenance: dict[str, Any] = field(default_factory=dict)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    bundle: Path | None = None
+    """Folder of the bundle whose weights these are."""
+
+    def verify(self) -> None:
+        """Raise `BadInput` where a file of the bundle is not what it was written as; see `verify_once`."""
+        if self.bundle is not None:
+            verify_once(self.bundle, self.provenance["sha256"], partial(verify_files, self.bundle, self.provenance))
 
     @classmethod
     def from_recipe(cls, recipe: TrainRecipe) -> TrainingStart:
@@ -63,7 +72,7 @@ def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
     """Return a start from a bundle. Raise `BadInput` where the recipe asks for another shape than the bundle's."""
     if not folder.is_dir():
         raise BadInput("no bundle here", where=folder, remedy="give the folder that a training or `convert` wrote")
-    header = read_header(folder)
+    header = read_header(folder, verify=False)  # the first process does, for all
     if set(recipe.model) - {"dropout"}:
         raise BadInput("the shape of a bundle's model is fixed; only dropout can be set", where="recipe.model")
     if recipe.size is not None:
@@ -85,7 +94,7 @@ def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
     def initial_part(name: str, box: tuple[slice, ...]) -> Tensor:
         return files.box(name, box).float()
 
-    return TrainingStart(config, tokenizer, initial_part, header.provenance, header.generation)
+    return TrainingStart(config, tokenizer, initial_part, header.provenance, header.generation, folder)
 
 
 def add_adapters(model: Transformer, start: TrainingStart, recipe: TrainRecipe) -> None:

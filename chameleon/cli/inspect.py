@@ -13,9 +13,9 @@ from chameleon.cli.output import aligned_lines, print_error, print_progress, pri
 from chameleon.errors import BadInput
 
 if TYPE_CHECKING:
-    from chameleon.bundle import Bundle
     from chameleon.data.token_shards import TokenShard
     from chameleon.model.config import ModelConfig
+    from chameleon.tokenizers.mixed import MixedTokenizer
 
 DEFAULT_DOCUMENTS_SHOWN = 20
 
@@ -86,31 +86,32 @@ def show_run(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def describe_bundle(folder: Path) -> dict[str, Any]:
-    from chameleon.bundle import Bundle
+    from chameleon.bundle import read_header
     from chameleon.model.fastest_format import choose_weight_form
+    from chameleon.tokenizers.mixed import MixedTokenizer
 
-    bundle = Bundle.load(folder)
-    model = bundle.model.config
+    header = read_header(folder, verify=False)  # the model's weights are not read
+    model, tokenizer = header.model, MixedTokenizer.load(folder, header.vocabulary)
     return {
         "bundle": str(folder),
         "parameters": model.parameters,
         "layers × width": f"{model.layers} × {model.width}",
         "heads / kv heads": f"{model.heads} / {model.kv_heads}",
         "context length": model.context_length,
-        "vocabulary size": bundle.vocabulary.size,
-        "text pieces": bundle.vocabulary.num_text_pieces,
-        "image codes": bundle.vocabulary.num_image_codes,
-        "image": describe_images(bundle),
-        "prompting": bundle.prompting,
+        "vocabulary size": header.vocabulary.size,
+        "text pieces": header.vocabulary.num_text_pieces,
+        "image codes": header.vocabulary.num_image_codes,
+        "image": describe_images(tokenizer),
+        "prompting": header.prompting,
         "fastest here": str(choose_weight_form("auto", "auto", "cpu")),
-        "tokenizers": bundle.tokenizer.fingerprint[:12],
+        "tokenizers": tokenizer.fingerprint[:12],
         "megabytes": round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6, 1),
     }
 
 
-def describe_images(bundle: Bundle) -> str:
-    """Return the size of a bundle's images in pixels and codes, and how many shapes there are."""
-    dialect, fitter = bundle.vocabulary.dialect, bundle.tokenizer.fitter
+def describe_images(tokenizer: MixedTokenizer) -> str:
+    """Return the size of the images in pixels and codes, and how many shapes there are."""
+    dialect, fitter = tokenizer.vocabulary.dialect, tokenizer.fitter
     usual = "{}×{} pixels, {}×{} codes".format(*fitter.size_of(dialect.grid), dialect.grid[1], dialect.grid[0])
     if len(dialect.grids) == 1:
         return usual

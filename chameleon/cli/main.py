@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from chameleon.cli import convert, data, evaluate, generate, inspect, serve, study, train
-from chameleon.cli.options import Parser, Verbs
+from chameleon.cli.options import ANYWHERE, Parser, Verbs
 from chameleon.cli.output import print_error
 from chameleon.errors import BadInput
 
@@ -18,7 +18,8 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 def build_parser() -> Parser:
     """Return the parser of all verbs."""
     parser = Parser(prog="chameleon", description=DESCRIPTION)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    for name, text in ANYWHERE.items():
+        parser.add_argument(name, action="store_true", help=text)
     parser.add_argument("--verbose", action="store_true", help="log what is chosen here, such as the form of the weights")
     verbs = Verbs(parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser))
     for module in (train, data, generate, serve, evaluate, study, inspect, convert):

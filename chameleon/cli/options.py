@@ -25,6 +25,10 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+ANYWHERE = {"--json": "print results as JSON", "--debug": "show tracebacks"}
+"""Options that may stand before the verb or after it."""
+
+
 class Verbs:
     """Adds verbs to the command."""
 
@@ -35,8 +39,8 @@ class Verbs:
         """Add a verb and return its parser."""
         parser: Parser = self.subparsers.add_parser(name, help=description, description=description)
         parser.set_defaults(run=run)
-        parser.add_argument("--json", action="store_true", help="print results as JSON")
-        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        for name, description in ANYWHERE.items():  # before the verb as well
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=description)
         return parser
 
 

@@ -6,6 +6,7 @@ file, the records before the damage are read.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import zlib
@@ -28,7 +29,7 @@ DAMAGE_ERRORS = (EOFError, OSError, zlib.error, pyarrow.ArrowException, UnicodeD
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are skipped, so that a damaged or malicious compressed file cannot fill the memory."""
 MAX_JSON_BYTES = 4 << 30
-"""A JSON array, or an annotation file, is read as a whole and may not be larger."""
+"""An annotation file is read as a whole and may not be larger."""
 READ_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 64
 """Rows of a Parquet file that are read at a time: each may contain images."""
@@ -116,16 +117,73 @@ def split_lines(file: IO[bytes]) -> Iterator[bytes | None]:
 
 
 def read_json_array(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
-    """Read the elements of one JSON array."""
-    value = read_json_file(path)
-    if not isinstance(value, list):
-        raise BadInput(
-            "expected an array of records",
-            where=path,
-            remedy="for annotations of COCO or VQAv2 write coco:FILE or vqa:FILE",
-        )
-    for index, element in enumerate(value):
-        yield f"{path}, entry {index}", element
+    """Read the elements of one JSON array, one at a time."""
+    index = 0
+    try:
+        with open_decompressed(path) as file:
+            for element in split_array(file, path):
+                where = f"{path}, entry {index}"
+                yield where, parse_json(element, where)
+                index += 1
+    except DAMAGE_ERRORS as error:
+        raise BadInput(f"damaged file ({error})", where=path) from None
+
+
+def split_array(file: IO[bytes], path: Path) -> Iterator[str]:
+    """Yield the text of each element of a JSON array. Raise `BadInput` where it is none, or one is too long."""
+    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode
+    text, at_end, expected = "", False, "["
+    while True:
+        text = text.lstrip()
+        if expected == "]" and text[:1] == "]":  # right after the start, or after an element
+            if text[1:].strip() or file.read(1).strip():
+                raise BadInput("not JSON (more after the end of the array)", where=path)
+            return
+        if expected == "[" and text:
+            if text[0] != "[":
+                raise BadInput(
+                    "expected an array of records",
+                    where=path,
+                    remedy="for annotations of COCO or VQAv2 write coco:FILE or vqa:FILE",
+                )
+            text, expected = text[1:], "]"
+            continue
+        end = end_of_element(decoder, text, path, at_end=at_end)
+        if end is not None:
+            yield text[:end]
+            text = text[end:].lstrip()
+            text, expected = (text[1:], "element") if text[0] == "," else (text, "]")
+            continue
+        if at_end:
+            raise BadInput("not JSON (the file ends within the array)", where=path)
+        if len(text) > MAX_LINE_BYTES:
+            raise BadInput(f"over the limit of {MAX_LINE_BYTES >> 20} MiB for a record", where=path)
+        block = bytes(file.read(max(READ_BYTES, len(text))))  # twice as much each time, else long elements take long
+        at_end = not block
+        text += decode(block, at_end)
+
+
+def end_of_element(decoder: json.JSONDecoder, text: str, path: Path, *, at_end: bool) -> int | None:
+    """Return where the first element of a text ends; None where more text is needed to know.
+
+    Raises `BadInput` where no text could complete it.
+    """
+    if not text or text[0] in ",]":
+        if text:
+            raise BadInput("not JSON (an element is missing)", where=path)
+        return None
+    try:
+        end = decoder.raw_decode(text)[1]
+    except (ValueError, RecursionError) as error:
+        if at_end or isinstance(error, RecursionError):
+            raise BadInput(f"not JSON ({error})", where=path) from None
+        return None
+    rest = text[end:].lstrip()
+    if not at_end and (not rest or text[end] in ".eE"):  # a number may go on
+        return None
+    if rest[:1] not in (",", "]"):
+        raise BadInput("not JSON (expected a comma or the end of the array)", where=path)
+    return end
 
 
 def read_json_file(path: Path) -> Any:

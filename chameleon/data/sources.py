@@ -14,7 +14,7 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qsl
 
 import braceexpand
@@ -36,6 +36,8 @@ from chameleon.document import Conversation, Document, Image, Message, Part, Tex
 from chameleon.errors import BadInput
 
 TEXT_EXTENSIONS = (".txt", ".md", ".py", ".c", ".h", ".js", ".rs", ".java", ".go", ".html", ".css")
+DOCUMENT_CHARACTERS = 1 << 20
+"""Characters of a text file after which a further document begins."""
 TEXT_BLOCK_CHARACTERS = 1 << 20
 """Characters of a text file that are read at a time for training a text tokenizer."""
 
@@ -282,17 +284,40 @@ def entries_of(value: dict[str, Any], name: str, keys: Sequence[str], path: Path
 
 
 def read_text(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
-    """Read a text file as one document."""
+    """Read a text file as one document, or a long one as several of at most `characters`, which end after a line.
+
+    Option: `characters`, by default `DOCUMENT_CHARACTERS`. A long file is never held as a whole.
+    """
+    limit = int(shard.options.get("characters", DOCUMENT_CHARACTERS))
+    if limit < 1:
+        raise BadInput(f"characters is {limit}, expected 1 or more", where=shard.path)
     try:
-        text = decode_utf8(Path(shard.path).read_bytes(), shard.path)
+        if Path(shard.path).stat().st_size <= limit:
+            text = decode_utf8(Path(shard.path).read_bytes(), shard.path)
+            yield from [Sample(shard.path, Document((Text(text),)))] if text else []
+            return
+        with open(shard.path, encoding="utf-8", newline="") as file:
+            for number, text in enumerate(parts_of_text(file, limit), 1):
+                yield Sample(f"{shard.path}, part {number}", Document((Text(text),)))
     except BadInput as error:
         on_skip(shard.path, error.reason)
-        return
+    except UnicodeDecodeError as error:
+        on_skip(shard.path, f"not UTF-8 ({error.reason}); convert it to UTF-8")
     except OSError as error:
         on_skip(shard.path, f"could not be read ({error.strerror})")
-        return
-    if text:
-        yield Sample(shard.path, Document((Text(text),)))
+
+
+def parts_of_text(file: IO[str], limit: int) -> Iterator[str]:
+    """Yield a text in parts of at most `limit` characters, split after the last newline in each where there is one."""
+    text = ""
+    while True:
+        text += file.read(limit + 1 - len(text))
+        if len(text) <= limit:
+            yield from [text] if text else []
+            return
+        end = text.rfind("\n", 0, limit) + 1 or limit
+        yield text[:end]
+        text = text[end:]
 
 
 def read_picture(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
@@ -330,7 +355,7 @@ SOURCE_KINDS: dict[str, SourceKind] = {
     "coco": SourceKind(read_coco, options=("images",)),
     "vqa": SourceKind(read_vqa, options=("images", "questions", "prefix")),
     "picture": SourceKind(read_picture, extensions=PICTURE_EXTENSIONS),
-    "text": SourceKind(read_text, extensions=TEXT_EXTENSIONS),
+    "text": SourceKind(read_text, extensions=TEXT_EXTENSIONS, options=("characters",)),
     **EMBEDDED_KINDS,
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,14 +24,12 @@ import numpy as np
 import torch
 
 from chameleon.errors import BadInput
-from chameleon.files import atomic_file, atomic_folder, sha256_of, write_json
+from chameleon.files import atomic_folder, sha256_of, verify_once, write_json
 from chameleon.tokenizers.mixed import answer_mask
 from chameleon.vocabulary import Modality, Vocabulary
 
 FORMAT = 2
 IDS, OFFSETS, IMAGES, PICTURES, DESCRIPTION = "ids.bin", "offsets.bin", "images.bin", "pictures.bin", "shard.json"
-VERIFIED = "verified.json"
-"""Notes which state of a shard's files was verified."""
 HASH_BYTES = 16
 MAX_OPEN_FILES = 128
 TOKENIZE_AGAIN = "tokenize this shard again"
@@ -203,12 +201,6 @@ class TokenShard:
         """Tokens of each document: int64 [n]."""
         return np.diff(self.offsets)
 
-    def file_states(self) -> dict[str, tuple[int, int, str]]:
-        """Return the size, the time of the last change in nanoseconds, and the stated checksum of each file."""
-        stats = {name: (self.folder / name).stat() for name in self.inodes}
-        checksums = self.description["sha256"]
-        return {name: (stat.st_size, stat.st_mtime_ns, checksums.get(name, "")) for name, stat in stats.items()}
-
     def verify(self) -> None:
         """Raise `BadInput` where a file does not match its checksum, or offsets or token ids are invalid."""
         for name, expected in self.description["sha256"].items():
@@ -234,13 +226,7 @@ def verify_shards(shards: Iterable[TokenShard]) -> None:
     Raises `BadInput` for the first one that is damaged.
     """
     for shard in shards:
-        note = shard.folder / VERIFIED
-        state = json.dumps(shard.file_states())
-        if note.is_file() and note.read_text(encoding="utf-8") == state:
-            continue
-        shard.verify()
-        with suppress(BadInput), atomic_file(note) as partial:  # the folder may not be writable
-            partial.write_text(state, encoding="utf-8")
+        verify_once(shard.folder, shard.description["sha256"], shard.verify)
 
 
 def shard_folders(folder: Path) -> list[Path]:

@@ -110,6 +110,8 @@ class Report:
     """Pictures read."""
     bytes_in: int = 0
     """Size of the files that were read."""
+    bytes_read: int = 0
+    """Size of the texts and pictures read so far, of a shard in progress; for an estimate of the time left."""
     unreadable_bytes: int = 0
     """Bytes of damaged archives that could not be read, in which further samples may have been lost."""
     duplicate_share: float = 0.0
@@ -152,7 +154,8 @@ class Report:
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
+        values = {name: value for name, value in vars(self).items() if name != "bytes_read"}
+        return {**values, "skipped": dict(self.skipped), "tokens": dict(self.tokens)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Report:
@@ -192,7 +195,7 @@ class Status(NamedTuple):
     seconds: float
     """Since the start of the run."""
     seconds_left: float | None
-    """Estimated by the size of the raw shards; None until one is done."""
+    """Estimated by the size of the raw shards and of what was read of the one in progress; None before anything was."""
 
 
 StatusCallback = Callable[[Status], None]
@@ -309,16 +312,23 @@ def prepare_in_worker(duplicates: Mapping[int, Sequence[bytes]], chunk: Chunk) -
     return prepare_chunk(worker_state["preparer"], worker_state["options"], duplicates, chunk)
 
 
+def size_of_chunk(chunk: Chunk) -> int:
+    """Return the bytes of a chunk's texts and pictures, as far as these were read with them."""
+    samples = [item for _, item in chunk if isinstance(item, Sample)]
+    pictures = [image for sample in samples for image in sample.images if isinstance(image, (bytes, str))]
+    return sum(len(sample.text) for sample in samples) + sum(map(len, pictures))
+
+
 def prepared_chunks(
     tasks: Sequence[Task], preparer: DocumentPreparer, options: TokenizeOptions, num_workers: int
-) -> Iterator[tuple[int, list[PreparedDocument | Skipped]]]:
-    """Yield (index of a task, a prepared chunk of it) in order; worker processes run ahead, into further tasks too."""
+) -> Iterator[tuple[int, list[PreparedDocument | Skipped], int]]:
+    """Yield (index of a task, a prepared chunk of it, its bytes), in order; worker processes run ahead."""
     if num_workers == 0:
         for task_index, task in enumerate(tasks):
             for chunk in read_chunks(task, options.variants):
-                yield task_index, prepare_chunk(preparer, options, task.duplicates, chunk)
+                yield task_index, prepare_chunk(preparer, options, task.duplicates, chunk), size_of_chunk(chunk)
         return
-    queue: deque[tuple[int, Any]] = deque()
+    queue: deque[tuple[int, Any, int]] = deque()
     # Spawned, not forked: a fork would lose the threads of the linear algebra library.
     with ProcessPoolExecutor(
         num_workers, get_context("spawn"), initializer=init_worker, initargs=(preparer, options)
@@ -327,13 +337,14 @@ def prepared_chunks(
             for task_index, task in enumerate(tasks):
                 for chunk in read_chunks(task, options.variants):
                     duplicates = {index: task.duplicates[index] for index, _ in chunk if index in task.duplicates}
-                    queue.append((task_index, pool.submit(prepare_in_worker, duplicates, chunk)))
+                    future = pool.submit(prepare_in_worker, duplicates, chunk)
+                    queue.append((task_index, future, size_of_chunk(chunk)))
                     if len(queue) > num_workers + CHUNKS_AHEAD:
-                        first_index, future = queue.popleft()
-                        yield first_index, future.result()
+                        first_index, future, size = queue.popleft()
+                        yield first_index, future.result(), size
             while queue:
-                first_index, future = queue.popleft()
-                yield first_index, future.result()
+                first_index, future, size = queue.popleft()
+                yield first_index, future.result(), size
         except BrokenProcessPool:
             raise BadInput(
                 "a worker process died",
@@ -368,7 +379,8 @@ def make_shards(
             for hashes in task.duplicates.values():
                 writer.add_picture_hashes(hashes)
                 report.pictures += len(hashes)
-            for _, chunk in group:
+            for _, chunk, size in group:
+                report.bytes_read += size
                 documents = [item for item in chunk if isinstance(item, PreparedDocument)]
                 for document, token_ids in zip(documents, tokenizer.insert_image_codes(documents), strict=True):
                     writer.add(token_ids, document.hashes)
@@ -445,6 +457,10 @@ def tokenize(
             if part is not None:
                 current.add(part)
         seconds = time.monotonic() - start_time
+        done = completed_size
+        if in_progress is not None and len(reports) - len(tasks) + len(sizes) < len(sizes):
+            size = sizes[len(reports) - len(tasks) + len(sizes)]  # engines that tell of it go in order
+            done += min(in_progress.bytes_read, size - 1)  # a task that is no file has size 1
         on_status(
             Status(
                 shards=len(reports),
@@ -454,7 +470,7 @@ def tokenize(
                 tokens=sum(current.tokens.values()),
                 skipped=sum(current.skipped.values()),
                 seconds=seconds,
-                seconds_left=seconds * (sum(sizes) - completed_size) / completed_size if completed_size else None,
+                seconds_left=seconds * max(0, sum(sizes) - done) / done if done else None,
             )
         )
 
