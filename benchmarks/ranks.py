@@ -2,7 +2,7 @@
 the time that a step waits for a checkpoint, faults survived, and the memory of training an image tokenizer by the number
 of pictures. Everything runs on CPUs.
 
-    python benchmarks/ranks.py start|steps|checkpoint|faults|pictures [--kills 100] [--pictures 10000 1000000]
+    python benchmarks/ranks.py start|steps|checkpoint|faults|pictures|memory [--kills 100] [--pictures 10000 1000000]
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from PIL import Image as PILImage
 from torch import distributed
 
 from chameleon.cli import main as run_command
+from chameleon.model.config import named_size
+from chameleon.plan import TrainingSetup, plan_training
 from chameleon.tensor_files import SafetensorsFiles
 from chameleon.train.checkpoint import CheckpointCallback
 from chameleon.train.language_module import LanguageModule
@@ -54,6 +56,12 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].split()[0])
 
 
+def resident(kind: str) -> float:
+    """The resident set of this process in MiB: VmRSS now, VmHWM the largest until now."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{kind}:")[2].split()[0]) / 1024
+
+
 def number_of_collectives() -> int:
     """Collectives of this process until now, by the process groups' own count."""
     if not distributed.is_initialized():
@@ -66,6 +74,7 @@ def measured_run(out: Path, arguments: list[str]) -> None:
     """Run the command in this process, and write what it did to a file."""
     seen: dict[str, list[Any]] = collections.defaultdict(list)
     seen["mapped"] = [0]
+    configure, full_model = LanguageModule.configure_model, LanguageModule.full_model
     box, step, save, start = (
         SafetensorsFiles.box,
         LanguageModule.training_step,
@@ -97,14 +106,41 @@ def measured_run(out: Path, arguments: list[str]) -> None:
             seen["read"] = [bytes_read() - before_all]
         start(module, batch, index)
 
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+    def noted_model(module: LanguageModule) -> None:
+        if os.environ.get("ALLOCATED"):
+            profiler.start()
+        configure(module)
+
+    def noted_end(module: LanguageModule) -> Any:
+        if os.environ.get("ALLOCATED"):
+            profiler.stop()
+            trace = out / f"trace-{os.environ.get('LOCAL_RANK', '0')}.json"
+            profiler.export_chrome_trace(str(trace))
+            entries = json.loads(trace.read_text())["traceEvents"]
+            trace.unlink()
+            totals = [e["args"]["Total Allocated"] for e in entries if e.get("name") == "[memory]"]
+            seen["allocated"] = [max(totals) / MIB]
+        return full_model(module)
+
+    reduce_scatter = distributed.reduce_scatter_tensor
+
+    def waited_reduce_scatter(*arguments: Any, **options: Any) -> Any:
+        work = reduce_scatter(*arguments, **options)
+        if work is not None and os.environ.get("ALLOCATED"):
+            work.wait()  # as on a GPU, where the next one waits for it; gloo would hold the gradients of all blocks
+        return work
+
+    distributed.reduce_scatter_tensor = waited_reduce_scatter
+    LanguageModule.configure_model, LanguageModule.full_model = noted_model, noted_end  # type: ignore[method-assign]
     SafetensorsFiles.box, LanguageModule.training_step = counted_box, counted_step  # type: ignore[method-assign, assignment]
     CheckpointCallback.save, StepModule.on_train_batch_start = timed_save, first_batch  # type: ignore[method-assign]
     before_all = bytes_read()
     try:
         run_command(arguments)
     finally:
-        status = Path("/proc/self/status").read_text()
-        seen["resident"] = [int(status.partition("VmHWM:")[2].split()[0]) / 1024]
+        seen["resident"] = [resident("VmHWM")]
         (out / f"seen-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(seen))
 
 
@@ -303,7 +339,50 @@ def pictures(folder: Path, options: argparse.Namespace) -> None:
             )
 
 
-MEASUREMENTS = {f.__name__: f for f in (start, steps, checkpoint, faults, pictures)}
+def memory(folder: Path, options: argparse.Namespace) -> None:
+    """The most that PyTorch's allocator had given out while training, by its own count, beside what `plan` says."""
+    make_shards(folder)
+    os.environ["ALLOCATED"] = "1"
+    vocab_size = json.loads((TOKENIZERS / "config.json").read_text())["model"]["vocab_size"]
+    for shape, length, micro in (
+        ({"layers": 8, "width": 512, "heads": 8, "kv_heads": 8, "ffn_width": 1408}, 512, 4),
+        ({"layers": 4, "width": 1024, "heads": 16, "kv_heads": 4, "ffn_width": 2816}, 256, 4),
+        ({"layers": 24, "width": 256, "heads": 4, "kv_heads": 4, "ffn_width": 704}, 1024, 2),
+    ):
+        config = named_size("tiny", **shape, vocab_size=vocab_size, context_length=length)
+        for name, processes, way in (
+            ("one process", 1, []),
+            ("two, fsdp", 2, ["run.data_parallel=fsdp"]),
+            ("two, tensor parallel", 2, ["run.data_parallel=fsdp", "run.tensor_parallel_size=2"]),
+        ):
+            tensor_parallel_size = 2 if "tensor" in name else 1
+            setup = TrainingSetup(
+                micro_batch_size=micro,
+                context_length=length,
+                precision="32-true",
+                data_parallel="fsdp" if way else "none",
+                devices=processes,
+                tensor_parallel_size=tensor_parallel_size,
+                micro_batches=2,
+            )
+            planned = plan_training(config, setup).training.total / MIB
+            out = folder / "memory"
+            rows = 2 * micro * processes // tensor_parallel_size
+            settings = ["run.max_steps=3", f"run.devices={processes}", "attention=dense", f"context_length={length}"]
+            settings += [f"global_batch_size={rows}", f"micro_batch_size={micro}"]
+            seen = run(out, pretraining(folder, out, {**shape, "context_length": length}, *settings, *way))
+            actual = max(one["allocated"][0] for one in seen)
+            training = vars(plan_training(config, setup).training)
+            parts = ", ".join(f"{key} {size / MIB:.0f}" for key, size in training.items())
+            print(
+                f"{shape['layers']} × {shape['width']}, {micro} rows of {length}, {name}: {actual:.0f} MiB, planned "
+                f"{planned:.0f} ({planned / actual - 1:+.0%}; {parts})",
+                flush=True,
+            )
+            shutil.rmtree(out)
+
+
+MEASUREMENTS = {f.__name__: f for f in (start, steps, checkpoint, faults, pictures, memory)}
 
 if __name__ == "__main__":
     if sys.argv[1] == "run":

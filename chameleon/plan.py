@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,31 @@ PRECISIONS = {
     "32-true": (torch.float32, torch.float32),
 }
 """Lightning's name of a precision → (dtype of parameters, gradients and moments; dtype of matrix products)."""
+
+
+class DeviceSpecs(NamedTuple):
+    """What a device can do, by its vendor's data sheets."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """Dense 16-bit operations a second with 32-bit accumulation."""
+    link: float
+    """Bytes a second in each direction between the devices of a node: NVLink, or PCIe 4.0 with 16 lanes."""
+    network: float
+    """Bytes a second in each direction for each device between nodes, in the vendor's reference designs."""
+
+
 DEVICES = {
-    "rtx4090": (24e9, 165e12),
-    "a100-40": (40e9, 312e12),
-    "l40s": (48e9, 362e12),
-    "a100": (80e9, 312e12),
-    "h100": (80e9, 989e12),
-    "h200": (141e9, 989e12),
-    "b200": (180e9, 2250e12),
+    "rtx4090": DeviceSpecs(24e9, 165e12, 32e9, 12.5e9),
+    "a100-40": DeviceSpecs(40e9, 312e12, 300e9, 25e9),
+    "l40s": DeviceSpecs(48e9, 362e12, 32e9, 25e9),
+    "a100": DeviceSpecs(80e9, 312e12, 300e9, 25e9),
+    "h100": DeviceSpecs(80e9, 989e12, 450e9, 50e9),
+    "h200": DeviceSpecs(141e9, 989e12, 450e9, 50e9),
+    "b200": DeviceSpecs(180e9, 2250e12, 900e9, 50e9),
 }
-"""Bytes of memory, and dense 16-bit operations a second with 32-bit accumulation (vendors' data sheets)."""
+DEVICES_PER_NODE = 8
 RESERVED_BYTES = 2e9
 """Bytes of a GPU left to its runtime and to fragmentation: an allowance, not a measurement."""
 
@@ -60,8 +75,14 @@ class TrainingSetup:
     activation_checkpointing: ActivationCheckpointing = "none"
     """`full`: a block's activations are recomputed in the backward pass; `selective`: all but those of products."""
     devices: int = 1
+    tensor_parallel_size: int = 1
+    """Devices that split each matrix, the vocabulary, and between blocks the tokens; only with `fsdp`."""
+    micro_batches: int = 1
+    """Micro-batches of a step."""
+    gradient_sync: Literal["micro_batch", "step"] = "micro_batch"
+    """When `fsdp` reduces gradients."""
     utilization: float = 0.4
-    """Share of the devices' peak that training reaches."""
+    """Share of the devices' peak that training reaches, where the network does not limit it."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -69,11 +90,20 @@ class TrainingSetup:
             ("optimizer", self.optimizer, ("adamw", "muon")),
             ("data_parallel", self.data_parallel, ("none", "ddp", "fsdp")),
             ("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full")),
+            ("gradient_sync", self.gradient_sync, ("micro_batch", "step")),
         ):
             if value not in known:
                 raise BadInput(f"unknown {name} {value!r}", where="plan", remedy=f"one of {', '.join(known)}")
-        if min(self.micro_batch_size, self.context_length, self.devices) < 1:
-            raise BadInput("micro_batch_size, context_length and devices must be positive", where="plan")
+        sizes = ("micro_batch_size", "context_length", "devices", "tensor_parallel_size", "micro_batches")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}, expected 1 or more", where="plan")
+        if self.devices % self.tensor_parallel_size or (self.tensor_parallel_size > 1 and self.data_parallel != "fsdp"):
+            raise BadInput(
+                f"tensor_parallel_size {self.tensor_parallel_size} with {self.devices} devices and {self.data_parallel}",
+                where="plan",
+                remedy="it needs fsdp, and must divide the devices",
+            )
         if not 0 < self.utilization <= 1:
             raise BadInput(f"utilization {self.utilization} is not in (0, 1]", where="plan")
         if self.data_parallel == "none" and self.devices > 1:
@@ -114,6 +144,26 @@ class InferenceBytes(MemoryUse):
     """Its parameters in float32; its activations are not counted."""
 
 
+class StepSeconds(NamedTuple):
+    """How long the parts of a step take."""
+
+    products: float
+    network: float
+    """Parameters and gradients between data-parallel devices, while products are computed."""
+    link: float
+    """Hidden states between the devices that split the model, which products wait for."""
+
+    @property
+    def total(self) -> float:
+        """The step, if transfers of parameters and gradients hide behind everything else."""
+        return max(self.products + self.link, self.network)
+
+    @property
+    def limit(self) -> str:
+        """What determines the time: products or network."""
+        return "network" if self.network > self.products + self.link else "products"
+
+
 @dataclass(frozen=True)
 class Plan:
     """The result of `plan_training`."""
@@ -125,23 +175,65 @@ class Plan:
     flops_per_token: float
 
     def tokens_per_second(self, device: str) -> float:
-        """Return the tokens a second of all devices, at the setup's utilisation. Raise `BadInput` for an unknown device."""
-        return self.setup.devices * self.setup.utilization * device_specs(device)[1] / self.flops_per_token
+        """Return the tokens a second of all devices, by what limits them. Raise `BadInput` for an unknown device."""
+        setup = self.setup
+        copies = setup.devices // setup.tensor_parallel_size
+        tokens = copies * setup.micro_batch_size * setup.context_length * setup.micro_batches
+        return tokens / self.seconds_of_step(device).total
 
     def days(self, device: str, tokens: float) -> float:
         """Return the days to train on that many tokens. Raise `BadInput` for an unknown device."""
         return tokens / self.tokens_per_second(device) / 86400
 
+    def network_bytes(self) -> float:
+        """Return the bytes that a device sends, and as many that it receives, for parameters and gradients in a step."""
+        setup, (param_dtype, product_dtype) = self.setup, PRECISIONS[self.setup.precision]
+        own = self.config.parameters / setup.tensor_parallel_size
+        copies = setup.devices // setup.tensor_parallel_size
+        share = (copies - 1) / copies
+        if setup.data_parallel == "ddp":
+            return 2 * share * own * param_dtype.itemsize
+        if setup.data_parallel == "none":
+            return 0.0
+        # Gathered for the forward and the backward pass; gradients are reduced in 32 bits.
+        reductions = setup.micro_batches if setup.gradient_sync == "micro_batch" else 1
+        return share * own * (2 * product_dtype.itemsize * setup.micro_batches + 4 * reductions)
+
+    def link_bytes(self) -> float:
+        """Return the bytes that a device sends to those that split the model with it, in a step."""
+        setup, product_size = self.setup, PRECISIONS[self.setup.precision][1].itemsize
+        share = (setup.tensor_parallel_size - 1) / setup.tensor_parallel_size
+        tokens = setup.micro_batch_size * setup.context_length * setup.micro_batches
+        # A block gathers its tokens' hidden states twice and scatters sums twice, and the same in the backward pass.
+        return share * 8 * self.config.layers * tokens * self.config.width * product_size
+
+    def seconds_of_step(self, device: str) -> StepSeconds:
+        """Return how long products and transfers of a step take. Raise `BadInput` for an unknown device."""
+        setup, specs = self.setup, device_specs(device)
+        tokens = setup.micro_batch_size * setup.context_length * setup.micro_batches
+        flops = tokens * self.flops_per_token / setup.tensor_parallel_size
+        speed = specs.network if setup.devices > DEVICES_PER_NODE else specs.link
+        return StepSeconds(
+            products=flops / (specs.flops * setup.utilization),
+            network=self.network_bytes() / speed,
+            link=self.link_bytes() / specs.link,
+        )
+
     def spare_bytes(self, device: str) -> float:
         """Return the bytes left on the device while training; negative where it does not fit."""
-        return device_specs(device)[0] - RESERVED_BYTES - self.training.total
+        return device_specs(device).memory - RESERVED_BYTES - self.training.total
 
     def to_json(self, device_names: Iterable[str] = DEVICES, tokens: float | None = None) -> dict[str, Any]:
         """Return everything as plain values; with `tokens` to train on, also the days on each kind of device."""
-        devices = {
-            name: {"spare_bytes": self.spare_bytes(name), "tokens_per_second": self.tokens_per_second(name)}
-            for name in device_names
-        }
+        devices: dict[str, dict[str, Any]] = {}
+        for name in device_names:
+            seconds = self.seconds_of_step(name)
+            devices[name] = {
+                "spare_bytes": self.spare_bytes(name),
+                "tokens_per_second": self.tokens_per_second(name),
+                "seconds_of_step": seconds._asdict(),
+                "limit": seconds.limit,
+            }
         for name, values in devices.items():
             if tokens is not None:
                 values["days"] = self.days(name, tokens)
@@ -152,12 +244,14 @@ class Plan:
             "training_bytes": {**asdict(self.training), "total": self.training.total},
             "inference_bytes": {**asdict(self.inference), "total": self.inference.total},
             "flops_per_token": self.flops_per_token,
+            "network_bytes_per_step": self.network_bytes(),
+            "link_bytes_per_step": self.link_bytes(),
             "devices": devices,
         }
 
 
-def device_specs(name: str) -> tuple[float, float]:
-    """Return (bytes of memory, operations a second) of a device. Raise `BadInput` for one that is not in `DEVICES`."""
+def device_specs(name: str) -> DeviceSpecs:
+    """Return what a device can do. Raise `BadInput` for one that is not in `DEVICES`."""
     if name not in DEVICES:
         raise BadInput(f"unknown device {name!r}", where="plan", remedy=f"one of {', '.join(DEVICES)}")
     return DEVICES[name]
@@ -197,15 +291,19 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
     optimizer = num_moments * param_size + 4 * (len(named) - len(muon))
     communication = 0
     if setup.data_parallel == "fsdp":
+        whole_gradients = gradients // setup.tensor_parallel_size
         parameters, gradients, optimizer = (-(-size // setup.devices) for size in (parameters, gradients, optimizer))
+        if setup.gradient_sync == "step" and setup.micro_batches > 1:
+            gradients += whole_gradients
         root_parameters = num_parameters - config.layers * block_parameters
-        communication = (root_parameters + 2 * block_parameters) * product_size  # the root, a block and the next one
+        gathered = (root_parameters + 2 * block_parameters) * product_size  # the root, a block and the next one
+        communication = gathered // setup.tensor_parallel_size
     elif setup.data_parallel == "ddp":
         communication = gradients
     num_tokens, head_size = setup.micro_batch_size * setup.context_length, config.vocab_size * config.width
     chunk_logits = min(loss_chunk_size(config.vocab_size), num_tokens) * config.vocab_size
     head_copies = 4 + product_size + (product_size if product_size != param_size else 0)
-    logits = chunk_logits * (4 + product_size) + head_size * head_copies
+    logits = (chunk_logits * (4 + product_size) + head_size * head_copies) // setup.tensor_parallel_size
     logits += 2 * num_tokens * config.width * product_size  # hidden states of weighted tokens, and their gradient
     return TrainingBytes(
         parameters=parameters,
@@ -222,7 +320,17 @@ def activation_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
 
     One and two blocks are run on fake tensors; every further block adds what the second one did. Copies of weights made by
     mixed precision count, since they live as long. The kernels are those of a CPU.
+
+    Tensor parallelism splits what belongs to heads and to the hidden width of the feed-forward layers, and elsewhere the
+    tokens, but for the inputs of the two first matrices of a block, which each device has whole.
     """
+    if setup.tensor_parallel_size > 1:
+        size, num_tokens = setup.tensor_parallel_size, setup.micro_batch_size * setup.context_length
+        whole = activation_bytes(config, replace(setup, tensor_parallel_size=1))
+        inputs = 0
+        if setup.activation_checkpointing == "none":
+            inputs = 2 * config.layers * num_tokens * config.width * PRECISIONS[setup.precision][1].itemsize
+        return (whole - inputs) // size + inputs
     one_block, two_blocks = (traced_bytes(replace(config, layers=layers), setup) for layers in (1, 2))
     per_block, rest = two_blocks - one_block, 2 * one_block - two_blocks
     if setup.activation_checkpointing == "none":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,11 +86,12 @@ def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenize
     assert losses(killed) == losses(whole) and len(losses(whole)) == 14
 
 
-def test_sigterm_leaves_a_checkpoint(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_a_checkpoint(number: int, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = recipe_file(tmp_path, tokenizer)
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     assert run(recipe, whole, "run.save_every_n_steps=0") == 0
-    assert run(recipe, ended, "run.save_every_n_steps=0", step=4, sign=signal.SIGTERM) == 143
+    assert run(recipe, ended, "run.save_every_n_steps=0", step=4, sign=number) == 143
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (ended / "bundle").exists()
     assert run(recipe, ended, "run.save_every_n_steps=0", "--resume") == 0
@@ -118,6 +121,30 @@ def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokeni
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert command([*arguments, f"run.out={ended}", "--resume"]) == 0
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
+
+
+def test_killed_at_random_moments(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Five times, while it trains or writes a checkpoint, which it does all the time."""
+    recipe = recipe_file(tmp_path, tokenizer)
+    settings = ["run.max_steps=150", "run.save_every_n_steps=2", "run.log_every_n_steps=1"]
+    assert run(recipe, tmp_path / "whole", *settings) == 0
+    killed, rng, kills = tmp_path / "killed", random.Random(0), 0
+    start = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(recipe), f"run.out={killed}", *CHANGES]
+    while kills < 5:
+        began, log = time.time(), killed / "log" / "metrics.csv"
+        process = subprocess.Popen([*start, *settings, *(["--resume"] if kills else [])], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (log.is_file() and log.stat().st_mtime > began):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        assert process.poll() is None  # there is enough left to do
+        process.kill()
+        process.wait()
+        kills += 1
+    assert run(recipe, killed, *settings, "--resume") == 0
+    mine, expected = weights(killed), weights(tmp_path / "whole")
+    assert all(torch.equal(mine[name], expected[name]) for name in expected) and losses(killed) == losses(
+        tmp_path / "whole"
+    )
 
 
 def test_changed_recipes(tmp_path: Path, tokenizer: MixedTokenizer, capsys: pytest.CaptureFixture[str]) -> None:

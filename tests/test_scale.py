@@ -107,6 +107,24 @@ def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) 
     torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)
 
 
+def test_two_nodes_of_two_processes(lone: Path, tmp_path: Path) -> None:
+    """Two agents of torchrun, each with a host name of its own where the system allows it."""
+    arguments = ["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2"]
+    arguments += ["run.num_nodes=2", "run.data_parallel=fsdp", "run.tensor_parallel_size=2", "--json"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    agent += ["--master-addr", "127.0.0.1", "--master-port", "29619"]
+    can_rename = subprocess.run(["unshare", "-u", "hostname", "node"], capture_output=True).returncode == 0
+    running = []
+    for node in range(2):
+        command = [*agent, "--node-rank", str(node), "-m", "chameleon.cli", *arguments]
+        if can_rename:
+            command = ["unshare", "-u", "sh", "-c", f'hostname node{node} && exec "$@"', "sh", *command]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("started", ["torchrun", "slurm"])
 def test_the_same_recipe_started_by_a_cluster(started: str, lone: Path, tmp_path: Path) -> None:
     """By torchrun, and as SLURM starts its tasks: two processes that know of each other by their environment."""

@@ -42,6 +42,9 @@ from chameleon.train.recipe import RunConfig
 from chameleon.train.step_module import StepModule
 
 CHECKPOINTS_FOLDER = "checkpoints"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals, to whichever process, after which all write a checkpoint and exit with 143; SLURM can send the second one some
+time before it ends a job."""
 MAX_ROLLBACKS = 3
 """Rollbacks without a checkpoint between them after which a run ends."""
 RESUMABLE_KEYS = (
@@ -207,7 +210,8 @@ class CheckpointCallback(Callback):
 
         on_first_process(prepare_folder)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: module.requests.update(stop=True))
+            for number in STOP_SIGNALS:
+                signal.signal(number, lambda *_: module.requests.update(stop=True))
         if resumed is None:
             return
         module.completed_steps, module.batches_seen = resumed.completed_steps, resumed.batches_seen

@@ -33,6 +33,8 @@ def setup_of(recipe: TrainRecipe, context_length: int, num_processes: int) -> Tr
         data_parallel=recipe.run.data_parallel if num_processes > 1 else "none",
         activation_checkpointing=recipe.activation_checkpointing,
         devices=num_processes,
+        tensor_parallel_size=recipe.run.tensor_parallel_size,
+        gradient_sync=recipe.gradient_sync,
     )
 
 
@@ -49,11 +51,6 @@ def check_memory(config: ModelConfig, recipe: TrainRecipe, context_length: int, 
     total = float(needed.total)
     if recipe.trainable != "all":
         total -= needed.gradients + needed.optimizer
-    tensor_parallel_size = recipe.run.tensor_parallel_size
-    # Heads and the hidden width of the feed-forward layers are split, what lies between blocks is not.
-    total -= needed.activations * 0.5 * (1 - 1 / tensor_parallel_size)
-    embedding_and_head = 16.0 * 2 * config.vocab_size * config.width  # on every device of a tensor-parallel group
-    total += embedding_and_head * (tensor_parallel_size - 1) / num_processes
     if total <= available:
         return
     changes = []

@@ -28,6 +28,11 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("--precision", help="bf16-mixed, bf16-true, 16-mixed, 16-true, 32-true (default: the recipe's)")
     parser.add_argument("--optimizer", help="adamw or muon (default: the recipe's)")
     parser.add_argument("--data-parallel", help="none, ddp or fsdp (default: the recipe's, else none)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, help="devices that split each matrix (default: the recipe's, else 1)"
+    )
+    parser.add_argument("--micro-batches", type=int, help="micro-batches of a step (default: the recipe's, else 1)")
+    parser.add_argument("--gradient-sync", help="micro_batch or step (default: the recipe's)")
     parser.add_argument("--activation-checkpointing", help="none, selective or full (default: the recipe's, else none)")
     parser.add_argument("--devices", type=int, default=1, help="number of devices (default: 1)")
     parser.add_argument("--device", help="one kind of device (default: a table of them)")
@@ -150,13 +155,13 @@ def show_shards(arguments: argparse.Namespace, folder: Path) -> None:
 
 def check_shards(folder: Path) -> None:
     """Verify all shards and name every damaged one. Raise `BadInput` where there is any."""
-    from chameleon.data.token_shards import TokenShard, shard_folders
+    from chameleon.data.token_shards import TokenShard, shard_folders, verify_shards
 
     folders = shard_folders(folder)
     num_damaged = 0
     for path in folders:
         try:
-            TokenShard(path).verify()
+            verify_shards([TokenShard(path)], again=True)
         except BadInput as error:
             num_damaged += 1
             print_error("info", str(error))
@@ -190,7 +195,7 @@ def plan(arguments: argparse.Namespace) -> None:
     for name in devices:
         device_specs(name)
     config, setup = model_and_setup(arguments.what)
-    for key in setup:
+    for key in (*setup, "micro_batches"):
         if getattr(arguments, key) is not None:
             setup[key] = getattr(arguments, key)
     setup |= {"devices": arguments.devices, "utilization": arguments.utilization}
@@ -204,14 +209,24 @@ def plan(arguments: argparse.Namespace) -> None:
     lines += memory_table("training, per device", result.training)
     lines += memory_table("inference in 16 bits", result.inference)
     lines.append(f"{result.flops_per_token / 1e9:.2f} GFLOP per token of training, a third of it for inference")
+    if arguments.devices > 1:
+        lines.append(
+            f"a device sends {result.network_bytes() / 1e9:.2f} GB of parameters and gradients a step, and "
+            f"{result.link_bytes() / 1e9:.2f} GB of hidden states to those that split the model with it"
+        )
     for name in devices:
         spare, speed = result.spare_bytes(name), result.tokens_per_second(name)
+        seconds = result.seconds_of_step(name)
         if spare < 0:
             lines.append(f"  {name:<10}does not fit, {-spare / 1e9:.1f} GB too much")
             continue
         days = f", {result.days(name, arguments.tokens):,.2f} days" if arguments.tokens else ""
         fits = f"fits, {spare / 1e9:.1f} GB to spare"
-        lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}")
+        limit = ""
+        if arguments.devices > 1:
+            limit = f", products {seconds.products:.2f} s, network {seconds.network:.2f} s, links {seconds.link:.2f} s"
+            limit += ": the network is the limit" if seconds.limit == "network" else ""
+        lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}{limit}")
     print_result(arguments, result.to_json(devices, arguments.tokens), "\n".join(lines))
 
 
@@ -230,6 +245,8 @@ def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:
             "precision": "bf16-mixed",
             "optimizer": "adamw",
             "data_parallel": "none",
+            "tensor_parallel_size": 1,
+            "gradient_sync": "micro_batch",
             "activation_checkpointing": "none",
         }
     try:
@@ -256,5 +273,7 @@ def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         "precision": recipe.run.precision,
         "optimizer": recipe.optimizer.kind,
         "data_parallel": recipe.run.data_parallel,
+        "tensor_parallel_size": recipe.run.tensor_parallel_size,
+        "gradient_sync": recipe.gradient_sync,
         "activation_checkpointing": recipe.activation_checkpointing,
     }

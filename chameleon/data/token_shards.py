@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from chameleon.errors import BadInput
-from chameleon.files import atomic_folder, sha256_of, verify_once, write_json
+from chameleon.files import VERIFIED, atomic_folder, sha256_of, verify_once, write_json
 from chameleon.tokenizers.mixed import answer_mask
 from chameleon.vocabulary import Modality, Vocabulary
 
@@ -220,12 +220,14 @@ class TokenShard:
                     raise BadInput(f"a token id is not below {size}", where=path, remedy=TOKENIZE_AGAIN)
 
 
-def verify_shards(shards: Iterable[TokenShard]) -> None:
+def verify_shards(shards: Iterable[TokenShard], *, again: bool = False) -> None:
     """Verify shards and note it beside them; one whose files have not changed since it was noted is not read again.
 
-    Raises `BadInput` for the first one that is damaged.
+    again: read them nevertheless. Raises `BadInput` for the first one that is damaged.
     """
     for shard in shards:
+        if again:
+            (shard.folder / VERIFIED).unlink(missing_ok=True)
         verify_once(shard.folder, shard.description["sha256"], shard.verify)
 
 
