@@ -106,12 +106,38 @@ def test_sharding_divides_and_fits() -> None:
     assert eight.tokens_per_second("h100") == 8 * alone.tokens_per_second("h100")
 
 
+def test_a_thousand_devices_and_the_network() -> None:
+    """By hand: what FSDP gathers and reduces, what tensor parallelism exchanges, and which of them products wait for."""
+    config = named_size("7b")
+    setup = TrainingSetup(activation_checkpointing="full", data_parallel="fsdp", devices=1024)
+    one_row, eight_rows = (plan_training(config, replace(setup, micro_batch_size=rows)) for rows in (1, 8))
+    bytes_sent = config.parameters * (2 + 2 + 4) * 1023 / 1024
+    assert one_row.network_bytes() == pytest.approx(bytes_sent) == eight_rows.network_bytes()
+    seconds = one_row.seconds_of_step("h100")
+    assert seconds.network == pytest.approx(bytes_sent / 50e9) and seconds.limit == "network"
+    assert seconds.products == pytest.approx(4096 * one_row.flops_per_token / (0.4 * 989e12))
+    assert one_row.tokens_per_second("h100") == pytest.approx(1024 * 4096 / seconds.network)
+    assert eight_rows.seconds_of_step("h100").limit == "products"
+    once = plan_training(config, replace(setup, micro_batches=4, gradient_sync="step"))
+    assert once.network_bytes() == pytest.approx(config.parameters * (4 * (2 + 2) + 4) * 1023 / 1024)
+    assert once.training.gradients > one_row.training.gradients + 4 * config.parameters  # it holds all of them
+    split = plan_training(config, replace(setup, tensor_parallel_size=8))
+    assert split.network_bytes() == pytest.approx(config.parameters / 8 * 8 * 127 / 128)
+    assert split.link_bytes() == pytest.approx(7 / 8 * 8 * 32 * 4096 * 4096 * 2)
+    for name in ("parameters", "gradients", "optimizer"):  # both kinds of devices split them
+        assert getattr(split.training, name) == getattr(one_row.training, name)
+    for name in ("activations", "logits", "communication"):
+        assert getattr(split.training, name) < getattr(one_row.training, name) / 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"precision": "fp8"}, "bf16-mixed"),
         ({"devices": 2}, "ddp or fsdp"),
-        ({"micro_batch_size": 0}, "positive"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"data_parallel": "fsdp", "devices": 6, "tensor_parallel_size": 4}, "must divide the devices"),
+        ({"data_parallel": "ddp", "devices": 4, "tensor_parallel_size": 2}, "it needs fsdp"),
         ({"utilization": 1.5}, "utilization"),
     ],
 )
@@ -131,6 +157,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
             "64",
             "--activation-checkpointing",
             "full",
+            "--micro-batch-size",
+            "4",  # with one row the network is the limit
             "--tokens",
             "1e12",
             "--json",
