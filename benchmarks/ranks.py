@@ -222,7 +222,8 @@ def checkpoint(folder: Path, options: argparse.Namespace) -> None:
         out = folder / "checkpoint"
         settings = ["run.max_steps=24", "run.save_every_n_steps=2", f"run.devices={processes}", "run.log_every_n_steps=50"]
         way = ["run.data_parallel=fsdp"] if processes > 1 else []
-        seen = run(out, pretraining(folder, out, LARGE, *settings, *way, "context_length=512"))
+        shape = {**LARGE, "context_length": 512}
+        seen = run(out, pretraining(folder, out, shape, *settings, *way, "context_length=512"))
         saves = seen[0]["saves"][2:]  # the first one makes the copies' memory
         waits = [
             statistics.median(seconds for kind, seconds in saves if kind is synchronous) for synchronous in (False, True)

@@ -34,7 +34,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("--micro-batches", type=int, help="micro-batches of a step (default: the recipe's, else 1)")
     parser.add_argument("--gradient-sync", help="micro_batch or step (default: the recipe's)")
     parser.add_argument("--activation-checkpointing", help="none, selective or full (default: the recipe's, else none)")
-    parser.add_argument("--devices", type=int, default=1, help="number of devices (default: 1)")
+    parser.add_argument("--devices", type=int, help="number of devices (default: as few as the setup allows)")
     parser.add_argument("--device", help="one kind of device (default: a table of them)")
     parser.add_argument(
         "--utilization", type=float, default=0.4, help="share of the devices' peak that is reached (default: 0.4)"
@@ -198,7 +198,8 @@ def plan(arguments: argparse.Namespace) -> None:
     for key in (*setup, "micro_batches"):
         if getattr(arguments, key) is not None:
             setup[key] = getattr(arguments, key)
-    setup |= {"devices": arguments.devices, "utilization": arguments.utilization}
+    num_devices = setup["tensor_parallel_size"] if arguments.devices is None else arguments.devices
+    setup |= {"devices": num_devices, "utilization": arguments.utilization}
     result = plan_training(config, TrainingSetup(**setup))
 
     def memory_table(title: str, memory: Any) -> list[str]:
@@ -209,7 +210,7 @@ def plan(arguments: argparse.Namespace) -> None:
     lines += memory_table("training, per device", result.training)
     lines += memory_table("inference in 16 bits", result.inference)
     lines.append(f"{result.flops_per_token / 1e9:.2f} GFLOP per token of training, a third of it for inference")
-    if arguments.devices > 1:
+    if num_devices > 1:
         lines.append(
             f"a device sends {result.network_bytes() / 1e9:.2f} GB of parameters and gradients a step, and "
             f"{result.link_bytes() / 1e9:.2f} GB of hidden states to those that split the model with it"
@@ -223,7 +224,7 @@ def plan(arguments: argparse.Namespace) -> None:
         days = f", {result.days(name, arguments.tokens):,.2f} days" if arguments.tokens else ""
         fits = f"fits, {spare / 1e9:.1f} GB to spare"
         limit = ""
-        if arguments.devices > 1:
+        if num_devices > 1:
             limit = f", products {seconds.products:.2f} s, network {seconds.network:.2f} s, links {seconds.link:.2f} s"
             limit += ": the network is the limit" if seconds.limit == "network" else ""
         lines.append(f"  {name:<10}{fits:<34}{speed:>12,.0f} tokens/s{days}{limit}")
