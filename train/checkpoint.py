@@ -273,6 +273,7 @@ class CheckpointCallback(Callback):
             self.writer.wait()  # raises on all processes
         if module.guard.needs_rollback:
             self.roll_back(trainer, module)
+            module.granted |= granted  # after the next step
             return
         step = module.current_step  # callbacks run before the module counts the step
         save_every, minutes = self.run.save_every_n_steps, self.run.save_every_n_minutes

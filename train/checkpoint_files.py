@@ -125,21 +125,20 @@ class CheckpointWriter:
         """
         partial = target.with_name(f".{target.name}.partial-all")
         is_first = process_rank() == 0
-        own_file = f"shard-{process_rank() + 1:05}-model-00001-of-00001.safetensors"
+        own_files = f"shard-{process_rank() + 1:05}-*.safetensors"
 
         def create_folder() -> None:
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
 
-        def write_own_file() -> tuple[str, str] | None:
+        def write_part() -> dict[str, str]:
             save_tensors(partial, tensors, self.group)
-            path = partial / own_file
-            return (path.name, sha256_of(path)) if path.is_file() else None
+            return {path.name: sha256_of(path) for path in partial.glob(own_files)}
 
         def complete() -> None:
             if is_first:
-                checksums = dict(entry for entry in entries if entry is not None)
+                checksums = {name: checksum for part in parts for name, checksum in part.items()}
                 write_json(partial / DESCRIPTION_FILE, description | {"sha256": checksums})
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
@@ -148,7 +147,7 @@ class CheckpointWriter:
         try:
             run_on_all_processes(create_folder, self.group)
             run_on_all_processes(lambda: check_disk_space(target.parent, tensors), self.group)  # before any process writes
-            entries = gather(run_on_all_processes(write_own_file, self.group), self.group)
+            parts = gather(run_on_all_processes(write_part, self.group), self.group)
             run_on_all_processes(complete, self.group)
         except BadInput as error:
             if is_first:

@@ -158,7 +158,7 @@ class StepModule(L.LightningModule):
         return (~is_usual).float()
 
     def record_step(self, skip: Tensor, loss: Tensor, grad_norm: Tensor, requested: Tensor, *values: Tensor) -> StepResult:
-        """Read the result of the step before this one; on logged steps, and before validation, this one's too.
+        """Read the result of the step before this one; on logged steps this one's too.
 
         Returns this step's, whose numbers are there once it is read. values: further float64 scalars.
         """
