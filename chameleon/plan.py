@@ -297,7 +297,8 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
             gradients += whole_gradients
         root_parameters = num_parameters - config.layers * block_parameters
         gathered = (root_parameters + 2 * block_parameters) * product_size  # the root, a block and the next one
-        communication = gathered // setup.tensor_parallel_size
+        reduced = block_parameters * (product_size + 2 * 4)  # a block's gradients, in 32 bits with those of the one before
+        communication = (gathered + reduced) // setup.tensor_parallel_size
     elif setup.data_parallel == "ddp":
         communication = gradients
     num_tokens, head_size = setup.micro_batch_size * setup.context_length, config.vocab_size * config.width

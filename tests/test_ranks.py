@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from torch import distributed
 from chameleon import bundle
 from chameleon.cli import main
 from chameleon.data import token_shards
+from chameleon.model.transformer import Attention
 from chameleon.tensor_files import SafetensorsFiles
 from chameleon.train import checkpoint_files
 from chameleon.train.language_module import LanguageModule
@@ -76,6 +78,12 @@ def counted(module, batch, number):
             raise ValueError("the data of this process are not readable")
         os.kill(os.getpid(), int(os.environ["HOW"]))
 LanguageModule.training_step = counted
+if os.environ.get("SLOW") == rank:
+    forward = Attention.forward
+    def slow_forward(*arguments):
+        time.sleep(0.02)
+        return forward(*arguments)
+    Attention.forward = slow_forward
 try:
     main(sys.argv[2:])
 finally:
@@ -120,10 +128,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) 
     ("more", "collectives"),
     [
         (["run.devices=2"], 2),  # one bucket of gradients, and what the step tells
-        (["run.devices=2", "micro_batch_size=1"], 2),
+        pytest.param(["run.devices=2", "micro_batch_size=1"], 2, marks=pytest.mark.slow),
         # Parameters of root and two blocks are gathered in both passes, and their gradients are reduced.
         (["run.devices=2", *FSDP], 3 + 3 + 3 + 1),
-        (["run.devices=2", *FSDP, "micro_batch_size=1"], 2 * (3 + 3 + 3) + 1),
+        pytest.param(["run.devices=2", *FSDP, "micro_batch_size=1"], 2 * (3 + 3 + 3) + 1, marks=pytest.mark.slow),
         (["run.devices=2", *FSDP, "micro_batch_size=1", "gradient_sync=step"], 2 * (3 + 3) + 3 + 1),
     ],
 )
@@ -174,8 +182,15 @@ def test_copies_of_a_model_share_the_reading(recipe: Path, tmp_path: Path) -> No
     assert sha256_of(tmp_path / "bundle" / "model.safetensors") == bundle
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
-@pytest.mark.parametrize("how", ["exception", str(int(signal.SIGKILL))])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        ("1", "exception"),
+        ("1", str(int(signal.SIGKILL))),
+        pytest.param("0", "exception", marks=pytest.mark.slow),
+        pytest.param("0", str(int(signal.SIGKILL)), marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_ends_ends_all(victim: str, how: str, recipe: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     process = start(recipe, tmp_path, "run.devices=2", environment={"VICTIM": f"{victim} 4", "HOW": how})
@@ -185,6 +200,20 @@ def test_a_process_that_ends_ends_all(victim: str, how: str, recipe: Path, tmp_p
         assert "the data of this process are not readable" in errors
     others = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
     assert others.stdout == ""
+
+
+@pytest.mark.parametrize("way", [[], pytest.param(FSDP, marks=pytest.mark.slow)])
+def test_the_slowest_process_is_named(way: list[str], recipe: Path, tmp_path: Path) -> None:
+    """In the log of each logged step, and by an alarm once it was slow three times in a row."""
+    more = ["run.devices=3", "run.log_every_n_steps=1", "global_batch_size=6", *way]
+    process = start(recipe, tmp_path, *more, environment={"SLOW": "2"})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    with open(tmp_path / "log" / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("speed/slowest_process")]
+    assert len(rows) == 13 and [float(row["speed/slowest_process"]) for row in rows[3:]].count(2) >= 9
+    assert float(rows[-1]["speed/slowest_to_median"]) > 1.5
+    assert "process 2 takes" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_a_process_without_signs_counts_as_dead() -> None:

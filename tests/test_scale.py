@@ -80,7 +80,7 @@ def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -
     torch.testing.assert_close(log(tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("adapters", ["codebook rows", "lora", "image head"])
+@pytest.mark.parametrize("adapters", ["codebook rows", "lora", pytest.param("image head", marks=pytest.mark.slow)])
 def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Path) -> None:
     """What is added to the matrices is split with them, and folded into the same bundle as on one process."""
     start = [f"bundle={lone}/run/bundle", "tokenizers=null", "size=null", "model={}"]

@@ -98,6 +98,15 @@ def test_an_alarm_waits_for_growth_and_repeats_after_as_much() -> None:
     assert steady.check_log_z(1.0, "text") is None and steady.check_log_z(-32.0, "image") is None  # told once
 
 
+def test_a_slow_process_is_told_of_once_it_stays_slow() -> None:
+    alarm = DivergenceAlarm(StabilityConfig(max_slowdown=1.5))
+    assert [alarm.check_slowest_process(3, ratio) for ratio in (2.0, 2.0, 1.2, 2.0, 2.0)] == [None] * 5
+    assert alarm.check_slowest_process(1, 2.0) is None  # another one
+    assert alarm.check_slowest_process(1, 2.0) is None
+    assert "process 1 takes 2.0 times" in (alarm.check_slowest_process(1, 2.0) or "")
+    assert alarm.check_slowest_process(1, 2.0) is None  # told
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int], stop: int = -1) -> list[tuple[int, int]]:
     """Losses of the batches `bad` are not numbers; what is given back fills with (step, batch). Step `stop` fails once."""
     seen: list[tuple[int, int]] = []
