@@ -149,6 +149,8 @@ def split_array(file: IO[bytes], path: Path) -> Iterator[str]:
             text, expected = text[1:], "]"
             continue
         end = end_of_element(decoder, text, path, at_end=at_end)
+        if (len(text) if end is None else end) > MAX_LINE_BYTES:
+            raise BadInput(f"over the limit of {MAX_LINE_BYTES >> 20} MiB for a record", where=path)
         if end is not None:
             yield text[:end]
             text = text[end:].lstrip()
@@ -156,8 +158,6 @@ def split_array(file: IO[bytes], path: Path) -> Iterator[str]:
             continue
         if at_end:
             raise BadInput("not JSON (the file ends within the array)", where=path)
-        if len(text) > MAX_LINE_BYTES:
-            raise BadInput(f"over the limit of {MAX_LINE_BYTES >> 20} MiB for a record", where=path)
         block = bytes(file.read(max(READ_BYTES, len(text))))  # twice as much each time, else long elements take long
         at_end = not block
         text += decode(block, at_end)
