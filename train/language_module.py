@@ -140,7 +140,7 @@ class LanguageModule(StepModule):
         local = torch.stack([value.double().to(self.device) for value in (grad_square, *means)])
         sums, requested = self.sum_over_processes(torch.cat((local, *totals)))
         weight, loss, output_norm = (sums[1:4] / self.trainer.world_size).unbind()
-        weight = weight.clamp(min=1e-6)
+        weight = weight.clamp(min=1e-30)  # where no token counts, everything is 0
         loss, grad_norm = loss / weight, sums[0].sqrt() / weight
 
         skip = self.decide_to_skip(loss, grad_norm)
