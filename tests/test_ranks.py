@@ -148,28 +148,28 @@ def test_steps_wait_for_nothing_between_logged_ones(
 
 def test_each_process_reads_its_part(recipe: Path, tmp_path: Path) -> None:
     """Shards are verified by one process each, and once; a bundle and a checkpoint are read where a process's part lies."""
-    settings = [*FSDP, "run.devices=4", "run.save_every_n_steps=6"]
+    settings = [*FSDP, "run.devices=2", "run.save_every_n_steps=6"]
     for note in recipe.parent.glob("shards/*/verified.json"):  # by other tests
         note.unlink()
     first = run(recipe, tmp_path / "first", *settings)
     shards = sum(path.stat().st_size for path in recipe.parent.glob("shards/*/*.bin"))
     assert sum(sum(seen["shards"]) for seen in first) == shards
-    assert all(0 < sum(seen["shards"]) <= 1.2 * shards / 4 for seen in first)
+    assert all(0 < sum(seen["shards"]) <= 1.2 * shards / 2 for seen in first)
     bundle = tmp_path / "first" / "bundle"
     whole = (bundle / "model.safetensors").stat().st_size
     start = [f"bundle={bundle}", "tokenizers=null", "size=null", "model={}", "run.save_every_n_steps=0"]
     for out in ("second", "third"):
-        seen_by = run(recipe, tmp_path / out, *FSDP, "run.devices=4", *start)
+        seen_by = run(recipe, tmp_path / out, *FSDP, "run.devices=2", *start)
         hashed = [sum(seen.get("bundle verified", [])) for seen in seen_by]
         # The first process writes a bundle too; it verifies the one that it starts from once for all.
         assert not any(hashed[1:]) and (hashed[0] > 1.9 * whole) == (out == "second")
     second = seen_by
     assert all("shards" not in seen for seen in second)  # they have not changed since
-    assert all(0 < sum(seen["bundle"]) <= 1.2 * whole / 4 for seen in second)
+    assert all(0 < sum(seen["bundle"]) <= 1.2 * whole / 2 for seen in second)
     again = run(recipe, tmp_path / "first", *settings, "--resume")
     files = list((tmp_path / "first" / "checkpoints" / "step-00000012").glob("*.safetensors"))
     whole = sum(path.stat().st_size for path in files)
-    assert len(files) == 4 and all(0 < sum(seen["checkpoint"]) <= 1.2 * whole / 4 for seen in again)
+    assert len(files) == 2 and all(0 < sum(seen["checkpoint"]) <= 1.2 * whole / 2 for seen in again)
 
 
 def test_copies_of_a_model_share_the_reading(recipe: Path, tmp_path: Path) -> None:
@@ -202,7 +202,8 @@ def test_a_process_that_ends_ends_all(victim: str, how: str, recipe: Path, tmp_p
     assert others.stdout == ""
 
 
-@pytest.mark.parametrize("way", [[], pytest.param(FSDP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [[], FSDP])
 def test_the_slowest_process_is_named(way: list[str], recipe: Path, tmp_path: Path) -> None:
     """In the log of each logged step, and by an alarm once it was slow three times in a row."""
     more = ["run.devices=3", "run.log_every_n_steps=1", "global_batch_size=6", *way]
@@ -227,17 +228,17 @@ def test_a_process_without_signs_counts_as_dead() -> None:
 def test_validation_is_shared(recipe: Path, tmp_path: Path) -> None:
     """Any number of processes validates the same rows; that they cannot be divided evenly makes no difference."""
     figures = []
-    for devices in (1, 2, 4):
+    for devices in (1, 3):
         out = tmp_path / str(devices)
         out.mkdir()
         script = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(recipe), *RUN, f"run.out={out}"]
         shards = recipe.parent / "shards"
         script += [f"validation=[{{shards: {shards}}}]", f"run.devices={devices}", "micro_batch_size=1", "--json"]
-        script += FSDP if devices == 4 else []
+        script += [*FSDP, "global_batch_size=3"] if devices == 3 else ["global_batch_size=3"]
         done = subprocess.run(script, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         figures.append(json.loads(done.stdout))
     for kind in ("text", "image"):
         name = f"validation/{kind}_loss"
         values = torch.tensor([figure["metrics"][name] if "metrics" in figure else figure[name] for figure in figures])
-        torch.testing.assert_close(values, values[:1].expand(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, values[:1].expand(2), atol=1e-5, rtol=0)

@@ -65,7 +65,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) ->
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "four, ddp" else way for way in WAYS])
 def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -> None:
     """And one process goes on from the checkpoint that they wrote on the way."""
     run(lone / "recipe.yaml", tmp_path, *WAYS[way])
@@ -80,7 +80,9 @@ def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -
     torch.testing.assert_close(log(tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("adapters", ["codebook rows", "lora", pytest.param("image head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "adapters", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("codebook rows", "image head"))]
+)
 def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Path) -> None:
     """What is added to the matrices is split with them, and folded into the same bundle as on one process."""
     start = [f"bundle={lone}/run/bundle", "tokenizers=null", "size=null", "model={}"]
