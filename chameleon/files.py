@@ -148,12 +148,12 @@ def verify_once(folder: Path, sha256: Mapping[str, str], verify: Callable[[], No
     except OSError:  # a file is missing, which `verify` tells
         verify()
         return
-    state = json.dumps({name: [stat.st_size, stat.st_mtime_ns, sha256[name]] for name, stat in stats.items()})
-    if note.is_file() and note.read_text(encoding="utf-8") == state:
+    state = json.dumps({name: [stat.st_size, stat.st_mtime_ns, sha256[name]] for name, stat in stats.items()}).encode()
+    if note.is_file() and note.read_bytes() == state:
         return
     verify()
     with suppress(BadInput), atomic_file(note) as partial:  # the folder may not be writable
-        partial.write_text(state, encoding="utf-8")
+        partial.write_bytes(state)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -234,6 +234,35 @@ def test_a_tied_head_is_trained(tmp_path: Path, tokenizer: MixedTokenizer) -> No
     train(read_recipe(PretrainRecipe, tmp_path / "recipe.yaml", more))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["loss=cut"], "cut does not go with tensor parallelism"),
+        (["context_length=47"], "context_length 47 is not divisible by 2 devices"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_do(
+    changes: list[str], message: str, tmp_path: Path, tokenizer: MixedTokenizer
+) -> None:
+    path = recipe_file(tmp_path, tokenizer)
+    split = ["run.devices=2", "run.data_parallel=fsdp", "run.tensor_parallel_size=2"]
+    with pytest.raises(BadInput, match=message):
+        train(read_recipe(PretrainRecipe, path, [*split, *changes]))
+
+
+def test_a_run_that_cannot_be_resumed_keeps_its_log(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
+    train(recipe)
+    log = tmp_path / "run" / "log" / "metrics.csv"
+    before = log.read_text()
+    for file in (tmp_path / "run").glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    recipe.run.resume = True
+    with pytest.raises(BadInput, match="no checkpoint is complete"), pytest.warns(UserWarning, match="checksum"):
+        train(recipe)
+    assert log.read_text() == before and before.count("\n") >= 2
+
+
 def test_checkpoints_of_an_earlier_run_are_moved_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
     train(recipe)

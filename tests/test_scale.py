@@ -81,7 +81,7 @@ def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "adapters", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("codebook rows", "image head"))]
+    "adapters", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("codebook rows", "image head", "muon"))]
 )
 def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Path) -> None:
     """What is added to the matrices is split with them, and folded into the same bundle as on one process."""
@@ -90,11 +90,13 @@ def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Pa
         "codebook rows": ["codebook_rows=true"],
         "lora": [*start, "trainable=lora", "lora.rank=4"],
         "image head": [*start, "trainable=image_head"],
+        "muon": ["optimizer.kind=muon"],
     }[adapters]
     run(lone / "recipe.yaml", tmp_path / "one", *changes)
     run(lone / "recipe.yaml", tmp_path / "two", *changes, *WAYS["two, tensor parallel"])
     expected = log(tmp_path / "one")
-    torch.testing.assert_close(log(tmp_path / "two"), expected, atol=1e-5, rtol=1e-5)
+    tolerance = 1e-3 if adapters == "muon" else 1e-5  # it may orthogonalise in bfloat16
+    torch.testing.assert_close(log(tmp_path / "two"), expected, atol=tolerance, rtol=tolerance)
     assert expected[0, 0] > expected[-1, 0] + 0.01
     weights = [SafetensorsFiles.from_folder(tmp_path / out / "bundle") for out in ("one", "two")]
     for name, value in weights[0].items():

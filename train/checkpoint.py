@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -42,7 +43,7 @@ from chameleon.train.recipe import RunConfig
 from chameleon.train.step_module import StepModule
 
 CHECKPOINTS_FOLDER = "checkpoints"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 """Signals, to whichever process, after which all write a checkpoint and exit with 143; SLURM can send the second one some
 time before it ends a job."""
 MAX_ROLLBACKS = 3
@@ -197,9 +198,13 @@ class CheckpointCallback(Callback):
             writer_group = None
         self.writer = CheckpointWriter(writer_group, pin_memory=trainer.strategy.root_device.type == "cuda")
         self.checkpoints = on_first_process(lambda: self.checkpoints)
-        resumed = self.restore_latest(trainer, module, self.checkpoints) if self.checkpoints else None
-        if self.checkpoints and resumed is None and not self.run.force:
-            raise no_complete_checkpoint(self.out)
+        try:
+            resumed = self.restore_latest(trainer, module, self.checkpoints)
+            if self.checkpoints and resumed is None and not self.run.force:
+                raise no_complete_checkpoint(self.out)
+        except BadInput:
+            self.restore_log(trainer, sys.maxsize)
+            raise
 
         def prepare_folder() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -219,10 +224,14 @@ class CheckpointCallback(Callback):
         module.training_set.first_batch = resumed.batches_seen
         if trainer.is_global_zero:
             module.events.remove_after(resumed.completed_steps)
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    logger.experiment.metrics += [r for r in self.log_rows if r["step"] <= resumed.completed_steps]
-                    logger.save()
+        self.restore_log(trainer, resumed.completed_steps)
+
+    def restore_log(self, trainer: L.Trainer, last_step: int) -> None:
+        """Write the rows that the log had up to a step, which Lightning's logger has removed."""
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, CSVLogger):
+                logger.experiment.metrics += [row for row in self.log_rows if row["step"] <= last_step]
+                logger.save()
 
     def restore_latest(
         self, trainer: L.Trainer, module: StepModule, checkpoints: list[StoredCheckpoint]

@@ -24,9 +24,11 @@ def memory_per_process(run: RunConfig, num_processes: int) -> float:
 
 def setup_of(recipe: TrainRecipe, context_length: int, num_processes: int) -> TrainingSetup:
     """Return the setup of a recipe for `plan_training`."""
-    data_parallel_size = num_processes // recipe.run.tensor_parallel_size
+    rows = max(1, recipe.global_batch_size // (num_processes // recipe.run.tensor_parallel_size))
+    micro_batch_size = recipe.micro_batch_size or rows
     return TrainingSetup(
-        micro_batch_size=recipe.micro_batch_size or max(1, recipe.global_batch_size // data_parallel_size),
+        micro_batch_size=micro_batch_size,
+        micro_batches=-(-rows // micro_batch_size),
         context_length=context_length,
         precision=effective_precision(recipe.run),
         optimizer=recipe.optimizer.kind,

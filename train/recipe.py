@@ -51,7 +51,8 @@ class RunConfig:
     data_parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: devices split the batch; `fsdp`: parameters, gradients and optimiser are sharded too (FSDP2)."""
     tensor_parallel_size: int = 1
-    """Devices that split each matrix between them, with `fsdp`; they should be in one node."""
+    """Devices that split each matrix and the vocabulary between them, and between blocks the tokens, with `fsdp`; they
+    should be in one node."""
     log_every_n_steps: int = 10
     validate_every_n_steps: int = 0
     """0 validates at the end only."""
@@ -166,7 +167,8 @@ class TrainRecipe:
     num_samples: int = 2
     """Captions and drawings to log at each validation."""
     verify_shards: bool = True
-    """Check the SHA-256 of all token shards before the first step."""
+    """Check the SHA-256 of all token shards before the first step, each by one process; shards that have not changed since
+    they were checked are not read again."""
     compile: bool = False
     """torch.compile each block."""
     num_workers: int = 0

@@ -48,6 +48,12 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
             where="recipe.attention",
             remedy="use auto",
         )
+    if recipe.loss == "cut" and recipe.run.tensor_parallel_size > 1:
+        raise BadInput(
+            "cut does not go with tensor parallelism, which splits the vocabulary",
+            where="recipe.loss",
+            remedy="use chunked",
+        )
     if recipe.attention == "auto":
         recipe.attention = automatic_attention(recipe)
     start = TrainingStart.from_recipe(recipe)
@@ -56,6 +62,12 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
         raise BadInput(
             f"context_length {context_length} exceeds the model's {start.config.context_length}",
             where="recipe.context_length",
+        )
+    if context_length % recipe.run.tensor_parallel_size:
+        raise BadInput(
+            f"context_length {context_length} is not divisible by {recipe.run.tensor_parallel_size} devices, which share "
+            "the tokens of a row",
+            where="run.tensor_parallel_size",
         )
     shared: dict[str, Any] = {
         "context_length": context_length,

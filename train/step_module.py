@@ -177,8 +177,8 @@ class StepModule(L.LightningModule):
         result, copy = self.unread
         self.unread = None
         skip, result.loss, result.grad_norm, *rest = copy.read()
-        result.values = rest[len(REQUESTS) :]
-        self.granted |= {name: True for name, count in zip(REQUESTS, rest, strict=False) if count}
+        requested, result.values = rest[: len(REQUESTS)], rest[len(REQUESTS) :]
+        self.granted |= {name: True for name, processes in zip(REQUESTS, requested, strict=True) if processes}
         reason = self.guard.observe(result.step, result.loss, result.grad_norm, is_skipped=bool(skip))
         if reason is not None:
             text = f"{reason} {self.describe_batch(result.batch)}".rstrip()

@@ -29,7 +29,7 @@ class TrainingStart:
     config: ModelConfig
     tokenizer: MixedTokenizer
     initial_part: Callable[[str, tuple[slice, ...]], Tensor]
-    """(name of a parameter of the plain model, range of each dimension) → that part of its value, float32."""
+    """(name of a parameter of the plain model, range of each dimension or () for all) → that part of it, float32."""
     provenance: dict[str, Any] = field(default_factory=dict)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     bundle: Path | None = None
@@ -38,7 +38,8 @@ class TrainingStart:
     def verify(self) -> None:
         """Raise `BadInput` where a file of the bundle is not what it was written as; see `verify_once`."""
         if self.bundle is not None:
-            verify_once(self.bundle, self.provenance["sha256"], partial(verify_files, self.bundle, self.provenance))
+            checksums = self.provenance.get("sha256", {})  # without any, `verify_files` raises
+            verify_once(self.bundle, checksums, partial(verify_files, self.bundle, self.provenance))
 
     @classmethod
     def from_recipe(cls, recipe: TrainRecipe) -> TrainingStart:

@@ -31,7 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument(
         "--tensor-parallel-size", type=int, help="devices that split each matrix (default: the recipe's, else 1)"
     )
-    parser.add_argument("--micro-batches", type=int, help="micro-batches of a step (default: the recipe's, else 1)")
+    parser.add_argument("--micro-batches", type=int, help="micro-batches of a step (default: 1)")
     parser.add_argument("--gradient-sync", help="micro_batch or step (default: the recipe's)")
     parser.add_argument("--activation-checkpointing", help="none, selective or full (default: the recipe's, else none)")
     parser.add_argument("--devices", type=int, help="number of devices (default: as few as the setup allows)")
@@ -195,7 +195,7 @@ def plan(arguments: argparse.Namespace) -> None:
     for name in devices:
         device_specs(name)
     config, setup = model_and_setup(arguments.what)
-    for key in (*setup, "micro_batches"):
+    for key in setup:
         if getattr(arguments, key) is not None:
             setup[key] = getattr(arguments, key)
     num_devices = setup["tensor_parallel_size"] if arguments.devices is None else arguments.devices
@@ -242,6 +242,7 @@ def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         config = SIZES[name]
         return config, {
             "micro_batch_size": 1,
+            "micro_batches": 1,
             "context_length": config.context_length,
             "precision": "bf16-mixed",
             "optimizer": "adamw",
@@ -270,6 +271,7 @@ def model_and_setup(name: str) -> tuple[ModelConfig, dict[str, Any]]:
             print_progress(f"{name}: its {missing} not exist yet; a vocabulary of {config.vocab_size} is assumed")
     return config, {
         "micro_batch_size": recipe.micro_batch_size or recipe.global_batch_size,
+        "micro_batches": 1,
         "context_length": recipe.context_length or config.context_length,
         "precision": recipe.run.precision,
         "optimizer": recipe.optimizer.kind,
