@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ MAX_JSON_BYTES = 4 << 30
 READ_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 64
 """Rows of a Parquet file that are read at a time: each may contain images."""
+BLANKS = re.compile(r"[ \t\n\r]*")
 csv.field_size_limit(MAX_LINE_BYTES)  # the library's default of 128 KiB is less than a text may have
 
 
@@ -44,8 +46,8 @@ def decode_utf8(data: bytes, where: object) -> str:
         raise BadInput(f"not UTF-8 (byte {error.start})", where=where, remedy="convert it to UTF-8") from None
 
 
-def parse_json(text: str, where: object) -> Any:
-    """Parse JSON strictly. Raise `BadInput` for NaN, for a repeated key, and for nesting that is too deep."""
+def strict_decoder(where: object) -> json.JSONDecoder:
+    """Return a decoder that raises `BadInput` for NaN and for a repeated key."""
 
     def refuse_constant(name: str) -> Any:
         raise BadInput(f"{name} is not JSON", where=where)
@@ -58,8 +60,13 @@ def parse_json(text: str, where: object) -> Any:
             raise BadInput(f"key {repeated!r} occurs twice", where=where)
         return value
 
+    return json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=build_object)
+
+
+def parse_json(text: str, where: object) -> Any:
+    """Parse JSON strictly. Raise `BadInput` for NaN, for a repeated key, and for nesting that is too deep."""
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=build_object)
+        return strict_decoder(where).decode(text)
     except BadInput:
         raise
     except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
@@ -118,72 +125,86 @@ def split_lines(file: IO[bytes]) -> Iterator[bytes | None]:
 
 def read_json_array(path: Path, on_skip: SkipHandler) -> Iterator[Record]:
     """Read the elements of one JSON array, one at a time."""
-    index = 0
     try:
         with open_decompressed(path) as file:
-            for element in split_array(file, path):
-                where = f"{path}, entry {index}"
-                yield where, parse_json(element, where)
-                index += 1
-    except DAMAGE_ERRORS as error:
-        raise BadInput(f"damaged file ({error})", where=path) from None
-
-
-def split_array(file: IO[bytes], path: Path) -> Iterator[str]:
-    """Yield the text of each element of a JSON array. Raise `BadInput` where it is none, or one is too long."""
-    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode
-    text, at_end, expected = "", False, "["
-    while True:
-        text = text.lstrip()
-        if expected == "]" and text[:1] == "]":  # right after the start, or after an element
-            if text[1:].strip() or file.read(1).strip():
-                raise BadInput("not JSON (more after the end of the array)", where=path)
-            return
-        if expected == "[" and text:
-            if text[0] != "[":
+            text = JsonStream(file, path)
+            if text.next_character() != "[":
                 raise BadInput(
                     "expected an array of records",
                     where=path,
                     remedy="for annotations of COCO or VQAv2 write coco:FILE or vqa:FILE",
                 )
-            text, expected = text[1:], "]"
-            continue
-        end = end_of_element(decoder, text, path, at_end=at_end)
-        if (len(text) if end is None else end) > MAX_LINE_BYTES:
-            raise BadInput(f"over the limit of {MAX_LINE_BYTES >> 20} MiB for a record", where=path)
-        if end is not None:
-            yield text[:end]
-            text = text[end:].lstrip()
-            text, expected = (text[1:], "element") if text[0] == "," else (text, "]")
-            continue
-        if at_end:
-            raise BadInput("not JSON (the file ends within the array)", where=path)
-        block = bytes(file.read(max(READ_BYTES, len(text))))  # twice as much each time, else long elements take long
-        at_end = not block
-        text += decode(block, at_end)
+            text.position += 1
+            end_mark = text.next_character()
+            index = 0
+            while end_mark != "]":
+                where = f"{path}, entry {index}"
+                yield where, text.next_value(where)
+                end_mark = text.next_character()
+                if end_mark not in (",", "]"):
+                    raise BadInput("not JSON (expected a comma or the end of the array)", where=path)
+                text.position += end_mark == ","
+                index += 1
+            text.position += 1
+            if text.next_character():
+                raise BadInput("not JSON (more after the end of the array)", where=path)
+    except DAMAGE_ERRORS as error:
+        raise BadInput(f"damaged file ({error})", where=path) from None
 
 
-def end_of_element(decoder: json.JSONDecoder, text: str, path: Path, *, at_end: bool) -> int | None:
-    """Return where the first element of a text ends; None where more text is needed to know.
+class JsonStream:
+    """JSON that is read from a file value by value. Only what has not been parsed yet is held."""
 
-    Raises `BadInput` where no text could complete it.
-    """
-    if not text or text[0] in ",]":
-        if text:
-            raise BadInput("not JSON (an element is missing)", where=path)
-        return None
-    try:
-        end = decoder.raw_decode(text)[1]
-    except (ValueError, RecursionError) as error:
-        if at_end or isinstance(error, RecursionError):
-            raise BadInput(f"not JSON ({error})", where=path) from None
-        return None
-    rest = text[end:].lstrip()
-    if not at_end and (not rest or text[end] in ".eE"):  # a number may go on
-        return None
-    if rest[:1] not in (",", "]"):
-        raise BadInput("not JSON (expected a comma or the end of the array)", where=path)
-    return end
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path = file, path
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.position = "", 0
+
+    def read_more(self) -> bool:
+        """Read at least as much again as is left; return whether there was more. Raise `BadInput` past the limit."""
+        rest = self.text[self.position :]
+        if len(rest) > MAX_LINE_BYTES:
+            raise self.over_limit()
+        block = bytes(self.file.read(max(READ_BYTES, len(rest))))
+        self.text, self.position = rest + self.decode(block, not block), 0
+        return bool(block)
+
+    def over_limit(self) -> BadInput:
+        return BadInput(f"over the limit of {MAX_LINE_BYTES >> 20} MiB for a record", where=self.path)
+
+    def next_character(self) -> str:
+        """Go to the next character that is no blank, and return it; "" at the end of the file."""
+        while True:
+            blanks = BLANKS.match(self.text, self.position)
+            assert blanks is not None  # it may be empty
+            self.position = blanks.end()
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.read_more():
+                return ""
+
+    def next_value(self, where: object) -> Any:
+        """Parse the value that comes next and go past it. Raise `BadInput` where there is none."""
+        if self.next_character() in (",", "]", ""):
+            raise BadInput("not JSON (an element is missing)", where=where)
+        decoder = strict_decoder(where)
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.position)
+            except BadInput:
+                raise
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, RecursionError) or not self.read_more():
+                    raise BadInput(f"not JSON ({error})", where=where) from None
+                continue
+            length = end - self.position
+            if length > MAX_LINE_BYTES:
+                raise self.over_limit()
+            is_number = isinstance(value, (int, float))
+            if is_number and self.text[end : end + 1] in ("", ".", "e", "E") and self.read_more():
+                continue  # the digits so far may not have been all
+            self.position += length
+            return value
 
 
 def read_json_file(path: Path) -> Any:
