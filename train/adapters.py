@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from chameleon.errors import BadInput
 from chameleon.model.transformer import Transformer
-from chameleon.train.objective import local_box
+from chameleon.train.sharded_tensors import local_box, local_part
 from chameleon.vocabulary import Vocabulary
 
 
@@ -30,7 +30,7 @@ class LocalRows:
     def __init__(self, weight: Tensor, token_ids: Tensor) -> None:
         """token_ids: int64 [K]."""
         self.original = weight
-        self.weight = weight.to_local() if isinstance(weight, DTensor) else weight
+        self.weight = local_part(weight)
         first_row = local_box(weight)[0].start
         positions = local_replica(token_ids) - first_row
         self.is_here = (positions >= 0) & (positions < len(self.weight)) if isinstance(weight, DTensor) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import threading
 import warnings
@@ -41,6 +42,7 @@ from chameleon.files import sha256_of, write_json
 from chameleon.tensor_files import TORCH_DTYPES
 from chameleon.train.muon import Muon
 from chameleon.train.processes import gather, is_single_process, num_processes, process_rank, run_on_all_processes
+from chameleon.train.sharded_tensors import local_part
 from chameleon.train.step_module import StepModule
 
 DESCRIPTION_FILE = "checkpoint.json"
@@ -171,7 +173,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
 
 def check_disk_space(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Raise `BadInput` where this process's part does not fit on the disk."""
-    parts = [value.to_local() if isinstance(value, DTensor) else value for value in tensors.values()]
+    parts = [local_part(value) for value in tensors.values()]
     needed, free = sum(part.numel() * part.element_size() for part in parts), shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(f"a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=folder)
@@ -194,9 +196,7 @@ class StoredPart(NamedTuple):
 
     def bytes_of_rows(self, first: int, count: int) -> tuple[int, int]:
         """Return (start, end) in the file of some rows of the part."""
-        row_bytes = self.dtype.itemsize
-        for size in self.shape[1:]:
-            row_bytes *= size
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         return self.start + first * row_bytes, self.start + (first + count) * row_bytes
 
 
@@ -215,10 +215,6 @@ class CheckpointReader(FileSystemReader):
         """File name → its bytes, of this process's share."""
         self.parts: dict[MetadataIndex, StoredPart] = {}
         self.metadata: Metadata | None = None
-
-    def owner(self, file: str) -> int:
-        """Return the process whose share a file belongs to."""
-        return self.files.index(file) % num_processes()
 
     def read_share(self) -> None:
         """Read and verify this process's files. Raise `BadInput` where one is damaged."""
@@ -251,9 +247,10 @@ class CheckpointReader(FileSystemReader):
         self.metadata = Metadata(tensors)  # type: ignore[arg-type]
         return self.metadata
 
-    def owner_of(self, name: str) -> int:
-        """Return the process that has a tensor which one file holds whole."""
-        return next(self.owner(part.file) for part in self.parts.values() if part.name == name)
+    def owners(self) -> dict[str, int]:
+        """Return name of a tensor → the process whose share has it, of tensors that one file holds whole."""
+        process_of_file = {file: index % num_processes() for index, file in enumerate(self.files)}
+        return {part.name: process_of_file[part.file] for part in self.parts.values()}
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
         """Nothing is left to do; the metadata is the reader's own."""
@@ -356,11 +353,11 @@ def restore(reader: CheckpointReader, module: StepModule, optimizers: list[torch
 def read_tensors(reader: CheckpointReader, targets: dict[str, Tensor]) -> None:
     """Fill targets, which may be sharded, from a checkpoint. A collective operation."""
     replicated = {} if is_single_process() else {n: t for n, t in targets.items() if not isinstance(t, DTensor)}
-    owner_of = {name: reader.owner_of(name) for name in replicated}
-    own = {name: target for name, target in targets.items() if owner_of.get(name, process_rank()) == process_rank()}
+    owners = reader.owners()
+    own = {n: target for n, target in targets.items() if n not in replicated or owners[n] == process_rank()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(own, storage_reader=reader, process_group=reader.group, no_dist=is_single_process())
     for name, target in replicated.items():
         group = reader.group if target.device.type == "cpu" else None
-        distributed.broadcast(target, src=owner_of[name], group=group)
+        distributed.broadcast(target, src=owners[name], group=group)

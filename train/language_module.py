@@ -28,7 +28,6 @@ from chameleon.train.objective import Objective
 from chameleon.train.optimizer import (
     build_optimizers,
     clip_factor,
-    full_tensor,
     local_grad_square,
     lr_at,
     scale_grads,
@@ -36,7 +35,6 @@ from chameleon.train.optimizer import (
     step_unless,
 )
 from chameleon.train.parallel import (
-    Box,
     consecutive_runs,
     copy_full_tensor,
     fill_parameters,
@@ -45,6 +43,7 @@ from chameleon.train.parallel import (
 )
 from chameleon.train.processes import num_processes, on_first_process, process_rank, run_on_all_processes
 from chameleon.train.recipe import FinetuneRecipe, TrainRecipe
+from chameleon.train.sharded_tensors import Box, full_tensor
 from chameleon.train.stability import DivergenceAlarm
 from chameleon.train.step_module import StepModule
 from chameleon.train.step_result import StepResult

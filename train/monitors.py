@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from chameleon.model.transformer import ScaledDotProductAttention, Transformer
-from chameleon.train.optimizer import num_shards
+from chameleon.train.sharded_tensors import local_part, num_shards
 
 QUERIES_PER_CHUNK = 256
 """Queries whose attention logits exist at one time."""
@@ -39,6 +39,17 @@ def uncompiled() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
+@contextmanager
+def observed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Run a block of code uncompiled, so that these hooks are called, and remove them at its end."""
+    try:
+        with uncompiled():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class AttentionLogitMonitor:
     """Records the largest attention logit of each layer over several forward passes."""
 
@@ -62,12 +73,8 @@ class AttentionLogitMonitor:
         for layer, block in enumerate(self.model.blocks):
             attentions = [m for m in block.modules() if isinstance(m, ScaledDotProductAttention)]
             handles += [attention.register_forward_hook(hook_of(layer)) for attention in attentions]
-        try:
-            with uncompiled():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with observed(handles):
+            yield
         new = [current[layer] for layer in range(len(self.model.blocks))]
         self.largest = [torch.maximum(a, b) for a, b in zip(self.largest or new, new, strict=True)]
 
@@ -80,7 +87,9 @@ class LayerTimer:
 
     def __init__(self, model: Transformer) -> None:
         self.layers = [layer for block in model.blocks for layer in (block.attention, block.ffn)]
+        self.is_on_gpu = next(model.parameters()).device.type == "cuda"
         self.spans: list[tuple[Any, Any]] = []
+        """Start and end of each layer's runs: seconds, or events on a GPU."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -88,34 +97,28 @@ class LayerTimer:
         started: list[Any] = []
 
         def start(*_: Any) -> None:
-            started.append(time_mark())
+            started.append(self.mark())
 
         def stop(*_: Any) -> None:
-            self.spans.append((started.pop(), time_mark()))
+            self.spans.append((started.pop(), self.mark()))
 
         handles = [layer.register_forward_pre_hook(start, prepend=True) for layer in self.layers]  # type: ignore[union-attr]
         handles += [layer.register_forward_hook(stop) for layer in self.layers]  # type: ignore[union-attr]
-        try:
-            with uncompiled():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with observed(handles):
+            yield
+
+    def mark(self) -> Any:
+        if not self.is_on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def seconds(self) -> float:
-        """Return the sum of the times. The device must have finished."""
-        if self.spans and isinstance(self.spans[0][0], torch.cuda.Event):
+        """Return the sum of the times. A GPU must have finished."""
+        if self.is_on_gpu:
             return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3
         return sum(end - start for start, end in self.spans)
-
-
-def time_mark() -> Any:
-    """Return the time on the CPU, or an event on the GPU."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 class UpdateRatioMonitor:
@@ -123,14 +126,14 @@ class UpdateRatioMonitor:
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.before = [local_part(p).clone() for p in self.parameters]
+        self.before = [local_part(p.detach()).clone() for p in self.parameters]
 
     @torch.no_grad()
     def ratio(self) -> Tensor:
         """Return the ratio, a scalar. To be called once, after the step, on every process."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.before[0].device)
         for parameter, before in zip(self.parameters, self.before, strict=True):
-            after = local_part(parameter)
+            after = local_part(parameter.detach())
             # Each process adds its part, of which there are as many copies as processes beyond the number of parts.
             parts = torch.stack([tensor.float().square().sum().double() for tensor in (after - before, after)])
             squares += parts * num_shards(parameter)
@@ -139,9 +142,3 @@ class UpdateRatioMonitor:
             distributed.all_reduce(squares)
         change, norm = squares.sqrt().float()  # both too large by the same factor, the root of the number of processes
         return change / norm.clamp(min=1e-30)
-
-
-def local_part(parameter: nn.Parameter) -> Tensor:
-    """Return this process's part of a parameter."""
-    value = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value

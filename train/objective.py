@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from chameleon.data.mixture import PackedBatch
 from chameleon.model.document_attention import document_groups
@@ -20,6 +19,7 @@ from chameleon.model.transformer import (
     block_diagonal_causal_block_mask,
     block_diagonal_causal_mask,
 )
+from chameleon.train.sharded_tensors import local_box
 
 AttentionKind = Literal["auto", "dense", "documents", "flex"]
 MASKS: dict[str, Callable[[Tensor], AttentionMask]] = {
@@ -71,11 +71,3 @@ def whole_sequences(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
     """
     gathered = DTensor.from_local(hidden, mesh, [Shard(1)]).redistribute(placements=[Replicate()])
     return gathered.to_local(grad_placements=[Partial()])
-
-
-def local_box(target: Tensor) -> tuple[slice, ...]:
-    """Return which part of the whole tensor this process holds, as a range of each dimension."""
-    if not isinstance(target, DTensor):
-        return tuple(slice(0, size) for size in target.shape)
-    shape, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from chameleon.errors import BadInput
 from chameleon.train.muon import Muon
+from chameleon.train.sharded_tensors import local_part, num_shards
 
 HIDDEN_PREFIXES = ("blocks.", "encoder.", "decoder.")
 OUTER_LAYERS = (".conv_in.", ".conv_out.")
@@ -95,11 +96,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded one. A collective operation: every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group parameters by their device mesh, since fused operations on several need the same one."""
     groups: dict[Any, list[nn.Parameter]] = {}
@@ -110,8 +106,7 @@ def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]
 
 def local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return this process's part of each gradient that there is."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    return [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def local_grad_square(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
@@ -130,16 +125,6 @@ def local_grad_square(parameters: Iterable[nn.Parameter], world_size: int) -> Te
             square = nn.utils.get_total_norm(grads).double().square() * shards / world_size
             share = square if share is None else share + square
     return torch.zeros((), dtype=torch.float64) if share is None else share
-
-
-def num_shards(tensor: Tensor) -> int:
-    """Return the number of different parts that a tensor is split into over all processes."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = (
-        tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()
-    )
-    return math.prod(sizes)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -28,7 +28,8 @@ from chameleon.errors import BadInput
 from chameleon.model.activation_checkpointing import ActivationCheckpointing, apply_activation_checkpointing
 from chameleon.model.config import ModelConfig
 from chameleon.model.transformer import Block, Transformer
-from chameleon.train.objective import Objective, local_box
+from chameleon.train.objective import Objective
+from chameleon.train.sharded_tensors import Box, local_box, local_part
 
 
 class QKNormParallel(ParallelStyle):
@@ -201,10 +202,6 @@ def parallelize(
         fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
 
 
-Box = tuple[slice, ...]
-"""A part of a tensor: a range of each dimension."""
-
-
 def consecutive_runs(indices: Tensor) -> list[slice]:
     """Return indices, int64 [N], as ranges of consecutive ones."""
     ends = (indices.diff() != 1).nonzero()[:, 0] + 1
@@ -222,10 +219,10 @@ def fill_parameters(module: nn.Module, initial_part: Callable[[str, Box], Tensor
         box = local_box(target)
         with torch.device("cpu"):
             value = kept[name][box] if name in kept else initial_part(name, box)
-        (target.to_local() if isinstance(target, DTensor) else target).copy_(value)
+        local_part(target).copy_(value)
 
 
 @torch.no_grad()
 def copy_full_tensor(target: Tensor, source: Tensor) -> None:
     """Copy a full tensor to a target that may be sharded."""
-    (target.to_local() if isinstance(target, DTensor) else target).copy_(source[local_box(target)])
+    local_part(target).copy_(source[local_box(target)])

@@ -20,6 +20,7 @@ from chameleon.tensor_files import SafetensorsFiles
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.adapters import add_codebook_rows, add_lora, train_image_head_only
 from chameleon.train.recipe import TrainRecipe
+from chameleon.train.sharded_tensors import Box
 
 
 @dataclass
@@ -28,8 +29,8 @@ class TrainingStart:
 
     config: ModelConfig
     tokenizer: MixedTokenizer
-    initial_part: Callable[[str, tuple[slice, ...]], Tensor]
-    """(name of a parameter of the plain model, range of each dimension or () for all) → that part of it, float32."""
+    initial_part: Callable[[str, Box], Tensor]
+    """(name of a parameter of the plain model, a part of it) → the values of that part, float32."""
     provenance: dict[str, Any] = field(default_factory=dict)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     bundle: Path | None = None
@@ -63,7 +64,7 @@ class TrainingStart:
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in Transformer(config).named_parameters()}
 
-        def initial_part(name: str, box: tuple[slice, ...]) -> Tensor:
+        def initial_part(name: str, box: Box) -> Tensor:
             return initial_value(name, shapes[name], config, recipe.run.seed)[box]
 
         return cls(config, tokenizer, initial_part)
@@ -92,7 +93,7 @@ def start_from_bundle(folder: Path, recipe: TrainRecipe) -> TrainingStart:
         raise BadInput(f"no tensor {min(missing)}", where=folder)
     tokenizer = MixedTokenizer.load(folder, header.vocabulary)
 
-    def initial_part(name: str, box: tuple[slice, ...]) -> Tensor:
+    def initial_part(name: str, box: Box) -> Tensor:
         return files.box(name, box).float()
 
     return TrainingStart(config, tokenizer, initial_part, header.provenance, header.generation, folder)

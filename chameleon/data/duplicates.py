@@ -6,10 +6,10 @@ out does not depend on the number of processes.
 
 Files, in a folder beside the token shards::
 
-    K/hashes.npy        a row for each picture of raw shard K, ordered by the first byte of the key, then by sample
-    K/starts.npy        int64 [257]: where each first byte begins
-    K/seen.npy          bool: whether an earlier sample has a picture of the same key
-    K/duplicates.npy    the pictures of the samples that are left out: sample, hash, in order of the samples
+    K/hashes.bin        a row for each picture of raw shard K, ordered by the first byte of the key, then by sample
+    K/starts.bin        int64 [257]: where each first byte begins
+    K/seen.bin          a byte for each picture: whether an earlier sample has one of the same key
+    K/duplicates.bin    the pictures of the samples that are left out: sample, hash, in order of the samples
     duplicates.json     which shards and filters they belong to
 """
 
@@ -18,9 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import numpy as np
 from chameleon.data.filters import Filters, reason_to_filter
 from chameleon.data.source_types import RawShard, Sample
 from chameleon.data.sources import read
+from chameleon.data.worker_pool import worker_pool
 from chameleon.errors import BadInput
 from chameleon.files import atomic_folder, read_json, write_json
 from chameleon.tokenizers.image import ImageFile
@@ -38,6 +37,7 @@ HASH_BYTES = 16
 NUM_PARTS = 256
 PICTURE = np.dtype([("key", f"V{HASH_BYTES}"), ("hash", f"V{HASH_BYTES}"), ("sample", "<u4"), ("picture", "<u4")])
 DUPLICATE = np.dtype([("sample", "<u4"), ("hash", f"V{HASH_BYTES}")])
+HASHES, STARTS, SEEN, DUPLICATES = "hashes.bin", "starts.bin", "seen.bin", "duplicates.bin"
 DESCRIPTION = "duplicates.json"
 MAX_HASHES = 1 << 26
 """Hashes that are sorted at a time."""
@@ -47,13 +47,13 @@ class Duplicates(Mapping[int, Sequence[bytes]]):
     """Index of a sample of a raw shard that is left out → the hashes of its pictures, read when it is asked for."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """file: `duplicates.npy` of the shard; None: nothing is left out."""
+        """file: `duplicates.bin` of the shard; None: nothing is left out."""
         self.file = file
 
     @cached_property
     def hashes(self) -> dict[int, list[bytes]]:
         hashes: dict[int, list[bytes]] = {}
-        for sample, value in np.load(self.file) if self.file is not None else ():
+        for sample, value in np.fromfile(self.file, dtype=DUPLICATE) if self.file is not None else ():
             hashes.setdefault(int(sample), []).append(value.tobytes())
         return hashes
 
@@ -82,22 +82,22 @@ def find_duplicates(shards: Sequence[RawShard], filters: Filters, folder: Path, 
     if not ((folder / DESCRIPTION).is_file() and read_json(folder / DESCRIPTION).get("key") == key):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as partial_folder:
-            of_shards = [partial_folder / str(number) for number in range(len(shards))]
+            of_shards = [partial_folder / str(index) for index in range(len(shards))]
             hash_function = hash_of(filters)
             run(partial(hash_pictures, filters, hash_function), list(zip(shards, of_shards, strict=True)), num_workers)
             run(partial(mark_seen, of_shards), [(part,) for part in range(NUM_PARTS)], num_workers)
             run(collect_duplicates, [(of_shard,) for of_shard in of_shards], num_workers)
             write_json(partial_folder / DESCRIPTION, {"key": key})
-    return [Duplicates(folder / str(number) / "duplicates.npy") for number in range(len(shards))]
+    return [Duplicates(folder / str(index) / DUPLICATES) for index in range(len(shards))]
 
 
 def run(function: Callable[..., None], arguments: Sequence[tuple[Any, ...]], num_workers: int) -> None:
     """Call a function with each of the arguments, in this process or in several."""
-    if num_workers < 2:
+    if num_workers == 0:
         for values in arguments:
             function(*values)
         return
-    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
+    with worker_pool(num_workers, "duplicates") as pool:
         for future in [pool.submit(function, *values) for values in arguments]:
             future.result()
 
@@ -135,12 +135,11 @@ def hash_pictures(filters: Filters, key_of: Callable[[ImageFile], bytes], shard:
         except BadInput:  # it is reported when it is prepared
             continue
     table = np.array(pictures, dtype=PICTURE)
-    first_bytes = np.ascontiguousarray(table["key"]).view("u1")[::HASH_BYTES] if len(table) else np.empty(0, np.uint8)
-    table = table[np.argsort(first_bytes, kind="stable")]
+    first_bytes = np.frombuffer(table["key"].tobytes(), dtype="u1")[::HASH_BYTES]
     folder.mkdir()
-    np.save(folder / "hashes.npy", table)
-    np.save(folder / "starts.npy", np.concatenate(([0], np.cumsum(np.bincount(first_bytes, minlength=NUM_PARTS)))))
-    np.save(folder / "seen.npy", np.zeros(len(table), dtype=bool))
+    table[np.argsort(first_bytes, kind="stable")].tofile(folder / HASHES)
+    np.cumsum([0, *np.bincount(first_bytes, minlength=NUM_PARTS)]).astype("<i8").tofile(folder / STARTS)
+    np.zeros(len(table), dtype=bool).tofile(folder / SEEN)
 
 
 def hashes_of_sample(
@@ -156,15 +155,16 @@ def hashes_of_sample(
 
 
 def mark_seen(of_shards: Sequence[Path], part: int) -> None:
-    """Mark the pictures of a part, of all shards, whose key an earlier sample has."""
-    spans = [np.load(folder / "starts.npy", mmap_mode="r")[part : part + 2].tolist() for folder in of_shards]
-    tables = [
-        np.load(folder / "hashes.npy", mmap_mode="r")[start:end] if start < end else np.empty(0, PICTURE)
-        for folder, (start, end) in zip(of_shards, spans, strict=True)
-    ]
+    """Mark the pictures of a part, of all shards, whose key an earlier sample has. One file is open at a time."""
+    starts, tables = [], []
+    for folder in of_shards:
+        start, end = np.fromfile(folder / STARTS, dtype="<i8", offset=8 * part, count=2).tolist()
+        starts.append(start)
+        tables.append(np.fromfile(folder / HASHES, dtype=PICTURE, offset=PICTURE.itemsize * start, count=end - start))
     keys = np.concatenate([table["key"] for table in tables]).view("<u8").reshape(-1, 2)
     samples = np.concatenate([table["sample"] for table in tables])
-    shards = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    sizes = list(map(len, tables))
+    shards = np.repeat(np.arange(len(tables)), sizes)
     order = np.lexsort(keys.T)  # stable: pictures of a key stay in the order of shards and samples
     keys, samples, shards = keys[order], samples[order], shards[order]
     is_first = np.ones(len(order), dtype=bool)
@@ -172,26 +172,24 @@ def mark_seen(of_shards: Sequence[Path], part: int) -> None:
     first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
     seen = np.empty(len(order), dtype=bool)
     seen[order] = (samples != samples[first]) | (shards != shards[first])
-    position = 0
-    for folder, (start, end) in zip(of_shards, spans, strict=True):
-        if start < end:
-            file = np.load(folder / "seen.npy", mmap_mode="r+")
-            file[start:end] = seen[position : position + end - start]
-            file.flush()
-            position += end - start
+    seen_of_shards = np.split(seen, np.cumsum(sizes)[:-1])
+    for folder, start, of_shard in zip(of_shards, starts, seen_of_shards, strict=True):
+        with open(folder / SEEN, "r+b") as file:
+            file.seek(start)
+            file.write(of_shard.tobytes())
 
 
 def collect_duplicates(folder: Path) -> None:
     """Write which samples of a shard have no picture but seen ones."""
-    table, seen = np.load(folder / "hashes.npy"), np.load(folder / "seen.npy")
-    size = int(table["sample"].max(initial=0)) + 1
-    has_new = np.bincount(table["sample"], weights=~seen, minlength=size) > 0
-    chosen = table[~has_new[table["sample"]]]
-    chosen = chosen[np.lexsort((chosen["picture"], chosen["sample"]))]
-    duplicates = np.empty(len(chosen), dtype=DUPLICATE)
-    duplicates["sample"], duplicates["hash"] = chosen["sample"], chosen["hash"]
-    np.save(folder / "duplicates.npy", duplicates)
-    for name in ("hashes.npy", "starts.npy", "seen.npy"):
+    table, seen = np.fromfile(folder / HASHES, dtype=PICTURE), np.fromfile(folder / SEEN, dtype=bool)
+    num_samples = int(table["sample"].max(initial=0)) + 1
+    has_new = np.bincount(table["sample"], weights=~seen, minlength=num_samples) > 0
+    left_out = table[~has_new[table["sample"]]]
+    left_out = left_out[np.lexsort((left_out["picture"], left_out["sample"]))]
+    duplicates = np.empty(len(left_out), dtype=DUPLICATE)
+    duplicates["sample"], duplicates["hash"] = left_out["sample"], left_out["hash"]
+    duplicates.tofile(folder / DUPLICATES)
+    for name in (HASHES, STARTS, SEEN):
         (folder / name).unlink()
 
 
@@ -201,8 +199,8 @@ def duplicate_share(files: Sequence[Path]) -> float:
     repeated = 0
     for part in np.array_split(np.arange(NUM_PARTS), max(1, -(-total // MAX_HASHES))):
         of_files = (np.fromfile(path, dtype="u1").reshape(-1, HASH_BYTES) for path in files)
-        chosen = [hashes[(part[0] <= hashes[:, 0]) & (hashes[:, 0] <= part[-1])] for hashes in of_files]
-        keys = np.ascontiguousarray(np.concatenate(chosen or [np.empty((0, HASH_BYTES), "u1")])).view("<u8")
+        of_part = [hashes[(part[0] <= hashes[:, 0]) & (hashes[:, 0] <= part[-1])] for hashes in of_files]
+        keys = np.concatenate([np.empty((0, HASH_BYTES), "u1"), *of_part]).view("<u8")
         keys = keys[np.lexsort(keys.T)]
         repeated += int((keys[1:] == keys[:-1]).all(axis=1).sum())
     return repeated / max(1, total)

@@ -19,12 +19,10 @@ import bisect
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,12 +31,15 @@ import numpy as np
 from chameleon.data.source_types import PictureEntry, RawShard
 from chameleon.data.sources import SOURCE_KINDS, expand, pictures_in_documents
 from chameleon.data.webdataset import MemberBytes, SkipHandler, raise_on_skip
+from chameleon.data.worker_pool import worker_pool
 from chameleon.document import ImageSource
 from chameleon.errors import BadInput
 from chameleon.files import atomic_folder, read_json, write_json
 from chameleon.tokenizers.image import read_bytes
 
 DESCRIPTION = "index.json"
+COLUMNS = {"files": "<u4", "offsets": "<i8", "sizes": "<i8", "weights": "<f8", "path_starts": "<i8"}
+"""Name of a column → its dtype; each is a file `NAME.bin`."""
 WHOLE_FILE = -1
 FORMAT = 1
 
@@ -118,41 +119,55 @@ def make_index(
     if (folder / DESCRIPTION).is_file() and read_json(folder / DESCRIPTION).get("key") == key:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as partial_folder, ExitStack() as stack:
-        names = ("files.bin", "offsets.bin", "sizes.bin", "weights.bin")
-        columns = [stack.enter_context(open(partial_folder / name, "wb")) for name in names]
-        paths: dict[str, int] = {}
-        path_file = stack.enter_context(open(partial_folder / "paths.txt", "wb"))
-        path_starts, total_weight, count = [0], 0.0, 0
-        for index in indices_of(shards, weight_field, partial_folder, num_workers):
-            for skip in index.skipped:
-                on_skip(*skip)
-            numbers = []
-            for picture in index.pictures:
-                if picture.path not in paths:
-                    if picture.size == WHOLE_FILE:  # no other picture lies in it
-                        number = len(path_starts) - 1
-                    else:
-                        number = paths[picture.path] = len(path_starts) - 1
-                    path_file.write(picture.path.encode("utf-8", "surrogateescape"))
-                    path_starts.append(path_file.tell())
-                else:
-                    number = paths[picture.path]
-                numbers.append(number)
-            weights = total_weight + np.cumsum([picture.weight for picture in index.pictures], dtype=np.float64)
-            total_weight = float(weights[-1]) if len(weights) else total_weight
-            count += len(index.pictures)
-            for column, values, dtype in zip(
-                columns,
-                (numbers, [p.offset for p in index.pictures], [p.size for p in index.pictures], weights),
-                ("<u4", "<i8", "<i8", "<f8"),
-                strict=True,
-            ):
-                column.write(np.asarray(values, dtype=dtype).tobytes())
-        (partial_folder / "path_starts.bin").write_bytes(np.asarray(path_starts, dtype="<i8").tobytes())
+    with atomic_folder(folder) as partial_folder:
+        with ExitStack() as stack:
+            columns = {n: stack.enter_context(open(partial_folder / f"{n}.bin", "wb")) for n in COLUMNS}
+            writer = IndexWriter(columns, stack.enter_context(open(partial_folder / "paths.txt", "wb")))
+            for index in indices_of(shards, weight_field, partial_folder, num_workers):
+                for skip in index.skipped:
+                    on_skip(*skip)
+                writer.add(index.pictures)
         if weight_field is None:
             (partial_folder / "weights.bin").unlink()
-        write_json(partial_folder / DESCRIPTION, {"key": key, "pictures": count})
+        write_json(partial_folder / DESCRIPTION, {"key": key, "pictures": writer.num_pictures})
+
+
+class IndexWriter:
+    """Writes the columns of an index, and the names of the files that it mentions."""
+
+    def __init__(self, columns: Mapping[str, BinaryIO], paths: BinaryIO) -> None:
+        """columns: name of each → its file. paths: the file of the names."""
+        self.columns, self.paths = columns, paths
+        self.archives: dict[str, int] = {}
+        """Name of a file with several pictures → its index among the files."""
+        self.num_files = self.num_pictures = 0
+        self.total_weight = 0.0
+        self.add_column("path_starts", [0])
+
+    def add(self, pictures: Sequence[Located]) -> None:
+        """Append the pictures of a shard."""
+        weights = self.total_weight + np.cumsum([picture.weight for picture in pictures], dtype=np.float64)
+        self.total_weight = float(weights[-1]) if len(weights) else self.total_weight
+        self.add_column("files", [self.index_of_file(picture) for picture in pictures])
+        self.add_column("offsets", [picture.offset for picture in pictures])
+        self.add_column("sizes", [picture.size for picture in pictures])
+        self.add_column("weights", weights)
+        self.num_pictures += len(pictures)
+
+    def add_column(self, name: str, values: Sequence[float] | np.ndarray) -> None:
+        self.columns[name].write(np.asarray(values, dtype=COLUMNS[name]).tobytes())
+
+    def index_of_file(self, picture: Located) -> int:
+        """Return the index of the file that a picture lies in, adding the file's name if it is new."""
+        if picture.path in self.archives:
+            return self.archives[picture.path]
+        index = self.num_files
+        if picture.size != WHOLE_FILE:  # further pictures lie in it
+            self.archives[picture.path] = index
+        self.paths.write(picture.path.encode("utf-8", "surrogateescape"))
+        self.add_column("path_starts", [self.paths.tell()])
+        self.num_files += 1
+        return index
 
 
 def index_key(shards: Sequence[RawShard], weight_field: str | None) -> str:
@@ -171,7 +186,7 @@ def indices_of(
     if num_workers == 0 or len(shards) == 1:
         yield from map(function, shards, copies)
         return
-    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
+    with worker_pool(num_workers, "index of pictures") as pool:
         yield from pool.map(function, shards, copies)
 
 
@@ -184,12 +199,11 @@ class IndexedPictures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count: int = read_json(folder / DESCRIPTION)["pictures"]
-        names = {"files": "<u4", "offsets": "<i8", "sizes": "<i8", "path_starts": "<i8"}
         self.has_weights = (folder / "weights.bin").is_file()
-        names |= {"weights": "<f8"} if self.has_weights else {}
         self.columns = {
             name: np.memmap(folder / f"{name}.bin", dtype, mode="r") if self.count else np.empty(0, dtype)
-            for name, dtype in names.items()
+            for name, dtype in COLUMNS.items()
+            if name != "weights" or self.has_weights
         }
 
     def __len__(self) -> int:

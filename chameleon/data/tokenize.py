@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, repeat
-from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image as PILImage
 
 from chameleon.allocator import keep_freed_memory
@@ -35,6 +29,7 @@ from chameleon.data.duplicates import Duplicates, duplicate_share, find_duplicat
 from chameleon.data.filters import ALL_DUPLICATES, FILTERED, Filters, reason_to_filter
 from chameleon.data.source_types import RawShard, Sample
 from chameleon.data.token_shards import DESCRIPTION, PICTURES, TokenShard, write_shard
+from chameleon.data.worker_pool import worker_pool
 from chameleon.errors import BadInput, check_seed
 from chameleon.files import atomic_update, remove_stale_partials, write_json
 from chameleon.tokenizers.image import BATCH_SIZE
@@ -293,19 +288,8 @@ worker_state: dict[str, Any] = {}
 """What a worker process got when it started."""
 
 
-def init_worker(preparer: DocumentPreparer, options: TokenizeOptions) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent process, which ends this one
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+def keep_in_worker(preparer: DocumentPreparer, options: TokenizeOptions) -> None:
     worker_state.update(preparer=preparer, options=options)
-
-
-def exit_with_parent() -> None:
-    """Exit when the parent process has ended, in whatever way."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def prepare_in_worker(duplicates: Mapping[int, Sequence[bytes]], chunk: Chunk) -> list[PreparedDocument | Skipped]:
@@ -329,30 +313,18 @@ def prepared_chunks(
                 yield task_index, prepare_chunk(preparer, options, task.duplicates, chunk), size_of_chunk(chunk)
         return
     queue: deque[tuple[int, Any, int]] = deque()
-    # Spawned, not forked: a fork would lose the threads of the linear algebra library.
-    with ProcessPoolExecutor(
-        num_workers, get_context("spawn"), initializer=init_worker, initargs=(preparer, options)
-    ) as pool:
-        try:
-            for task_index, task in enumerate(tasks):
-                for chunk in read_chunks(task, options.variants):
-                    duplicates = {index: task.duplicates[index] for index, _ in chunk if index in task.duplicates}
-                    future = pool.submit(prepare_in_worker, duplicates, chunk)
-                    queue.append((task_index, future, size_of_chunk(chunk)))
-                    if len(queue) > num_workers + CHUNKS_AHEAD:
-                        first_index, future, size = queue.popleft()
-                        yield first_index, future.result(), size
-            while queue:
-                first_index, future, size = queue.popleft()
-                yield first_index, future.result(), size
-        except BrokenProcessPool:
-            raise BadInput(
-                "a worker process died",
-                where="tokenize",
-                remedy="out of memory? use fewer --num-workers; completed shards are kept when you start again",
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with worker_pool(num_workers, "tokenize", keep_in_worker, (preparer, options)) as pool:
+        for task_index, task in enumerate(tasks):
+            for chunk in read_chunks(task, options.variants):
+                duplicates = {index: task.duplicates[index] for index, _ in chunk if index in task.duplicates}
+                future = pool.submit(prepare_in_worker, duplicates, chunk)
+                queue.append((task_index, future, size_of_chunk(chunk)))
+                if len(queue) > num_workers + CHUNKS_AHEAD:
+                    first_index, future, size = queue.popleft()
+                    yield first_index, future.result(), size
+        while queue:
+            first_index, future, size = queue.popleft()
+            yield first_index, future.result(), size
 
 
 def make_shards(
@@ -446,7 +418,8 @@ def tokenize(
     fingerprint, start_time = tokenizer.fingerprint, time.monotonic()
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         existing = list(pool.map(existing_report, tasks, repeat(fingerprint)))
-    reports = {index: report for index, report in enumerate(existing) if report is not None}
+    existing_reports = {index: report for index, report in enumerate(existing) if report is not None}
+    reports = dict(existing_reports)
     remaining = [index for index in range(len(tasks)) if index not in reports]
     sizes = [max(1, tasks[index].raw.num_bytes) for index in remaining]
     completed, completed_size = Report(), 0
@@ -458,9 +431,9 @@ def tokenize(
                 current.add(part)
         seconds = time.monotonic() - start_time
         done = completed_size
-        if in_progress is not None and len(reports) - len(tasks) + len(sizes) < len(sizes):
-            size = sizes[len(reports) - len(tasks) + len(sizes)]  # engines that tell of it go in order
-            done += min(in_progress.bytes_read, size - 1)  # a task that is no file has size 1
+        num_completed = len(reports) - len(existing_reports)
+        if in_progress is not None and num_completed < len(sizes):  # engines that tell of it go in order
+            done += min(in_progress.bytes_read, sizes[num_completed] - 1)  # a task that is no file has size 1
         on_status(
             Status(
                 shards=len(reports),
