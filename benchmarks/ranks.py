@@ -365,6 +365,7 @@ def memory(folder: Path, options: argparse.Namespace) -> None:
                 devices=processes,
                 tensor_parallel_size=tensor_parallel_size,
                 micro_batches=2,
+                device_type="cpu",
             )
             planned = plan_training(config, setup).training.total / MIB
             out = folder / "memory"

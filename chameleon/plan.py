@@ -81,6 +81,8 @@ class TrainingSetup:
     """Micro-batches of a step."""
     gradient_sync: Literal["micro_batch", "step"] = "micro_batch"
     """When `fsdp` reduces gradients."""
+    device_type: Literal["cuda", "cpu"] = "cuda"
+    """What kind of devices they are."""
     utilization: float = 0.4
     """Share of the devices' peak that training reaches, where the network does not limit it."""
 
@@ -91,6 +93,7 @@ class TrainingSetup:
             ("data_parallel", self.data_parallel, ("none", "ddp", "fsdp")),
             ("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full")),
             ("gradient_sync", self.gradient_sync, ("micro_batch", "step")),
+            ("device_type", self.device_type, ("cuda", "cpu")),
         ):
             if value not in known:
                 raise BadInput(f"unknown {name} {value!r}", where="plan", remedy=f"one of {', '.join(known)}")
@@ -302,7 +305,7 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
     elif setup.data_parallel == "ddp":
         communication = gradients
     num_tokens, head_size = setup.micro_batch_size * setup.context_length, config.vocab_size * config.width
-    chunk_logits = min(loss_chunk_size(config.vocab_size), num_tokens) * config.vocab_size
+    chunk_logits = min(loss_chunk_size(config.vocab_size, setup.device_type), num_tokens) * config.vocab_size
     head_copies = 4 + product_size + (product_size if product_size != param_size else 0)
     logits = (chunk_logits * (4 + product_size) + head_size * head_copies) // setup.tensor_parallel_size
     logits += 2 * num_tokens * config.width * product_size  # hidden states of weighted tokens, and their gradient

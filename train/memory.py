@@ -37,6 +37,7 @@ def setup_of(recipe: TrainRecipe, context_length: int, num_processes: int) -> Tr
         devices=num_processes,
         tensor_parallel_size=recipe.run.tensor_parallel_size,
         gradient_sync=recipe.gradient_sync,
+        device_type="cuda" if uses_gpus(recipe.run) else "cpu",
     )
 
 

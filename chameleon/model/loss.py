@@ -19,8 +19,8 @@ from torch import Tensor, distributed
 from chameleon.errors import BadInput
 
 Z_LOSS = 1e-5
-MAX_LOGITS = 2**23
-"""Logits that exist at one time, at most (chunks of 512 tokens are large enough to keep matrix products fast)."""
+MIN_CHUNK = 128
+"""Tokens whose logits exist at one time, at least."""
 HEAD_GRAD_ROWS = 8192
 """Rows of the head's gradient that are computed at one time."""
 
@@ -36,9 +36,13 @@ class TokenLoss(NamedTuple):
     """float32 [N]; 0 where the weight is 0."""
 
 
-def loss_chunk_size(vocab_size: int) -> int:
-    """Return the number of tokens whose logits exist at one time."""
-    return min(512, max(128, MAX_LOGITS // vocab_size))
+def loss_chunk_size(vocab_size: int, device_type: str) -> int:
+    """Return the number of tokens whose logits exist at one time.
+
+    On a CPU 512 tokens keep matrix products fast, and fewer logits stay in its cache; a GPU is idle between small chunks.
+    """
+    max_tokens, max_logits = (512, 2**23) if device_type == "cpu" else (8192, 2**26)
+    return min(max_tokens, max(MIN_CHUNK, max_logits // vocab_size))
 
 
 class VocabularyPart(NamedTuple):
@@ -138,7 +142,7 @@ def chunked_cross_entropy(
     tokens in the global batch). chunk: tokens whose logits exist at one time, by default `loss_chunk_size`. With `part` a
     collective operation, whose gradient of `hidden` is to be summed over the processes.
     """
-    chunk = chunk or loss_chunk_size(len(head))
+    chunk = chunk or loss_chunk_size(len(head), hidden.device.type)
     nonzero = weights.nonzero().squeeze(1)
     loss, nll, log_z = ChunkedCrossEntropy.apply(
         hidden[nonzero], head, targets[nonzero], weights[nonzero].float(), z_loss, chunk, part
