@@ -164,6 +164,36 @@ def test_workers_and_resuming_change_nothing(mixture: Mixture, tokenizer: MixedT
     assert not torch.equal(Mixture(configs, seed=4, **fixed).batch(40).input_ids, expected[0].input_ids)
 
 
+def test_noise_replaces_codes_of_prompts_alone(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """A share between 0 and `image_noise`, the same each time; text, pictures in answers and their targets stay."""
+    v = tokenizer.vocabulary
+    shown, drawn = ([v.boi, *[v.image_start + code] * 16, v.eoi] for code in (0, 1))
+    with write_shard(tmp_path / "talk" / "s", tokenizer.fingerprint, v) as writer:
+        for n in range(400):
+            writer.add(torch.tensor([v.bos, *shown, v.text_start, v.sep, *drawn, v.text_start + n % 5, v.eos]))
+
+    def rows(**options: Any) -> list[Any]:
+        config = SourceConfig(str(tmp_path / "talk"), loss="answers", **options)
+        source = PackedSource(config, 45, v, tokenizer.fingerprint)
+        return [source.row(row, epoch=0, seed=1) for row in range(len(source))]
+
+    plain, noisy = rows(), rows(image_noise=0.4)
+    shares = []
+    for before, after, again in zip(plain, noisy, rows(image_noise=0.4), strict=True):
+        assert torch.equal(after.input_ids, again.input_ids)
+        is_shown = before.input_ids == v.image_start
+        assert torch.equal(after.input_ids[~is_shown], before.input_ids[~is_shown])
+        assert v.is_image(after.input_ids[is_shown]).all()
+        assert torch.equal(after.targets[after.loss_weights > 0], before.targets[before.loss_weights > 0])
+        assert torch.equal(after.loss_weights, before.loss_weights)
+        shares.append(float((after.input_ids != before.input_ids)[is_shown].float().mean()))
+    expected = 0.2 * (1 - 1 / v.num_image_codes)  # the mean of the shares; one code in so many is replaced by itself
+    assert len(shares) == 400 and np.mean(shares) == pytest.approx(expected, abs=0.03)
+    assert np.std(shares) > 0.12  # that of one share for all documents would be 0.1
+    with pytest.raises(BadInput, match="image_noise of talk is 0.1, expected a share, with loss: answers"):
+        stage_weights([SourceConfig("talk", image_noise=0.1)], [])
+
+
 def test_a_row_reads_its_own_documents_alone(mixture: Mixture) -> None:
     source = mixture.sources[0]
     before = [source.row(number, 0, 3) for number in range(len(source))]

@@ -41,6 +41,9 @@ class SourceConfig:
     """Tokens on which the loss is taken."""
     swap_pairs: bool = True
     """Put the text of an image–text pair first in half of the cases, by sample and epoch (arXiv 2405.09818, 2.2)."""
+    image_noise: float = 0.0
+    """Image codes of prompts that are replaced by random ones, so that no single code decides an answer: each document
+    has a share of its own between 0 and this. Only with `loss: answers`; the loss is never taken on them."""
     name: str | None = None
     """Name for stages and the log; by default that of the folder."""
 
@@ -149,6 +152,17 @@ class PackedSource:
             return token_ids
         return np.concatenate((token_ids[:1], text, image, token_ids[-1:]))
 
+    def with_noise(self, token_ids: np.ndarray, may_change: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+        """Return the ids with some of the image codes replaced, among the tokens that may change."""
+        random, v = np.random.default_rng(splitmix64(*seed)), self.vocabulary
+        share = random.uniform(0, self.config.image_noise)
+        is_code = v.is_image(torch.from_numpy(token_ids)).numpy()
+        is_replaced = is_code & may_change & (random.random(len(token_ids)) < share)
+        codes = torch.from_numpy(random.integers(v.num_image_codes, size=int(is_replaced.sum())))
+        noisy = token_ids.copy()
+        noisy[is_replaced] = v.codes_to_ids(codes).numpy()
+        return noisy
+
     def read_segment(self, segment: Segment, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray | float]:
         """Return token ids int64 [size + 1] of a segment, and the loss weight of each but the first."""
         shard_index, document = self.index.locate_document(segment.document)
@@ -158,6 +172,8 @@ class PackedSource:
         if self.config.loss == "answers":
             all_ids = shard.read(document, variant=variant)  # what is an answer depends on the tokens before it
             mask = answer_mask(all_ids, self.vocabulary)
+            if self.config.image_noise:
+                all_ids = self.with_noise(all_ids, ~mask, (seed, epoch, segment.document))
             return all_ids[segment.start : end], mask[segment.start + 1 : end]
         token_ids = shard.read(document, segment.start, end, variant)
         if self.config.swap_pairs and segment.start == 0:
@@ -327,6 +343,12 @@ def stage_weights(sources: Sequence[SourceConfig], stages: Sequence[StageConfig]
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
                 raise BadInput(f"no source {name}", where="stages", remedy=f"did you mean {nearest}?")
         weights.append({**weights[-1], **stage.weights})
+    for source in sources:
+        if not 0 <= source.image_noise <= 1 or (source.image_noise and source.loss != "answers"):
+            raise BadInput(
+                f"image_noise of {source.display_name} is {source.image_noise}, expected a share, with loss: answers",
+                where="mixture",
+            )
     for of_stage in weights:
         for name, weight in of_stage.items():
             if not 0 <= weight < math.inf:
