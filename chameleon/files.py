@@ -99,7 +99,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise BadInput(f"could not be written ({error})", where=path) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that is read-only
+            partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,7 +141,8 @@ VERIFIED = "verified.json"
 def verify_once(folder: Path, sha256: Mapping[str, str], verify: Callable[[], None]) -> None:
     """Call `verify`, which compares the files of a folder with their checksums, unless it was done for them as they are.
 
-    That is noted in the folder, with the sizes and times of the files. Raises what `verify` raises.
+    That is noted in the folder, with the sizes, times and inodes of the files; copies are verified anew. Raises what
+    `verify` raises.
     """
     note = folder / VERIFIED
     try:
@@ -148,7 +150,10 @@ def verify_once(folder: Path, sha256: Mapping[str, str], verify: Callable[[], No
     except OSError:  # a file is missing, which `verify` tells
         verify()
         return
-    state = json.dumps({name: [stat.st_size, stat.st_mtime_ns, sha256[name]] for name, stat in stats.items()}).encode()
+    of_files = {
+        name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sha256[name]] for name, stat in stats.items()
+    }
+    state = json.dumps(of_files).encode()
     if note.is_file() and note.read_bytes() == state:
         return
     verify()

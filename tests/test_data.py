@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from chameleon.data.token_shards import TokenShard, open_shards, write_shard
 from chameleon.data.tokenize import tokenize
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
+from chameleon.files import verify_once
 from chameleon.tokenizers.image import load_picture
 from chameleon.tokenizers.mixed import MixedTokenizer
 
@@ -273,6 +275,30 @@ def test_text_and_code_splits_are_apart() -> None:
 
 
 # --- token shards ---
+
+
+def test_files_are_verified_once_while_they_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, folder = [], tmp_path / "files"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+
+    def verify(folder: Path) -> int:
+        verify_once(folder, {"a": "checksum"}, lambda: calls.append(folder))
+        return len(calls)
+
+    assert [verify(folder), verify(folder)] == [1, 1]
+    shutil.copytree(folder, tmp_path / "copy")  # with its times and its note
+    assert [verify(tmp_path / "copy"), verify(tmp_path / "copy")] == [2, 2]
+    (folder / "a").write_text("b")
+    assert verify(folder) == 3
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    (folder / "a").write_text("c")
+    for name in ("write_bytes", "unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert [verify(folder), verify(folder)] == [4, 5]
 
 
 def test_shards_round_trip_and_are_verified(tmp_path: Path, tokenizer: MixedTokenizer) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chameleon.model import loss
 from chameleon.model.loss import chunked_cross_entropy, cut_cross_entropy
 
 
@@ -39,6 +42,23 @@ def test_value_and_gradient_equal_the_plain_formula(rows: int, vocabulary: int, 
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-5)
     for got, grad in zip(ours_grads, (hidden.grad, head.grad), strict=True):
         torch.testing.assert_close(got, grad, atol=1e-5, rtol=1e-4)
+
+
+def test_processes_with_parts_of_other_sizes_use_the_same_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They exchange numbers for each chunk. Rows 32,769 and 32,768 would give 255 and 256 tokens."""
+    chunks = []
+
+    def apply(hidden: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        chunks.append(arguments[4])
+        return (torch.zeros(len(hidden)),) * 3
+
+    monkeypatch.setattr(loss.ChunkedCrossEntropy, "apply", apply)
+    assert loss.loss_chunk_size(32_769, "cpu") != loss.loss_chunk_size(32_768, "cpu")
+    for rows in (32_769, 32_768):
+        part = loss.VocabularyPart(first_row=0, max_rows=32_769, group=None)
+        hidden, head, targets = torch.zeros(2, 1), torch.zeros(rows, 1), torch.zeros(2, dtype=torch.int64)
+        chunked_cross_entropy(hidden, head, targets, torch.ones(2), part=part)
+    assert chunks[0] == chunks[1]
 
 
 def test_scaled_loss_scales_gradients() -> None:

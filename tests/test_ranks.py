@@ -19,7 +19,8 @@ from conftest import recipe_file
 
 from chameleon.files import sha256_of
 from chameleon.tokenizers.mixed import MixedTokenizer
-from chameleon.train.process_watch import MISSED_SIGNS, SignCounter
+from chameleon.train import process_watch
+from chameleon.train.process_watch import MISSED_SIGNS, ProcessWatch, SignCounter
 
 SHAPE = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn_width": 128}
 RUN = ["run.accelerator=cpu", "run.max_steps=13", "run.log_every_n_steps=5", "attention=dense"]
@@ -33,7 +34,8 @@ from chameleon.cli import main
 from chameleon.data import token_shards
 from chameleon.model.transformer import Attention
 from chameleon.tensor_files import SafetensorsFiles
-from chameleon.train import checkpoint_files
+from chameleon.train import checkpoint_files, process_watch
+from chameleon.train.checkpoint import CheckpointCallback
 from chameleon.train.language_module import LanguageModule
 from chameleon.train.step_module import StepModule
 
@@ -84,6 +86,15 @@ if os.environ.get("SLOW") == rank:
         time.sleep(0.02)
         return forward(*arguments)
     Attention.forward = slow_forward
+if "LATE" in os.environ:
+    process_watch.SECONDS_BETWEEN_SIGNS = 0.2
+if os.environ.get("LATE") == rank:
+    after_step = CheckpointCallback.on_train_batch_end
+    def after_a_long_step(callback, trainer, module, *arguments):
+        if module.current_step >= module.run_config.max_steps:
+            time.sleep(2 * process_watch.MISSED_SIGNS * process_watch.SECONDS_BETWEEN_SIGNS)
+        after_step(callback, trainer, module, *arguments)
+    CheckpointCallback.on_train_batch_end = after_a_long_step
 try:
     main(sys.argv[2:])
 finally:
@@ -200,6 +211,27 @@ def test_a_process_that_ends_ends_all(victim: str, how: str, recipe: Path, tmp_p
         assert "the data of this process are not readable" in errors
     others = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
     assert others.stdout == ""
+
+
+def test_a_process_that_is_done_is_not_taken_for_dead(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, "run.devices=2", "run.max_steps=3", environment={"LATE": "0"})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def test_a_store_that_does_not_answer_ends_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_watch, "SECONDS_BETWEEN_SIGNS", 0.01)
+    watch, reasons = ProcessWatch(), list[str]()
+    watch.hosts = ["one"]
+
+    def end(reason: str, code: int) -> None:
+        reasons.append(reason)
+        watch.is_over.set()
+
+    monkeypatch.setattr(watch, "end", end)
+    monkeypatch.setattr(watch, "num_signs", 7)  # and no more, since `watch` hangs
+    watch.watch_the_watch()
+    assert reasons == ["the first process, on one, does not answer"]
 
 
 @pytest.mark.slow

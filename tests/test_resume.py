@@ -35,7 +35,7 @@ def step(module, batch, number):
         for callback in module.trainer.callbacks:
             if isinstance(callback, CheckpointCallback):
                 callback.writer.wait()  # the checkpoints before are complete
-        os.kill(os.getpid(), int(sys.argv[2]))
+        (os.killpg if os.environ.get("GROUP") else os.kill)(0 if os.environ.get("GROUP") else os.getpid(), int(sys.argv[2]))
     return begin(module, batch, number)
 StepModule.on_train_batch_start = step
 main(sys.argv[3:])
@@ -49,14 +49,15 @@ CHANGES = [
 ]
 
 
-def run(recipe: Path, out: Path, *more: str, step: int = -1, sign: int = 0) -> int:
-    """Trains in a process of its own, which is sent a signal at a step."""
-    return command(["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, *more], step, sign)
+def run(recipe: Path, out: Path, *more: str, step: int = -1, sign: int = 0, to_group: bool = False) -> int:
+    """Trains in a process of its own, which is sent a signal at a step, with its workers or without."""
+    return command(["pretrain", "--config", str(recipe), f"run.out={out}", *CHANGES, *more], step, sign, to_group)
 
 
-def command(arguments: list[str], step: int = -1, sign: int = 0) -> int:
-    start = ["-c", CODE, str(step), str(int(sign))] if sign else ["-m", "chameleon.cli"]
-    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True)
+def command(arguments: list[str], step: int = -1, sign: int = 0, to_group: bool = False) -> int:
+    start = [sys.executable, *(["-c", CODE, str(step), str(int(sign))] if sign else ["-m", "chameleon.cli"]), *arguments]
+    environment = {**os.environ, "GROUP": "1" if to_group else ""}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, start_new_session=True)
     assert done.returncode in (0, -signal.SIGKILL, 143), done.stderr
     return done.returncode
 
@@ -95,7 +96,7 @@ def test_a_signal_leaves_a_checkpoint(number: int, tmp_path: Path, tokenizer: Mi
     recipe = recipe_file(tmp_path, tokenizer)
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     assert run(recipe, whole, "run.save_every_n_steps=0") == 0
-    assert run(recipe, ended, "run.save_every_n_steps=0", step=4, sign=number) == 143
+    assert run(recipe, ended, "run.save_every_n_steps=0", "num_workers=1", step=4, sign=number, to_group=True) == 143
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (ended / "bundle").exists()
     assert run(recipe, ended, "run.save_every_n_steps=0", "--resume") == 0

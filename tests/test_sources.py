@@ -349,6 +349,25 @@ def test_what_is_no_array(text: str, message: str, tmp_path: Path) -> None:
         list(records.read_json_array(tmp_path / "values.json", raise_on_skip))
 
 
+def test_what_comes_before_damage_in_an_array_is_read(tmp_path: Path) -> None:
+    path, names = tmp_path / "values.json", [f"één {number}" for number in range(10)]
+    whole = json.dumps(names, ensure_ascii=False).encode()
+    for damaged, message in ((whole[:-1] + b', "\xff"]', "damaged file"), (whole[:-1] + b", tru, 1]", "not JSON")):
+        path.write_bytes(damaged + b" " * 100_000)
+        reader = records.read_json_array(path, raise_on_skip)
+        assert [next(reader)[1] for _ in names] == names
+        with pytest.raises(BadInput, match=message):
+            next(reader)
+
+
+def test_a_mistake_is_told_before_the_rest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "READ_BYTES", 1000)
+    (tmp_path / "values.json").write_text("[tru, " + "1, " * 100_000 + "1]")
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 50_000)
+    with pytest.raises(BadInput, match="not JSON"):
+        list(records.read_json_array(tmp_path / "values.json", raise_on_skip))
+
+
 def test_an_array_is_never_held_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "values.json"
     path.write_text("[" + ",".join(json.dumps("x" * 100_000) for _ in range(300)) + "]")

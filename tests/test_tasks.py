@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from chameleon.data import clipart, emoji, labelled, mixed_tasks, picture_tasks
+from chameleon.data import clipart, embedded_source, emoji, labelled, mixed_tasks, picture_tasks
 from chameleon.data.augmentation import change_style
 from chameleon.data.colours import COLOURS, HUES, TARGETS, colour_indices, from_hsv, hsv, main_colour, recolour
 from chameleon.data.embedded_source import MIXED_TASKS, ONE_PICTURE_TASKS
 from chameleon.data.labelled import LabelledPicture
 from chameleon.data.questions import CATEGORIES, GROUP_WORDS, with_article, without_colour
 from chameleon.document import Conversation, Document, Image, Text
+from chameleon.errors import BadInput
 
 components = st.tuples(*[st.integers(0, 255)] * 3)
 
@@ -247,3 +248,15 @@ def test_stories_show_what_they_tell() -> None:
                 pending.append(shown(part).name)
                 assert pending[-1].lower() in told
         assert pending and with_article(pending[0]) in prompt.text
+
+
+@pytest.mark.parametrize("name", embedded_source.MIXED_TASKS)
+@pytest.mark.parametrize("concepts", [1, 30])
+def test_a_subset_that_is_too_small_is_refused_in_one_line(name: str, concepts: int) -> None:
+    (shard,) = embedded_source.expand("emoji", f"{name}?concepts={concepts}&count=3&view=plain")
+    try:
+        made = list(embedded_source.bind_task(shard)())
+    except BadInput as error:
+        assert "too few concepts" in str(error)
+    else:
+        assert len(made) <= 3

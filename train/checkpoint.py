@@ -38,14 +38,17 @@ from chameleon.train.checkpoint_files import (
     restore,
     tensors_to_save,
 )
-from chameleon.train.processes import is_single_process, on_first_process, run_on_all_processes
+from chameleon.train.processes import (
+    STOP_SIGNALS,
+    is_single_process,
+    num_launched,
+    on_first_process,
+    run_on_all_processes,
+)
 from chameleon.train.recipe import RunConfig
 from chameleon.train.step_module import StepModule
 
 CHECKPOINTS_FOLDER = "checkpoints"
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Signals, to whichever process, after which all write a checkpoint and exit with 143; SLURM can send the second one some
-time before it ends a job."""
 MAX_ROLLBACKS = 3
 """Rollbacks without a checkpoint between them after which a run ends."""
 RESUMABLE_KEYS = (
@@ -172,7 +175,7 @@ class CheckpointCallback(Callback):
     def __init__(self, run: RunConfig, recipe: dict[str, Any]) -> None:
         """recipe: as plain values, with the precision that is used.
 
-        Raises `BadInput` where the run cannot be resumed, on the first process; others are told later.
+        Raises `BadInput` where the run cannot be resumed; of several processes all do so when training starts.
         """
         if run.save_total_limit < 1:
             raise BadInput(f"save_total_limit is {run.save_total_limit}, expected 1 or more", where="run.save_total_limit")
@@ -181,9 +184,16 @@ class CheckpointCallback(Callback):
         self.last_save_time = time.monotonic()
         self.checkpoints: list[StoredCheckpoint] = []
         self.log_rows: list[dict[str, Any]] = []
+        self.problem: BadInput | None = None
+        """Why the run cannot be resumed, on the first process."""
         if run.resume and getattr(rank_zero_only, "rank", 0) == 0:
-            self.checkpoints = resumable_checkpoints(run, recipe)
             self.log_rows = read_log_rows(self.out)  # before the loggers begin anew
+            try:
+                self.checkpoints = resumable_checkpoints(run, recipe)
+            except BadInput as error:
+                if num_launched() == 1:
+                    raise
+                self.problem = error  # the others wait for this process
         self.group: Any = None
         """All processes, with a backend for CPUs, for the tensors of checkpoints."""
         self.writer: CheckpointWriter | None = None
@@ -196,9 +206,9 @@ class CheckpointCallback(Callback):
             writer_group = distributed.new_group(backend="gloo")
         else:
             writer_group = None
-        self.writer = CheckpointWriter(writer_group, pin_memory=trainer.strategy.root_device.type == "cuda")
-        self.checkpoints = on_first_process(lambda: self.checkpoints)
+        self.writer = CheckpointWriter(writer_group, trainer.strategy.root_device)
         try:
+            self.checkpoints = on_first_process(self.found_checkpoints)
             resumed = self.restore_latest(trainer, module, self.checkpoints)
             if self.checkpoints and resumed is None and not self.run.force:
                 raise no_complete_checkpoint(self.out)
@@ -225,6 +235,11 @@ class CheckpointCallback(Callback):
         if trainer.is_global_zero:
             module.events.remove_after(resumed.completed_steps)
         self.restore_log(trainer, resumed.completed_steps)
+
+    def found_checkpoints(self) -> list[StoredCheckpoint]:
+        if self.problem is not None:
+            raise self.problem
+        return self.checkpoints
 
     def restore_log(self, trainer: L.Trainer, last_step: int) -> None:
         """Write the rows that the log had up to a step, which Lightning's logger has removed."""
@@ -282,7 +297,7 @@ class CheckpointCallback(Callback):
             self.writer.wait()  # raises on all processes
         if module.guard.needs_rollback:
             self.roll_back(trainer, module)
-            module.granted |= granted  # after the next step
+            module.granted |= {name: True for name, is_granted in granted.items() if is_granted}  # after the next step
             return
         step = module.current_step  # callbacks run before the module counts the step
         save_every, minutes = self.run.save_every_n_steps, self.run.save_every_n_minutes

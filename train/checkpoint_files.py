@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import threading
 import warnings
@@ -69,10 +70,10 @@ def tensors_to_save(module: StepModule, optimizers: list[torch.optim.Optimizer])
 class CheckpointWriter:
     """Writes one checkpoint at a time in the background, from a copy of the tensors in the host's memory."""
 
-    def __init__(self, group: Any, *, pin_memory: bool) -> None:
-        """group: all processes, with a backend for CPUs, used by nothing else. pin_memory: copies are made from a GPU."""
-        self.group = group
-        self.stager = DefaultStager(StagingOptions(pin_memory, False, False, False))
+    def __init__(self, group: Any, device: torch.device) -> None:
+        """group: all processes, with a backend for CPUs, used by nothing else. device: where the tensors are."""
+        self.group, self.device = group, device
+        self.stager = DefaultStager(StagingOptions(device.type == "cuda", False, False, False))
         self.thread: threading.Thread | None = None
         self.error: BadInput | None = None
 
@@ -96,6 +97,8 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # a new thread begins with the first one
                 self.write(target, staged, description, on_done)
             except BadInput as error:
                 self.error = error
@@ -142,8 +145,10 @@ class CheckpointWriter:
             if is_first:
                 checksums = {name: checksum for part in parts for name, checksum in part.items()}
                 write_json(partial / DESCRIPTION_FILE, description | {"sha256": checksums})
+                flush_to_disk(partial / DESCRIPTION_FILE, partial)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
+                flush_to_disk(target.parent)  # before earlier ones are removed
                 on_done()
 
         try:
@@ -157,6 +162,16 @@ class CheckpointWriter:
             raise BadInput(
                 error.reason, where=target.parent, remedy="free some space; earlier checkpoints are kept"
             ) from None
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Wait until files, and the names in folders, are on the disk, as PyTorch does for the tensors."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:

@@ -408,9 +408,9 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
     module.training_set.check_divisible(trainer.world_size)
     for dataset in (module.training_set, module.validation_set):
         dataset.rank, dataset.world = trainer.global_rank, trainer.world_size
-    training_loader = TimedLoader(DataLoader(module.training_set, batch_size=None, num_workers=recipe.num_workers))
+    loader = TimedLoader(module.training_set, recipe.num_workers)
     validation_loader = DataLoader(module.validation_set, batch_size=None) if recipe.validation else None
-    metrics = fit(trainer, module, training_loader, validation_loader)
+    metrics = fit(trainer, module, loader, validation_loader)
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
         write_shapes(Path(recipe.run.out), recipe.shapes)  # first: without it the tokenizers would be those of squares

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from chameleon.data.mixture import Mixture, PackedBatch
+from chameleon.train.processes import ignore_stop_signals
 from chameleon.train.step_module import StepDataset
 
 
@@ -59,8 +60,11 @@ class ValidationDataset(Dataset[PackedBatch]):
 class TimedLoader:
     """A data loader that measures how long it is waited for."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    def __init__(self, dataset: Dataset[Any], num_workers: int) -> None:
+        """dataset: of batches. num_workers: processes that read them; 0 for this one."""
+        self.loader = DataLoader(
+            dataset, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_stop_signals if num_workers else None
+        )
         self.seconds_waited = 0.0
         """In all."""
 

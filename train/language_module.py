@@ -308,7 +308,7 @@ class LanguageModule(StepModule):
         order = fused_row_order(plain, self.start.config, self.recipe.run.tensor_parallel_size)
         if order is None:
             return self.start.initial_part(plain, box)
-        runs = consecutive_runs(order[box[0]])
+        runs = consecutive_runs(order[box[0]]) or [slice(0, 0)]  # the last processes may have no row
         return torch.cat([self.start.initial_part(plain, (rows, *box[1:])) for rows in runs])
 
     def reorder_fused_rows(self, before: int, now: int, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -56,8 +56,9 @@ class Objective(nn.Module):
         if self.tensor_parallel_mesh is not None:
             hidden = whole_sequences(hidden, self.tensor_parallel_mesh)
             assert isinstance(head, DTensor)
-            first_row = local_box(head)[0].start
-            head, part = head.to_local(), VocabularyPart(first_row, self.tensor_parallel_mesh.get_group())
+            mesh, first_row = self.tensor_parallel_mesh, local_box(head)[0].start
+            max_rows = -(-head.shape[0] // mesh.size())
+            head, part = head.to_local(), VocabularyPart(first_row, max_rows, mesh.get_group())
         tensors = (hidden.flatten(0, 1), head, batch.targets.flatten(), loss_weights.flatten())
         if self.loss == "cut":
             return cut_cross_entropy(*tensors, z_loss=self.z_loss)

@@ -28,12 +28,17 @@ MISSED_SIGNS = 15
 """Looks at which there was no new sign of a process after which it counts as dead: half a minute."""
 STORE_TIMEOUT = timedelta(seconds=20)
 SECONDS_TO_TELL = timedelta(seconds=3)
-FAILURE = "chameleon/failure"
+FAILURE = "failure"
+
+
+def key_of(what: str) -> str:
+    """Return a key of the store, which outlives an attempt of torchrun where it restarts the processes."""
+    return f"chameleon/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
 
 
 def sign_of(rank: int) -> str:
     """Return the key under which a process shows that it is there."""
-    return f"chameleon/sign/{rank}"
+    return key_of(f"sign/{rank}")
 
 
 class SignCounter:
@@ -62,21 +67,26 @@ class ProcessWatch(Callback):
         self.hosts: list[str] = []
         """The host of each process."""
         self.store: Any = None
+        self.num_signs = 0
+        """Signs that this process has given."""
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if is_single_process() or num_processes() == 1:
             return
         self.store = self.connect()
         self.store.set(sign_of(process_rank()), "0")
         self.hosts = gather(socket.gethostname())  # from here on every process has given a sign
         threading.Thread(target=self.watch, args=(self.connect(),), daemon=True, name="process watch").start()
+        threading.Thread(target=self.watch_the_watch, daemon=True, name="watch of the process watch").start()
 
     def connect(self) -> Any:
         """Return a connection of its own to the store that the processes met at."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.store is not None:
+            gather(None)  # one that has less to do at the end is not to be taken for dead
         self.is_over.set()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
@@ -91,8 +101,8 @@ class ProcessWatch(Callback):
         reason = "another process has ended"
         if self.store is not None:
             with suppress(distributed.DistError, RuntimeError):  # where it had the store
-                self.store.wait([FAILURE], SECONDS_TO_TELL)
-                reason = self.store.get(FAILURE).decode().partition(" ")[2]
+                self.store.wait([key_of(FAILURE)], SECONDS_TO_TELL)
+                reason = self.store.get(key_of(FAILURE)).decode().partition(" ")[2]
         remedy = "if no message says why, it was killed, for example since memory ran out"
         return BadInput(reason, where=f"process {process_rank()}", remedy=remedy)
 
@@ -100,21 +110,21 @@ class ProcessWatch(Callback):
         """Tell all processes that one has failed, unless they have been told of another."""
         text = f"{code} process {rank} on {self.hosts[rank]} has ended: {' '.join(reason.split())}"
         try:
-            store.compare_set(FAILURE, "", text)
+            store.compare_set(key_of(FAILURE), "", text)
         except distributed.DistError:  # the process that has the store is the one that ended
             return
 
     def watch(self, store: Any) -> None:
         """Show that this process is there, and end it when another one has failed."""
-        rank, counter, num_signs = process_rank(), SignCounter(), 0
+        rank, counter = process_rank(), SignCounter()
         # The first process looks at all others, the second one at the first.
         watched = {0: range(1, len(self.hosts)), 1: range(1)}.get(rank, range(0))
         while not self.is_over.wait(SECONDS_BETWEEN_SIGNS):
             try:
-                num_signs += 1
-                store.set(sign_of(rank), str(num_signs))
-                if store.check([FAILURE]):
-                    code, _, reason = store.get(FAILURE).decode().partition(" ")
+                self.num_signs += 1
+                store.set(sign_of(rank), str(self.num_signs))
+                if store.check([key_of(FAILURE)]):
+                    code, _, reason = store.get(key_of(FAILURE)).decode().partition(" ")
                     self.end(reason, int(code))
                 keys = [sign_of(other) for other in watched]
                 dead = counter.look(dict(zip(watched, store.multi_get(keys), strict=True))) if keys else None
@@ -122,6 +132,13 @@ class ProcessWatch(Callback):
                     self.tell(store, dead, "it gives no sign: killed, out of memory, or its machine is down")
             except (distributed.DistError, RuntimeError) as error:
                 self.end(f"the first process, on {self.hosts[0]}, cannot be reached ({str(error).splitlines()[0]})", 1)
+
+    def watch_the_watch(self) -> None:
+        """End this process where `watch` hangs, since the machine that has the store does not answer."""
+        counter = SignCounter()
+        while not self.is_over.wait(SECONDS_BETWEEN_SIGNS):
+            if counter.look({0: str(self.num_signs).encode()}) is not None:
+                self.end(f"the first process, on {self.hosts[0]}, does not answer", 1)
 
     def end(self, reason: str, code: int) -> None:
         """End this process with a message; its main thread may be waiting for one that is dead."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +12,9 @@ from torch import distributed
 from chameleon.errors import BadInput
 
 T = TypeVar("T")
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Signals, to whichever process, after which all write a checkpoint and exit with 143; SLURM can send the second one some
+time before it ends a job."""
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 """In messages of PyTorch where the process at the other end is gone."""
 
@@ -32,6 +37,17 @@ def process_rank() -> int:
 def num_processes() -> int:
     """Return the number of processes."""
     return 1 if is_single_process() else distributed.get_world_size()
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Leave signals that stop a run to its main process: in a worker of a loader, which would end before it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def num_launched() -> int:
+    """Return the number of processes that torchrun or SLURM has started, before they have met."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def gather(value: T, group: Any = None) -> list[T]:

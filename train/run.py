@@ -54,6 +54,12 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
             where="recipe.loss",
             remedy="use chunked",
         )
+    if recipe.trainable == "lora" and recipe.lora.dropout and recipe.run.tensor_parallel_size > 1:
+        raise BadInput(
+            "dropout of LoRA does not go with tensor parallelism: devices that share a matrix would drop other inputs",
+            where="recipe.lora.dropout",
+            remedy="set it to 0",
+        )
     if recipe.attention == "auto":
         recipe.attention = automatic_attention(recipe)
     start = TrainingStart.from_recipe(recipe)
@@ -100,7 +106,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     if recipe.verify_shards:
         module.shards_to_verify = [shard for source in sources for shard in source.shards]
     module.training_set = training_set
-    module.loader = TimedLoader(DataLoader(training_set, batch_size=None, num_workers=recipe.num_workers))
+    module.loader = TimedLoader(training_set, recipe.num_workers)
     metrics = fit(trainer, module, module.loader, validation_loader)
     model = module.full_model()
     bundle = None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,20 +52,24 @@ class Duplicates(Mapping[int, Sequence[bytes]]):
         self.file = file
 
     @cached_property
-    def hashes(self) -> dict[int, list[bytes]]:
-        hashes: dict[int, list[bytes]] = {}
-        for sample, value in np.fromfile(self.file, dtype=DUPLICATE) if self.file is not None else ():
-            hashes.setdefault(int(sample), []).append(value.tobytes())
-        return hashes
+    def table(self) -> np.ndarray:
+        """The file, not read: `DUPLICATE` [hashes], in order of the samples."""
+        if self.file is None or not self.file.stat().st_size:
+            return np.empty(0, dtype=DUPLICATE)
+        return np.memmap(self.file, dtype=DUPLICATE, mode="r")
 
     def __getitem__(self, sample: int) -> list[bytes]:
-        return self.hashes[sample]
+        samples = self.table["sample"]
+        start = bisect_left(samples, sample)
+        if start == len(samples) or samples[start] != sample:
+            raise KeyError(sample)
+        return [value.tobytes() for value in self.table["hash"][start : bisect_right(samples, sample)]]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.hashes)
+        return iter(np.unique(self.table["sample"]).tolist())
 
     def __len__(self) -> int:
-        return len(self.hashes)
+        return len(np.unique(self.table["sample"]))
 
     def __reduce__(self) -> Any:
         """Pickle the file's name alone."""

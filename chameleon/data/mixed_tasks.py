@@ -21,6 +21,7 @@ from chameleon.data.labelled import NO_TONE, LabelledPicture, View, augment, by_
 from chameleon.data.picture_tasks import is_held_out_pair, thing_of, turn
 from chameleon.data.questions import CATEGORIES, categories_of, group_words, is_plain_name, with_article
 from chameleon.document import Conversation, Image, Part, Text
+from chameleon.errors import BadInput
 
 Made = TypeVar("Made")
 EVALUATION_SHARE = 0.1
@@ -395,9 +396,15 @@ MAKERS: dict[str, Maker] = {**DOCUMENT_MAKERS, "editing": make_edited}
 
 
 def first_made(make: Callable[[random.Random], Made | None], key: str) -> Made | None:
-    """Return what a maker gives at the first of `MAX_TRIES` random choices that make anything; else None."""
+    """Return what a maker gives at the first of `MAX_TRIES` random choices that make anything; else None.
+
+    Raises `BadInput` where there are too few pictures to choose from.
+    """
     results = (make(random.Random(f"{key} {attempt}")) for attempt in range(MAX_TRIES))
-    return next((result for result in results if result is not None), None)
+    try:
+        return next((result for result in results if result is not None), None)
+    except (IndexError, ValueError) as error:  # of `random`
+        raise BadInput(f"too few concepts ({error})", where=key, remedy="ask for more") from error
 
 
 def edits(

@@ -32,6 +32,8 @@ MAX_LINE_BYTES = 64 << 20
 MAX_JSON_BYTES = 4 << 30
 """An annotation file is read as a whole and may not be larger."""
 READ_BYTES = 1 << 20
+LONGEST_TOKEN = 16
+"""Characters of what JSON allows at most between two places at which a parser can fail, strings apart."""
 PARQUET_BATCH_ROWS = 64
 """Rows of a Parquet file that are read at a time: each may contain images."""
 BLANKS = re.compile(r"[ \t\n\r]*")
@@ -159,14 +161,22 @@ class JsonStream:
         self.file, self.path = file, path
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.position = "", 0
+        self.damage: UnicodeDecodeError | None = None
+        """What comes after `text` where that is no UTF-8."""
 
     def read_more(self) -> bool:
         """Read at least as much again as is left; return whether there was more. Raise `BadInput` past the limit."""
         rest = self.text[self.position :]
         if len(rest) > MAX_LINE_BYTES:
             raise self.over_limit()
+        if self.damage is not None:
+            raise self.damage
         block = bytes(self.file.read(max(READ_BYTES, len(rest))))
-        self.text, self.position = rest + self.decode(block, not block), 0
+        try:
+            decoded = self.decode(block, not block)
+        except UnicodeDecodeError as error:
+            self.damage, decoded = error, error.object[: error.start].decode()
+        self.text, self.position = rest + decoded, 0
         return bool(block)
 
     def over_limit(self) -> BadInput:
@@ -194,7 +204,7 @@ class JsonStream:
             except BadInput:
                 raise
             except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not self.read_more():
+                if not self.may_be_cut(error) or not self.read_more():
                     raise BadInput(f"not JSON ({error})", where=where) from None
                 continue
             length = end - self.position
@@ -205,6 +215,12 @@ class JsonStream:
                 continue  # the digits so far may not have been all
             self.position += length
             return value
+
+    def may_be_cut(self, error: ValueError | RecursionError) -> bool:
+        """Return whether a value could not be parsed since the rest of it has not been read yet."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.pos >= len(self.text) - LONGEST_TOKEN or error.msg.startswith("Unterminated string")
 
 
 def read_json_file(path: Path) -> Any:

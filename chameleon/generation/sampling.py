@@ -54,7 +54,7 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
 TEXT_SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2)
-IMAGE_SAMPLING = Sampling(temperature=0.4, top_p=0.7)
+IMAGE_SAMPLING = Sampling(temperature=0.5, top_p=0.8)
 
 
 class BatchSampling:

@@ -49,6 +49,8 @@ class VocabularyPart(NamedTuple):
     """Which rows of the head a process has."""
 
     first_row: int
+    max_rows: int
+    """Rows of the process that has most."""
     group: Any
     """The processes that have the head together, the process group of torch.distributed."""
 
@@ -142,7 +144,7 @@ def chunked_cross_entropy(
     tokens in the global batch). chunk: tokens whose logits exist at one time, by default `loss_chunk_size`. With `part` a
     collective operation, whose gradient of `hidden` is to be summed over the processes.
     """
-    chunk = chunk or loss_chunk_size(len(head), hidden.device.type)
+    chunk = chunk or loss_chunk_size(len(head) if part is None else part.max_rows, hidden.device.type)
     nonzero = weights.nonzero().squeeze(1)
     loss, nll, log_z = ChunkedCrossEntropy.apply(
         hidden[nonzero], head, targets[nonzero], weights[nonzero].float(), z_loss, chunk, part
