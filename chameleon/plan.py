@@ -319,23 +319,26 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
     )
 
 
-def activation_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
+def activation_bytes(config: ModelConfig, setup: TrainingSetup, *, masked: bool = True) -> int:
     """Return the bytes that autograd saves in a forward pass from token ids to hidden states, without parameters.
 
     One and two blocks are run on fake tensors; every further block adds what the second one did. Copies of weights made by
     mixed precision count, since they live as long. The kernels are those of a CPU.
 
     Tensor parallelism splits what belongs to heads and to the hidden width of the feed-forward layers, and elsewhere the
-    tokens, but for the inputs of the two first matrices of a block, which each device has whole.
+    tokens, but for attention masks and the inputs of the two first matrices of a block, which each device has whole.
+
+    masked: whether attention has a mask, from which kernels make one of their own.
     """
     if setup.tensor_parallel_size > 1:
         size, num_tokens = setup.tensor_parallel_size, setup.micro_batch_size * setup.context_length
-        whole = activation_bytes(config, replace(setup, tensor_parallel_size=1))
-        inputs = 0
+        alone = replace(setup, tensor_parallel_size=1)
+        whole, without_masks = (activation_bytes(config, alone, masked=is_masked) for is_masked in (True, False))
+        unsplit = whole - without_masks
         if setup.activation_checkpointing == "none":
-            inputs = 2 * config.layers * num_tokens * config.width * PRECISIONS[setup.precision][1].itemsize
-        return (whole - inputs) // size + inputs
-    one_block, two_blocks = (traced_bytes(replace(config, layers=layers), setup) for layers in (1, 2))
+            unsplit += 2 * config.layers * num_tokens * config.width * PRECISIONS[setup.precision][1].itemsize
+        return (whole - unsplit) // size + unsplit
+    one_block, two_blocks = (traced_bytes(replace(config, layers=layers), setup, masked) for layers in (1, 2))
     per_block, rest = two_blocks - one_block, 2 * one_block - two_blocks
     if setup.activation_checkpointing == "none":
         return rest + config.layers * per_block
@@ -349,7 +352,7 @@ def activation_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
     return rest + config.layers * saved + per_block
 
 
-def traced_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
+def traced_bytes(config: ModelConfig, setup: TrainingSetup, masked: bool) -> int:
     """Return the `saved_bytes` of a forward pass over a packed batch of the setup's shape, on fake tensors."""
     param_dtype, product_dtype = PRECISIONS[setup.precision]
     default_dtype = torch.get_default_dtype()
@@ -361,7 +364,7 @@ def traced_bytes(config: ModelConfig, setup: TrainingSetup) -> int:
             torch.set_default_dtype(default_dtype)
         token_ids = torch.zeros(setup.micro_batch_size, setup.context_length, dtype=torch.int64)
         with torch.autocast("cpu", product_dtype, enabled=product_dtype != param_dtype):
-            mask = block_diagonal_causal_mask(token_ids)
+            mask = block_diagonal_causal_mask(token_ids) if masked else None
             return saved_bytes(lambda: model(token_ids, token_ids, mask), list(model.parameters()))
 
 
