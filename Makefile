@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 # Tests of one file run in one process, since some of them use a port.
-WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all bench lint docs
 

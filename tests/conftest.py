@@ -62,6 +62,14 @@ def alone() -> Iterator[None]:
     os.environ.update(before)
 
 
+LONG = ("test_ranks.py", "test_scale.py", "test_resume.py", "test_serve.py", "test_training.py", "test_suites.py")
+"""Files that take longest. They come first, so that processes that run tests beside each other end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 SMALL_VQGAN = VQGANConfig(
     resolution=16,
     channels=8,

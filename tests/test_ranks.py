@@ -141,7 +141,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) 
         (["run.devices=2"], 2),  # one bucket of gradients, and what the step tells
         pytest.param(["run.devices=2", "micro_batch_size=1"], 2, marks=pytest.mark.slow),
         # Parameters of root and two blocks are gathered in both passes, and their gradients are reduced.
-        (["run.devices=2", *FSDP], 3 + 3 + 3 + 1),
+        pytest.param(["run.devices=2", *FSDP], 3 + 3 + 3 + 1, marks=pytest.mark.slow),
         pytest.param(["run.devices=2", *FSDP, "micro_batch_size=1"], 2 * (3 + 3 + 3) + 1, marks=pytest.mark.slow),
         (["run.devices=2", *FSDP, "micro_batch_size=1", "gradient_sync=step"], 2 * (3 + 3) + 3 + 1),
     ],
@@ -183,6 +183,7 @@ def test_each_process_reads_its_part(recipe: Path, tmp_path: Path) -> None:
     assert len(files) == 2 and all(0 < sum(seen["checkpoint"]) <= 1.2 * whole / 2 for seen in again)
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_share_the_reading(recipe: Path, tmp_path: Path) -> None:
     settings = ["run.devices=2", "run.save_every_n_steps=6"]
     run(recipe, tmp_path, *settings)

@@ -72,7 +72,7 @@ def losses(out: Path) -> list[tuple[str, ...]]:
         return [tuple(row.get(name, "") for name in names) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = recipe_file(tmp_path, tokenizer, optimizer={"lr": 0.01, "warmup_steps": 2, "eps": 1e-8, "kind": kind})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -91,7 +91,7 @@ def test_killed_and_resumed_it_ends_the_same(kind: str, tmp_path: Path, tokenize
     assert losses(killed) == losses(whole) and len(losses(whole)) == 14
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_checkpoint(number: int, tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = recipe_file(tmp_path, tokenizer)
     whole, ended = tmp_path / "whole", tmp_path / "ended"

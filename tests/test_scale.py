@@ -65,7 +65,9 @@ def lone(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) ->
     return folder
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "four, ddp" else way for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way in ("four, ddp", "four, fsdp") else way for way in WAYS]
+)
 def test_losses_are_those_of_one_process(way: str, lone: Path, tmp_path: Path) -> None:
     """And one process goes on from the checkpoint that they wrote on the way."""
     run(lone / "recipe.yaml", tmp_path, *WAYS[way])
@@ -103,7 +105,9 @@ def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Pa
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=1e-3, rtol=1e-2, msg=name)
 
 
-@pytest.mark.parametrize("way", ["two, fsdp, accumulating", "four, fsdp and tensor parallel"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("two, fsdp, accumulating", marks=pytest.mark.slow), "four, fsdp and tensor parallel"]
+)
 def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) -> None:
     shutil.copytree(lone / "run" / "checkpoints", tmp_path / "checkpoints")
     shutil.copytree(lone / "run" / "log", tmp_path / "log")
@@ -129,7 +133,7 @@ def test_two_nodes_of_two_processes(lone: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("started", ["torchrun", "slurm"])
+@pytest.mark.parametrize("started", [pytest.param("torchrun", marks=pytest.mark.slow), "slurm"])
 def test_the_same_recipe_started_by_a_cluster(started: str, lone: Path, tmp_path: Path) -> None:
     """By torchrun, and as SLURM starts its tasks: two processes that know of each other by their environment."""
     arguments = ["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2", "--json"]

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -745,9 +746,13 @@ def test_replicas_share_a_port_and_a_killed_one_comes_back(bundle_folder: Path) 
         import psutil
 
         def replicas() -> list[psutil.Process]:
-            children = psutil.Process(process.pid).children()
-            alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-            return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
+            running = []
+            for child in psutil.Process(process.pid).children():
+                with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    is_zombie = child.status() == psutil.STATUS_ZOMBIE
+                    if not is_zombie and "spawn_main" in " ".join(child.cmdline()):
+                        running.append(child)
+            return running
 
         first = replicas()
         assert len(first) == 2
