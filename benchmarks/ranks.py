@@ -220,7 +220,8 @@ def checkpoint(folder: Path, options: argparse.Namespace) -> None:
     make_shards(folder)
     for processes in (1, 4):
         out = folder / "checkpoint"
-        settings = ["run.max_steps=24", "run.save_every_n_steps=2", f"run.devices={processes}", "run.log_every_n_steps=50"]
+        settings = ["run.max_steps=16", "run.save_every_n_steps=2", f"run.devices={processes}", "run.log_every_n_steps=50"]
+        settings += ["global_batch_size=4"]  # whatever the number of processes, so that they all have the same work
         way = ["run.data_parallel=fsdp"] if processes > 1 else []
         shape = {**LARGE, "context_length": 512}
         seen = run(out, pretraining(folder, out, shape, *settings, *way, "context_length=512"))
