@@ -197,7 +197,7 @@ def test_copies_of_a_model_share_the_reading(recipe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("victim", "how"),
     [
-        ("1", "exception"),
+        pytest.param("1", "exception", marks=pytest.mark.slow),
         ("1", str(int(signal.SIGKILL))),
         pytest.param("0", "exception", marks=pytest.mark.slow),
         pytest.param("0", str(int(signal.SIGKILL)), marks=pytest.mark.slow),
@@ -214,6 +214,7 @@ def test_a_process_that_ends_ends_all(victim: str, how: str, recipe: Path, tmp_p
     assert others.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_is_not_taken_for_dead(recipe: Path, tmp_path: Path) -> None:
     process = start(recipe, tmp_path, "run.devices=2", "run.max_steps=3", environment={"LATE": "0"})
     _, errors = process.communicate(timeout=120)

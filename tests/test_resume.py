@@ -180,6 +180,7 @@ def test_nothing_to_resume(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
         train(recipe)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Two processes until step 6, then one: the losses are those of one process all the way."""
     recipe = recipe_file(tmp_path, tokenizer)
@@ -195,6 +196,7 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, tokenizer: MixedTok
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_ends_the_same(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe, out = recipe_file(tmp_path, tokenizer), tmp_path / "run"
     assert run(recipe, out, "run.save_every_n_steps=7") == 0
@@ -247,6 +249,7 @@ def test_an_image_tokenizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_processes_that_share_pictures_log_what_one_does(tmp_path: Path) -> None:
     for devices in (1, 2):
         assert image_run(tmp_path / str(devices), f"run.devices={devices}", "optimizer.lr=0.0003") == 0

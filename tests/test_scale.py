@@ -106,7 +106,7 @@ def test_adapters_learn_in_a_split_model(adapters: str, lone: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("two, fsdp, accumulating", marks=pytest.mark.slow), "four, fsdp and tensor parallel"]
+    "way", ["two, fsdp, accumulating", pytest.param("four, fsdp and tensor parallel", marks=pytest.mark.slow)]
 )
 def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) -> None:
     shutil.copytree(lone / "run" / "checkpoints", tmp_path / "checkpoints")
@@ -115,6 +115,7 @@ def test_several_processes_go_on_from_one(way: str, lone: Path, tmp_path: Path) 
     torch.testing.assert_close(log(tmp_path), log(lone / "run"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes(lone: Path, tmp_path: Path) -> None:
     """Two agents of torchrun, each with a host name of its own where the system allows it."""
     arguments = ["pretrain", "--config", str(lone / "recipe.yaml"), f"run.out={tmp_path}", *RUN, "run.devices=2"]
