@@ -403,6 +403,8 @@ def first_made(make: Callable[[random.Random], Made | None], key: str) -> Made |
     results = (make(random.Random(f"{key} {attempt}")) for attempt in range(MAX_TRIES))
     try:
         return next((result for result in results if result is not None), None)
+    except BadInput:
+        raise
     except (IndexError, ValueError) as error:  # of `random`
         raise BadInput(f"too few concepts ({error})", where=key, remedy="ask for more") from error
 
