@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -432,6 +433,22 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path, monkeypatch
         expected = 0.8 * expected + 0.2 * weight
     torch.testing.assert_close(tokenizer.network.quant_conv.weight, expected)
     assert not torch.equal(expected, seen[-1])
+
+
+def test_a_codebook_is_initialised_from_as_many_pictures_as_it_takes(tmp_path: Path) -> None:
+    """Those of 16×16 pixels give 16 latents each; no batch is read beyond the one that completes 32 for each code."""
+    recipe = image_recipe(tmp_path)
+    module, read = ImageTokenizerModule(recipe), list[int]()
+
+    def batches() -> Iterator[torch.Tensor]:
+        for index in range(100):
+            read.append(index)
+            yield torch.rand(4, 3, 16, 16)
+
+    module.init_codebook(batches())
+    latents = recipe.model.codebook_size * 32
+    per_picture = math.prod(module.network.config.grid)
+    assert len(read) == math.ceil(latents / (4 * per_picture)) < 100
 
 
 def test_a_codebook_that_collapses_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ MAX_READ_ATTEMPTS = 100
 CODEBOOK_INIT_BATCH_SIZE = 8
 """Pictures encoded at one time to initialise the codebook."""
 CODEBOOK_INIT_PICTURES = 512
+"""At most so many."""
+CODEBOOK_INIT_LATENTS = 32768
+"""Latents that are enough to initialise a small codebook; a large one takes eight for each code."""
 USAGE_SETTLES_AFTER_STEPS = 200
 """Steps after which the usage of the codebook is meaningful."""
 MIN_GAIN_DB = 1.0
@@ -202,7 +205,7 @@ class ImageTokenizerModule(StepModule):
             return
         num_batches = max(1, -(-CODEBOOK_INIT_PICTURES // self.recipe.global_batch_size))
         torch.manual_seed(self.run_config.seed)  # the same on any number of processes, as are the pictures
-        self.init_codebook([self.training_set.part(index, 0, 1) for index in range(num_batches)])
+        self.init_codebook(self.training_set.part(index, 0, 1) for index in range(num_batches))
 
     def checkpointed_tensors(self) -> dict[str, Tensor]:
         """Return all but the perceptual network, which is not trained; codebooks may be trained without gradients."""
@@ -222,15 +225,19 @@ class ImageTokenizerModule(StepModule):
         return optimizers
 
     @torch.no_grad()
-    def init_codebook(self, batches: Sequence[Tensor]) -> None:
-        """Initialise the codebook from the latents of `batches` (k-means, or the standard deviation, by its kind)."""
+    def init_codebook(self, batches: Iterable[Tensor]) -> None:
+        """Initialise the codebook from the latents of `batches` (k-means, or the standard deviation, by its kind).
+
+        Only as many batches are read as it takes.
+        """
         codebook_size = self.recipe.model.codebook_size
-        pictures = [part for batch in batches for part in batch.split(CODEBOOK_INIT_BATCH_SIZE)]
+        max_latents = min(32 * codebook_size, max(CODEBOOK_INIT_LATENTS, 8 * codebook_size))
         latents: list[Tensor] = []
-        max_latents = 32 * codebook_size
-        while pictures and sum(map(len, latents)) < max_latents:
-            latent = self.network.latent(pictures.pop(0).to(self.device))
+        for pictures in (part for batch in batches for part in batch.split(CODEBOOK_INIT_BATCH_SIZE)):
+            latent = self.network.latent(pictures.to(self.device))
             latents.append(rearrange(latent, "b c h w -> (b h w) c").float())
+            if sum(map(len, latents)) >= max_latents:
+                break
         flat = torch.cat(latents)
         if len(flat) < codebook_size:
             raise BadInput(
