@@ -292,6 +292,7 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
     num_moments = sum(p.numel() * (1 if name in muon else 2) for name, p in named.items())
     parameters = gradients = num_parameters * param_size
     optimizer = num_moments * param_size + 4 * (len(named) - len(muon))
+    activations = activation_bytes(config, setup)
     communication = 0
     if setup.data_parallel == "fsdp":
         whole_gradients = gradients // setup.tensor_parallel_size
@@ -302,6 +303,8 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
         gathered = (root_parameters + 2 * block_parameters) * product_size  # the root, a block and the next one
         reduced = block_parameters * (product_size + 2 * 4)  # a block's gradients, in 32 bits with those of the one before
         communication = (gathered + reduced) // setup.tensor_parallel_size
+        if setup.activation_checkpointing == "none":  # gradients come when the activations of their block are gone
+            communication -= min(activations // config.layers, reduced // setup.tensor_parallel_size)
     elif setup.data_parallel == "ddp":
         communication = gradients
     num_tokens, head_size = setup.micro_batch_size * setup.context_length, config.vocab_size * config.width
@@ -313,7 +316,7 @@ def training_bytes(model: Transformer, setup: TrainingSetup) -> TrainingBytes:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(config, setup),
+        activations=activations,
         logits=logits,
         communication=communication,
     )
