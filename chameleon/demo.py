@@ -93,18 +93,14 @@ def training_operations(recipe: TrainRecipe, config: ModelConfig) -> float:
 def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Path:
     """Run the pipeline of recipe `name` in folder `out`; return the path of the gallery page."""
     pipeline = read_config(PipelineRecipe, find_recipe(name))
+    pipeline.validate()
     log = StageLog(say)
-    tokenizers_folder, shards_folder = out / "tokenizers", out / "shards"
-    log.begin("training the text tokenizer")
-    text = SentencePieceTokenizer.fit(texts_of(pipeline.text_sources), pipeline.text_pieces)
-    text.save(tokenizers_folder)
-
-    log.begin("training the image tokenizer")
-    image_recipe = read_recipe(FitImageRecipe, pipeline.image)
-    image_recipe.run.out, image_recipe.run.devices = str(tokenizers_folder), 1
-    image, _ = fit_image(image_recipe)
-    encoding, decoding = picture_operations(image)
-    log.end(3 * (encoding + decoding) * image_recipe.global_batch_size * image_recipe.run.max_steps)
+    shards_folder = out / "shards"
+    if pipeline.bundle is None:
+        tokenizers_folder, base = out / "tokenizers", out / "pretrain" / "bundle"
+        train_tokenizers(pipeline, tokenizers_folder, log)
+    else:
+        tokenizers_folder = base = Path(pipeline.bundle)
 
     log.begin("tokenizing documents to token shards")
     shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
@@ -112,28 +108,29 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
     for task, report in tokenize_tasks(pipeline, tokenizers_folder, shards_folder):
         num_pictures += report.pictures
         log.note(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
+    encoding, _ = picture_operations(ImageTokenizer.load(tokenizers_folder))
     log.end(encoding * num_pictures)  # at most: pictures that tasks share are encoded once
 
-    log.begin("pretraining")
-    pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
-    set_folders(pretrain, out / "pretrain", shards_folder)
-    pretrain.tokenizers = str(tokenizers_folder)
-    train(pretrain)
-    model_config = read_header(out / "pretrain" / "bundle").model
-    log.end(training_operations(pretrain, model_config))
+    if pipeline.pretrain is not None:
+        log.begin("pretraining")
+        pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
+        set_folders(pretrain, out / "pretrain", shards_folder)
+        pretrain.tokenizers = str(tokenizers_folder)
+        train(pretrain)
+        log.end(training_operations(pretrain, read_header(base).model))
 
     log.begin("fine-tuning on conversations")
     finetune = read_recipe(FinetuneRecipe, pipeline.finetune)
     set_folders(finetune, out / "finetune", shards_folder)
-    finetune.bundle = str(out / "pretrain" / "bundle")
+    finetune.bundle = str(base)
     train(finetune)
-    log.end(training_operations(finetune, model_config))
+    log.end(training_operations(finetune, read_header(base).model))
 
     log.begin("evaluating")
     model = Chameleon.load(out / "finetune" / "bundle")
     figures = evaluate(model, concepts=pipeline.concepts, drawings=pipeline.drawings)
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    runs = {"Image tokenizer": tokenizers_folder, "Pretraining": out / "pretrain", "Fine-tuning": out / "finetune"}
+    runs = {"Image tokenizer": out / "tokenizers", "Pretraining": out / "pretrain", "Fine-tuning": out / "finetune"}
     curves = "".join(gallery.curves_section(title, folder) for title, folder in runs.items())
     minutes = (time.monotonic() - log.start_time) / 60
     note = f"Trained here in {minutes:.0f} minutes by recipe {name}."
@@ -154,6 +151,19 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
     path.write_text(page(sections, "Open Chameleon: gallery", f"Recipe {name}, folder {out}."), encoding="utf-8")
     log.begin("done")
     return path
+
+
+def train_tokenizers(pipeline: PipelineRecipe, folder: Path, log: StageLog) -> None:
+    """Train the text and the image tokenizer of a pipeline into a folder."""
+    log.begin("training the text tokenizer")
+    text = SentencePieceTokenizer.fit(texts_of(pipeline.text_sources), pipeline.text_pieces)
+    text.save(folder)
+
+    log.begin("training the image tokenizer")
+    image_recipe = read_recipe(FitImageRecipe, pipeline.image)
+    image_recipe.run.out, image_recipe.run.devices = str(folder), 1
+    image, _ = fit_image(image_recipe)
+    log.end(3 * sum(picture_operations(image)) * image_recipe.global_batch_size * image_recipe.run.max_steps)
 
 
 def tokenize_tasks(pipeline: PipelineRecipe, tokenizers: Path, shards: Path) -> Iterator[tuple[str, Report]]:

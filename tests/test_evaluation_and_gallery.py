@@ -241,6 +241,13 @@ def test_the_complete_pipeline(tmp_path: Path) -> None:
     assert figures["drawings / right_among_10"]["count"] == 2
     assert Bundle.load(tmp_path / "run" / "finetune" / "bundle").prompting == "conversation"
     assert "done" in printed[-1]
+    del pipeline["image"], pipeline["pretrain"], pipeline["text_sources"], pipeline["text_pieces"]
+    pipeline["bundle"] = str(tmp_path / "run" / "finetune" / "bundle")
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(pipeline))
+    run_pipeline(str(tmp_path / "more.yaml"), tmp_path / "more", printed.append)
+    first, second = (Bundle.load(tmp_path / run / "finetune" / "bundle") for run in ("run", "more"))
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint and not (tmp_path / "more" / "pretrain").exists()
+    assert len(second.provenance["training"]) == len(first.provenance["training"]) + 1
 
 
 # --- judges of drawings and mixed documents --------------------------------------------------------------------------

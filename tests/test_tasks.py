@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from chameleon.data import clipart, embedded_source, emoji, labelled, mixed_tasks, picture_tasks
-from chameleon.data.augmentation import change_style
+from chameleon.data.augmentation import change_style, warp
 from chameleon.data.colours import COLOURS, HUES, TARGETS, colour_indices, from_hsv, hsv, main_colour, recolour
 from chameleon.data.embedded_source import MIXED_TASKS, ONE_PICTURE_TASKS
 from chameleon.data.labelled import LabelledPicture
@@ -96,6 +96,24 @@ def test_a_changed_style_keeps_size_background_and_colour() -> None:
 
 
 # --- the sets --------------------------------------------------------------------------------------------------------
+
+
+def test_warping_bends_smoothly_and_by_little() -> None:
+    """A mark moves by at most a tenth of the side; only white comes in from outside; it depends on the seed."""
+    marked = PILImage.new("RGB", (64, 64), "white")
+    marked.paste((0, 0, 0), (30, 30, 34, 34))
+    moved = set()
+    for seed in range(30):
+        bent = np.asarray(warp(marked, random.Random(seed)).convert("L"), dtype=np.float64)
+        darkness = 255 - bent
+        rows, columns = np.mgrid[:64, :64]
+        centre = [float((axis * darkness).sum() / darkness.sum()) for axis in (rows, columns)]
+        assert max(abs(value - 31.5) for value in centre) < 6.4
+        assert darkness.sum() == pytest.approx(16 * 255, rel=0.6) and (bent[[0, -1]] == 255).all()
+        moved.add(tuple(round(value, 3) for value in centre))
+    assert len(moved) == 30
+    black = np.asarray(warp(PILImage.new("RGB", (64, 64), "black"), random.Random(0)))
+    assert (black[24:40, 24:40] == 0).all()
 
 
 def test_clip_art_is_complete_and_labelled() -> None:

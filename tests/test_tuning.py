@@ -161,13 +161,21 @@ KINDS: dict[str, Any] = {"pretrain": PretrainRecipe, "image": FitImageRecipe}
 
 
 def kind_of(name: str) -> Any:
-    is_pipeline = "-" not in name or (SHIPPED / f"{name}-pretrain.yaml").exists()
+    is_pipeline = (SHIPPED / f"{name}-finetune.yaml").exists()
     return KINDS.get(name.rpartition("-")[2], PipelineRecipe if is_pipeline else FinetuneRecipe)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_shipped_recipe_parses(name: str) -> None:
-    read_recipe(kind_of(name), name)
+    recipe = read_recipe(kind_of(name), name)
+    if isinstance(recipe, PipelineRecipe):
+        recipe.validate()
+
+
+@pytest.mark.parametrize("changes", [["bundle=here"], ["image=null"], ["text_sources=[]"]])
+def test_a_pipeline_begins_with_a_bundle_or_makes_one(changes: list[str]) -> None:
+    with pytest.raises(BadInput, match="give either bundle"):
+        read_recipe(PipelineRecipe, "demo", changes).validate()
 
 
 @pytest.mark.parametrize(

@@ -196,22 +196,30 @@ class FinetuneRecipe(TrainRecipe):
 class PipelineRecipe:
     """`chameleon demo`: everything from data to a fine-tuned model. The recipes' folders are replaced by the run's."""
 
-    text_sources: list[str]
-    """Sources that the text tokenizer is trained on."""
-    text_pieces: int
-    """Pieces of the text tokenizer."""
-    image: str
-    """Recipe of the image tokenizer."""
     shards: dict[str, str]
     """Name of a folder of token shards → its source; `{0..3}` in a source stands for as many sources."""
-    pretrain: str
     finetune: str
+    bundle: str | None = None
+    """Bundle to go on from. Its tokenizers stay, and it takes the place of pretraining: the next four are left out."""
+    text_sources: list[str] = field(default_factory=list)
+    """Sources that the text tokenizer is trained on."""
+    text_pieces: int = 4096
+    """Pieces of the text tokenizer."""
+    image: str | None = None
+    """Recipe of the image tokenizer."""
+    pretrain: str | None = None
     concepts: int | None = None
     """Evaluate on this many concepts of the embedded set; None takes all."""
     drawings: int = 200
     """Drawings to evaluate."""
     processes: int = 1
     """Processes that tokenize documents, each some of the sources."""
+
+    def validate(self) -> None:
+        """Raise `BadInput` unless there is either a bundle or all that makes one."""
+        new = (self.text_sources, self.image, self.pretrain)
+        if (self.bundle is None and not all(new)) or (self.bundle is not None and any(new)):
+            raise BadInput("give either bundle, or text_sources, image and pretrain", where="recipe")
 
 
 def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:

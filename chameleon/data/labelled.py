@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
-from chameleon.data.augmentation import change_style
+from chameleon.data.augmentation import change_style, warp
 from chameleon.data.webdataset import read_samples
 from chameleon.tokenizers.image import affine_augment
 
@@ -169,4 +169,15 @@ def near_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
 def wide_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
     """Return the picture augmented, in half of the cases also in another style."""
     picture = augment(entry, rng)
+    return change_style(picture, rng) if rng.random() < 0.5 else picture
+
+
+def warped_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
+    """Return the picture augmented and bent, its style unchanged."""
+    return warp(augment(entry, rng), rng)
+
+
+def far_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
+    """Return the picture augmented and bent, in half of the cases also in another style."""
+    picture = warped_view(entry, rng)
     return change_style(picture, rng) if rng.random() < 0.5 else picture

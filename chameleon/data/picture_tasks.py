@@ -20,10 +20,12 @@ from chameleon.data.labelled import (
     View,
     augment,
     by_concept,
+    far_view,
     hashed_share,
     near_view,
     plain_view,
     sample_by_concept,
+    warped_view,
     wide_view,
 )
 from chameleon.data.questions import (
@@ -39,8 +41,16 @@ from chameleon.data.questions import (
 )
 from chameleon.document import Conversation, Document, Image, Message, Part, Text
 
-VIEWS: dict[str, View] = {"plain": plain_view, "near": near_view, "augmented": augment, "wide": wide_view}
-"""How pictures are shown: as they are, nearly so, augmented, also in other styles."""
+VIEWS: dict[str, View] = {
+    "plain": plain_view,
+    "near": near_view,
+    "augmented": augment,
+    "warped": warped_view,
+    "wide": wide_view,
+    "far": far_view,
+}
+"""How pictures are shown: as they are, nearly so, augmented, also bent; augmented or bent and also in other styles."""
+VIEWS_IN_OTHER_STYLES = (wide_view, far_view)
 EMPTY_PROMPT_SHARE = 0.1
 """Share of drawings whose prompt is empty, for classifier-free guidance."""
 HELD_OUT_PAIR_SHARE = 0.12
@@ -104,7 +114,7 @@ def answering(
     for entry, rng in sample_by_concept(pictures, per_concept, seed):
         picture = Image(view(entry, rng))
         name_question, *others = questions_about(entry, rng)
-        if view is wide_view:
+        if view in VIEWS_IN_OTHER_STYLES:
             others = [question for question in others if question.family != "style"]
         rng.shuffle(others)
         if rng.random() < 0.25:
