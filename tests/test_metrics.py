@@ -143,6 +143,7 @@ def test_the_rules_in_python_split_as_stanfords_tokenizer() -> None:
     assert name == "python" and python == java
 
 
+@pytest.mark.slow
 @needs_java
 def test_meteor_of_the_same_words_is_one() -> None:
     value, values = meteor([["a", "cat"], ["a", "dog"]], [[["a", "cat"]], [["some", "bus"]]])

@@ -305,7 +305,7 @@ def test_compiled_code_is_kept_by_processor(tmp_path: Path, monkeypatch: pytest.
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 
-@pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
+@pytest.mark.parametrize("form", [FORMS[1], pytest.param(FORMS[3], marks=pytest.mark.slow)])
 def test_a_second_model_of_the_same_shape_compiles_nothing(tokenizer: MixedTokenizer, form: WeightForm) -> None:
     """Compiled code gets weights of any format as inputs: that of the first model, kept on disk, serves the second."""
     from torch._dynamo.utils import counters

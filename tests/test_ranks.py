@@ -138,7 +138,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: MixedTokenizer) 
 @pytest.mark.parametrize(
     ("more", "collectives"),
     [
-        (["run.devices=2"], 2),  # one bucket of gradients, and what the step tells
+        pytest.param(["run.devices=2"], 2, marks=pytest.mark.slow),  # one bucket of gradients, and what the step tells
         pytest.param(["run.devices=2", "micro_batch_size=1"], 2, marks=pytest.mark.slow),
         # Parameters of root and two blocks are gathered in both passes, and their gradients are reduced.
         pytest.param(["run.devices=2", *FSDP], 3 + 3 + 3 + 1, marks=pytest.mark.slow),

@@ -130,6 +130,7 @@ def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokeni
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(ended).items())
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Five times, while it trains or writes a checkpoint, which it does all the time."""
     recipe = recipe_file(tmp_path, tokenizer)

@@ -53,7 +53,7 @@ MAX_READ_ATTEMPTS = 100
 CODEBOOK_INIT_BATCH_SIZE = 8
 """Pictures encoded at one time to initialise the codebook."""
 CODEBOOK_INIT_PICTURES = 512
-"""At most so many."""
+"""Pictures read for that at most."""
 CODEBOOK_INIT_LATENTS = 32768
 """Latents that are enough to initialise a small codebook; a large one takes eight for each code."""
 USAGE_SETTLES_AFTER_STEPS = 200

@@ -6,10 +6,9 @@ import random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image as PILImage
 from PIL import ImageChops, ImageFilter, ImageOps
-from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional as transforms
 
 from chameleon.data.colours import from_hsv, hsv
 
@@ -43,15 +42,18 @@ def change_style(picture: PILImage.Image, rng: random.Random, max_hue: float = 7
 def warp(picture: PILImage.Image, rng: random.Random, max_shift: float = 0.06) -> PILImage.Image:
     """Return the picture bent smoothly, as another hand might have drawn its proportions.
 
-    Points of a 4×4 grid are shifted by up to `max_shift` of the side in each direction, those between them by cubic
+    Points of a 4×4 grid are shifted by up to about `max_shift` of the side in each direction, those between them by cubic
     interpolation: an elastic distortion (Simard, Steinkraus and Platt, 2003) of few degrees of freedom.
     """
     border = picture.width // 8
     framed = ImageOps.expand(picture, border, "white")  # what is moved in from outside is white
+    pixels = torch.from_numpy(np.array(framed, dtype=np.float32)).permute(2, 0, 1)[None]
     shifts = torch.tensor([rng.uniform(-2 * max_shift, 2 * max_shift) for _ in range(32)]).view(1, 2, 4, 4)
-    displacement = interpolate(shifts, framed.size[::-1], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    bent = transforms.elastic(framed, displacement, transforms.InterpolationMode.BILINEAR, fill=[255.0] * 3)
-    return ImageOps.crop(bent, border)
+    displacement = F.interpolate(shifts, pixels.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    places = F.affine_grid(torch.eye(2, 3)[None], list(pixels.shape), align_corners=False) + displacement
+    bent = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)
+    values = bent[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+    return ImageOps.crop(PILImage.fromarray(values), border)
 
 
 def white_like(picture: PILImage.Image) -> PILImage.Image:
