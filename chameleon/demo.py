@@ -102,29 +102,26 @@ def run_pipeline(name: str, out: Path, say: Callable[[str], None] = print) -> Pa
     else:
         tokenizers_folder = base = Path(pipeline.bundle)
 
+    encoding, _ = picture_operations(ImageTokenizer.load(tokenizers_folder))
+
     log.begin("tokenizing documents to token shards")
     shutil.rmtree(shards_folder, ignore_errors=True)  # of an earlier run with other tokenizers
     num_pictures = 0
     for task, report in tokenize_tasks(pipeline, tokenizers_folder, shards_folder):
         num_pictures += report.pictures
         log.note(f"  {task}: {report.documents_out} documents, {sum(report.tokens.values())} tokens")
-    encoding, _ = picture_operations(ImageTokenizer.load(tokenizers_folder))
     log.end(encoding * num_pictures)  # at most: pictures that tasks share are encoded once
 
     if pipeline.pretrain is not None:
         log.begin("pretraining")
         pretrain = read_recipe(PretrainRecipe, pipeline.pretrain)
-        set_folders(pretrain, out / "pretrain", shards_folder)
         pretrain.tokenizers = str(tokenizers_folder)
-        train(pretrain)
-        log.end(training_operations(pretrain, read_header(base).model))
+        train_stage(pretrain, out / "pretrain", shards_folder, log)
 
     log.begin("fine-tuning on conversations")
     finetune = read_recipe(FinetuneRecipe, pipeline.finetune)
-    set_folders(finetune, out / "finetune", shards_folder)
     finetune.bundle = str(base)
-    train(finetune)
-    log.end(training_operations(finetune, read_header(base).model))
+    train_stage(finetune, out / "finetune", shards_folder, log)
 
     log.begin("evaluating")
     model = Chameleon.load(out / "finetune" / "bundle")
@@ -189,6 +186,13 @@ def tokenize_with(tokenizers: Path, sources: Sequence[str], out: Path) -> Report
     """Tokenize sources with the tokenizers of a folder, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return tokenize(sources, MixedTokenizer.load(tokenizers, device=device), out)
+
+
+def train_stage(recipe: TrainRecipe, out: Path, shards_folder: Path, log: StageLog) -> None:
+    """Train a recipe on the run's token shards into a folder."""
+    set_folders(recipe, out, shards_folder)
+    train(recipe)
+    log.end(training_operations(recipe, read_header(out / "bundle").model))
 
 
 def set_folders(recipe: TrainRecipe, out: Path, shards_folder: Path) -> None:

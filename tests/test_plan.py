@@ -130,6 +130,28 @@ def test_a_thousand_devices_and_the_network() -> None:
         assert getattr(split.training, name) < getattr(one_row.training, name) / 3
 
 
+def test_gradients_of_a_block_take_the_place_of_its_activations() -> None:
+    """At the peak either all activations are held, or one block's less with that block's gradients."""
+    config = named_size("tiny", vocab_size=300, layers=4, width=64, heads=4, kv_heads=4, ffn_width=128, context_length=64)
+    with torch.device("meta"):
+        model = Transformer(config)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - 4 * block
+    for rows, is_large in ((1, False), (64, True)):
+        setup = TrainingSetup(
+            micro_batch_size=rows,
+            context_length=64,
+            precision="32-true",
+            data_parallel="fsdp",
+            devices=2,
+            device_type="cpu",
+        )
+        planned, gathered, reduced = plan_training(config, setup).training, 4 * (root + 2 * block), 12 * block
+        per_block = planned.activations // 4
+        assert (per_block >= reduced) == is_large
+        assert planned.communication == gathered + max(0, reduced - per_block)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -134,7 +134,7 @@ def test_a_signal_to_one_process_ends_all(tmp_path: Path, tokenizer: MixedTokeni
 def test_killed_at_random_moments(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     """Five times, while it trains or writes a checkpoint, which it does all the time."""
     recipe = recipe_file(tmp_path, tokenizer)
-    settings = ["run.max_steps=120", "run.save_every_n_steps=2", "run.log_every_n_steps=1"]
+    settings = ["run.max_steps=200", "run.save_every_n_steps=2", "run.log_every_n_steps=1"]
     assert run(recipe, tmp_path / "whole", *settings) == 0
     killed, rng, kills = tmp_path / "killed", random.Random(0), 0
     start = [sys.executable, "-m", "chameleon.cli", "pretrain", "--config", str(recipe), f"run.out={killed}", *CHANGES]

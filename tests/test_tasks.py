@@ -98,7 +98,7 @@ def test_a_changed_style_keeps_size_background_and_colour() -> None:
 # --- the sets --------------------------------------------------------------------------------------------------------
 
 
-def test_warping_bends_smoothly_and_by_little() -> None:
+def test_warping_moves_things_by_little() -> None:
     """A mark moves by at most a tenth of the side; only white comes in from outside; it depends on the seed."""
     marked = PILImage.new("RGB", (64, 64), "white")
     marked.paste((0, 0, 0), (30, 30, 34, 34))

@@ -172,7 +172,7 @@ def test_every_shipped_recipe_parses(name: str) -> None:
         recipe.validate()
 
 
-@pytest.mark.parametrize("changes", [["bundle=here"], ["image=null"], ["text_sources=[]"]])
+@pytest.mark.parametrize("changes", [["bundle=here"], ["image=null"], ["text_pieces=0"]])
 def test_a_pipeline_begins_with_a_bundle_or_makes_one(changes: list[str]) -> None:
     with pytest.raises(BadInput, match="give either bundle"):
         read_recipe(PipelineRecipe, "demo", changes).validate()

@@ -203,7 +203,7 @@ class PipelineRecipe:
     """Bundle to go on from. Its tokenizers stay, and it takes the place of pretraining: the next four are left out."""
     text_sources: list[str] = field(default_factory=list)
     """Sources that the text tokenizer is trained on."""
-    text_pieces: int = 4096
+    text_pieces: int = 0
     """Pieces of the text tokenizer."""
     image: str | None = None
     """Recipe of the image tokenizer."""
@@ -217,9 +217,9 @@ class PipelineRecipe:
 
     def validate(self) -> None:
         """Raise `BadInput` unless there is either a bundle or all that makes one."""
-        new = (self.text_sources, self.image, self.pretrain)
-        if (self.bundle is None and not all(new)) or (self.bundle is not None and any(new)):
-            raise BadInput("give either bundle, or text_sources, image and pretrain", where="recipe")
+        makers = (self.text_sources, self.text_pieces, self.image, self.pretrain)
+        if (self.bundle is None and not all(makers)) or (self.bundle is not None and any(makers)):
+            raise BadInput("give either bundle, or text_sources, text_pieces, image and pretrain", where="recipe")
 
 
 def read_recipe(kind: type[R], path: str | Path | None, overrides: Sequence[str] = ()) -> R:
