@@ -120,7 +120,11 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that identify the bundle, from its files' checksums; zeros where it was not loaded."""
-        checksums = self.provenance.get("sha256")
+        return self.fingerprint_of(self.provenance)
+
+    @staticmethod
+    def fingerprint_of(provenance: dict[str, Any]) -> str:
+        checksums = provenance.get("sha256")
         if not checksums:
             return "0" * 12
         return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 
 from chameleon import bundle as bundle_module
 from chameleon import tensor_files
+from chameleon.average import average
 from chameleon.bundle import SHIPPED, Bundle
 from chameleon.cli import main
 from chameleon.device import supports_packed_bfloat16
@@ -44,6 +45,43 @@ def test_a_bundle_comes_back(bundle: Bundle, bundle_folder: Path) -> None:
     assert again.tokenizer.fingerprint == bundle.tokenizer.fingerprint
     for name, value in bundle.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value.bfloat16().float())
+
+
+def test_an_average_is_the_weighted_mean(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle.save(tmp_path / "a")
+    before = Bundle.load(tmp_path / "a", dtype=torch.float32)
+    with torch.no_grad():
+        for value in bundle.model.parameters():
+            value.add_(torch.randn_like(value), alpha=0.1)
+    bundle.provenance = {"kind": "the later one"}
+    bundle.save(tmp_path / "b", dtype=torch.float32)
+    after = Bundle.load(tmp_path / "b", dtype=torch.float32)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    main(["average", *both, "--weights", "1", "3", "--out", str(tmp_path / "mean"), "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    mean = Bundle.load(tmp_path / "mean", dtype=torch.float32)
+    for name, value in mean.model.state_dict().items():
+        wanted = torch.lerp(before.model.state_dict()[name], after.model.state_dict()[name], 0.75)
+        assert torch.allclose(value, wanted, atol=1e-6)
+    assert mean.provenance["kind"] == "the later one" and mean.tokenizer.fingerprint == after.tokenizer.fingerprint
+    parents = [{"bundle": before.fingerprint, "weight": 0.25}, {"bundle": after.fingerprint, "weight": 0.75}]
+    assert mean.provenance["average_of"] == parents == summary["average_of"]
+    main(["average", *[str(tmp_path / "b")] * 3, "--out", str(tmp_path / "same")])
+    same = Bundle.load(tmp_path / "same", dtype=torch.float32).model.state_dict()
+    assert all(torch.allclose(same[name], value, atol=1e-7) for name, value in after.model.state_dict().items())
+
+
+def test_bundles_that_do_not_go_together_are_not_averaged(bundle_folder: Path, tmp_path: Path) -> None:
+    def refused(*bundles: Path, weights: tuple[float, ...] | None = None) -> str:
+        with pytest.raises(BadInput) as error:
+            average(bundles, tmp_path / "mean", weights)
+        assert not (tmp_path / "mean").exists()
+        return str(error.value)
+
+    assert "another model or vocabulary" in refused(bundle_folder, SHIPPED)
+    assert "give 2 or more" in refused(bundle_folder)
+    for weights in ((1.0,), (1.0, -1.0), (float("nan"), 1.0)):
+        assert "for 2 bundles" in refused(bundle_folder, bundle_folder, weights=weights)
 
 
 def test_big_models_are_saved_in_several_files(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,22 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 from scipy.stats import chi2, kstest
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
+from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import AllowedNext, OutputConstraints, OutputState
 from chameleon.generation.engine import Engine
-from chameleon.generation.guidance import Guidance, combine_logits, image_only, three_way, two_way
+from chameleon.generation.guidance import Guidance, combine_logits, image_only, mean_with, three_way, two_way
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import (
     GREEDY,
@@ -31,6 +35,7 @@ from chameleon.generation.sampling import (
     sample,
     top_k_top_p_filter,
 )
+from chameleon.generation.views import views_of_document
 from chameleon.model.kv_cache import KVCache
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.vocabulary import Vocabulary
@@ -279,6 +284,37 @@ def test_a_prompt_may_end_inside_a_picture() -> None:
     assert kinds == [AllowedNext.CODE] * 4 + [AllowedNext.IMAGE_END, AllowedNext.END]
 
 
+def test_views_are_the_picture_and_small_changes_of_it() -> None:
+    picture = PILImage.new("RGB", (80, 60), (10, 60, 200))
+    picture.paste((250, 250, 0), (30, 20, 50, 40))
+    document = Document((Text("what is it?"), Image(picture)))
+    same, *others = views_of_document(document, 5)
+    assert same == document and len(others) == 4
+    centres = []
+    for view in others:
+        assert view.parts[0] == document.parts[0]
+        pixels = np.asarray(view.images[0], dtype=float)
+        assert (np.abs(pixels[[0, -1]] - (10, 60, 200)) <= 1).all()  # the border's colour comes in from outside
+        rows, columns = np.nonzero(pixels[..., 0] > 130)
+        assert len(rows) == pytest.approx(400, rel=0.15)
+        centres.append((rows.mean(), columns.mean()))
+    assert max(abs(row - 29.5) for row, _ in centres) < 3.5 and max(abs(column - 39.5) for _, column in centres) < 4.5
+    assert len(set(centres)) == 4
+    with pytest.raises(BadInput, match="0 views"):
+        views_of_document(document, 0)
+
+
+def test_a_caption_by_one_view_is_the_caption(chameleon: Chameleon) -> None:
+    pictures = [PILImage.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+    plain = chameleon.caption_batch(pictures, max_new_tokens=8)
+    assert chameleon.caption_batch(pictures, max_new_tokens=8, views=1) == plain
+    several = chameleon.caption_batch(pictures, max_new_tokens=8, views=3)
+    assert several == [chameleon.caption(picture, max_new_tokens=8, views=3) for picture in pictures]
+    examples = [(pictures[0], "what?", "a thing")]
+    answers = chameleon.answer_batch([(p, "which?") for p in pictures], examples=examples, max_new_tokens=8, views=2)
+    assert len(answers) == 3
+
+
 # --- the engine ---
 
 
@@ -299,7 +335,8 @@ def reference(engine: Engine, request: Request) -> list[int]:
             rows[1] = torch.tensor([output[start:]])
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
-        if request.guidance is not None and kind == AllowedNext.CODE:
+        combined = {AllowedNext.CODE: "codes", AllowedNext.SIZE: "sizes"}.get(kind, "texts")
+        if request.guidance is not None and request.guidance.of == combined:
             row = sum(w * part for w, part in zip(request.guidance.weights, logits, strict=True))  # type: ignore[assignment]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *output):
@@ -367,6 +404,15 @@ def requests(vocabulary: Vocabulary, sampling: Sampling) -> list[Request]:
             sampling,
             alone,
             seed=11,
+        ),
+        # the mean of several prompts, in texts alone
+        Request(
+            (v.bos, *picture, t + 3, v.sep),
+            OutputConstraints(longest + 12, format=("text", "image", "text"), max_text_tokens=5),
+            sampling,
+            sampling,
+            mean_with([(v.bos, t + 3, v.sep), (v.bos, t + 5, *picture, v.sep)]),
+            seed=12,
         ),
     ]
 

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from chameleon.data import clipart, embedded_source, emoji, labelled, mixed_tasks, picture_tasks
-from chameleon.data.augmentation import change_style, warp
+from chameleon.data.augmentation import change_style, erase_part, stretch, warp
 from chameleon.data.colours import COLOURS, HUES, TARGETS, colour_indices, from_hsv, hsv, main_colour, recolour
 from chameleon.data.embedded_source import MIXED_TASKS, ONE_PICTURE_TASKS
 from chameleon.data.labelled import LabelledPicture
@@ -116,6 +116,34 @@ def test_warping_moves_things_by_little() -> None:
     assert (black[24:40, 24:40] == 0).all()
 
 
+def test_stretching_and_erasing_stay_within_their_limits() -> None:
+    """Of a black square one side shrinks by a quarter at most; one white rectangle of up to 40% is erased."""
+    black = PILImage.new("RGB", (64, 64), "black")
+    for seed in range(40):
+        dark = np.asarray(stretch(black, random.Random(seed)).convert("L")) < 128
+        sides = sorted((int(dark.any(0).sum()), int(dark.any(1).sum())))
+        assert sides[1] == 64 and 48 <= sides[0] <= 64 and dark.sum() == sides[0] * 64
+        erased = np.asarray(erase_part(black, random.Random(seed)).convert("L")) > 128
+        height, width = int(erased.any(1).sum()), int(erased.any(0).sum())
+        assert erased.sum() == height * width and 9 <= min(height, width) <= max(height, width) <= 26
+
+
+def test_strong_views_keep_the_colours_of_what_is_called_by_them() -> None:
+    """Colours of flags, of people and of names with a colour stay; those of other things become all sorts."""
+    everything = {entry.name: entry for entry in emoji.load("train") if entry.style == "twemoji" and not entry.is_variant}
+    fixed = [everything[name] for name in ("red heart", "green salad", "flag: Japan", "thumbs up")]
+    assert not any(entry.may_change_colours for entry in fixed) and everything["strawberry"].may_change_colours
+    hues = [main_colour(labelled.strong_view(everything["strawberry"], random.Random(seed))) for seed in range(60)]
+    red = [main_colour(labelled.strong_view(everything["red heart"], random.Random(seed))) for seed in range(60)]
+    assert len(set(hues)) >= 6 and red.count("red") >= 45
+    asked = {"strong": set(), "warped": set()}
+    for view, families in asked.items():
+        for conversation in picture_tasks.answering(chosen_emoji(), 4, 0, picture_tasks.VIEWS[view]):
+            families.update(message.content.text for message in conversation.messages[::2])
+    assert not any("style" in question or "colour" in question for question in asked["strong"])
+    assert {"which style is it?", "which colour is it?"} <= asked["warped"]
+
+
 def test_clip_art_is_complete_and_labelled() -> None:
     everything = clipart.load()
     assert len(everything) == 3706 and {entry.picture.size for entry in everything[:50]} == {(64, 64)}
@@ -179,6 +207,16 @@ def test_colouring_shows_the_colour_and_never_a_held_out_pair() -> None:
     assert len(seen) > 300 and held_out <= own
 
 
+def test_things_in_colours_are_also_called_by_other_words() -> None:
+    hat = next(entry for entry in emoji.load("train") if entry.name == "top hat")
+    for colour in TARGETS:
+        words = {picture_tasks.other_word(hat, colour, random.Random(seed)) for seed in range(90)}
+        assert ("hat" in words) != picture_tasks.is_held_out_pair(colour, "hat")
+        assert not any(picture_tasks.is_held_out_pair(colour, word) for word in words)
+        assert "top hat" not in words and words - {"hat"} <= set(hat.tags)
+    assert not all(picture_tasks.is_held_out_pair(colour, "hat") for colour in TARGETS)
+
+
 def test_prompts_name_the_style_of_clip_art() -> None:
     drawings = [*picture_tasks.drawing(clipart.load("train")[:200], 1, 0, labelled.plain_view)]
     prompts = [prompt.text for prompt, _ in map(sides, drawings)]
@@ -203,6 +241,14 @@ def test_prompts_for_evaluation_are_not_in_training(task: str) -> None:
 
     training, evaluation = ({key(pair) for pair in mixed(task, 80, split)} for split in ("train", "validation"))
     assert training and evaluation and not training & evaluation
+
+
+def test_lists_are_not_asked_for_by_the_name_of_a_picture() -> None:
+    """ "two hearts" is an emoji."""
+    names = {entry.name for entry in chosen_emoji()} | {"two hearts"}
+    every = MIXED_TASKS["lists"](emoji.load("train"), count=1500, seed=0, view=labelled.plain_view, split="train")
+    prompts = {sides(conversation)[0].text.partition(",")[0] for conversation in every}
+    assert {"three hearts", "two fruits"} <= prompts and not prompts & names
 
 
 def test_lists_have_the_number_and_kind() -> None:

@@ -178,16 +178,23 @@ def to_rgb(picture: PILImage.Image) -> PILImage.Image:
 
 
 def affine_augment(
-    picture: PILImage.Image, zoom: float, shift: tuple[float, float], mirror: bool = False
+    picture: PILImage.Image,
+    zoom: float,
+    shift: tuple[float, float],
+    mirror: bool = False,
+    outside: str | tuple[int, ...] = "white",
 ) -> PILImage.Image:
-    """Zoom a picture about its centre and shift its content left and up by fractions of its sides; white outside."""
+    """Zoom a picture about its centre and shift its content left and up by fractions of its sides.
+
+    outside: the colour of what was outside of the picture.
+    """
     if mirror:
         picture = picture.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
     scale = 1 / zoom
     left, top = (side * (0.5 - scale / 2 + fraction) for side, fraction in zip(picture.size, shift, strict=True))
     matrix = (scale, 0, left, 0, scale, top)
     return picture.transform(
-        picture.size, PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor="white"
+        picture.size, PILImage.Transform.AFFINE, matrix, PILImage.Resampling.BICUBIC, fillcolor=outside
     )
 
 

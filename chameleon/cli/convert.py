@@ -1,4 +1,4 @@
-"""Verbs that convert: convert."""
+"""Verbs that make bundles of others: convert, average."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument(
         "--prompting", choices=("conversation", "document"), help="default: conversation, or the bundle's own"
     )
+
+    parser = verbs.add("average", average, "Write a bundle whose weights are the mean of those of other bundles.")
+    parser.add_argument("bundle", nargs="+", help="bundles of one shape; all but the weights is the last one's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="of each bundle (default: all the same); scaled to sum to 1"
+    )
+
+
+def average(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from chameleon.average import average as average_bundles
+
+    out = Path(arguments.out)
+    summary = average_bundles([Path(bundle) for bundle in arguments.bundle], out, arguments.weights)
+    parts = [f"{part['weight']:.3g} × {part['bundle']}" for part in summary["average_of"]]
+    print_result(arguments, summary, f"{out}: {' + '.join(parts)}")
 
 
 def convert(arguments: argparse.Namespace) -> None:

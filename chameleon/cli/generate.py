@@ -31,6 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar=("IMAGE", "CAPTION"),
         help="few-shot example; may be repeated",
     )
+    add_views_option(parser)
     add_model_options(parser)
     add_sampling_options(parser, max_new_tokens=0)
 
@@ -45,6 +46,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar=("IMAGE", "QUESTION", "ANSWER"),
         help="few-shot example; may be repeated",
     )
+    add_views_option(parser)
     add_model_options(parser)
     add_sampling_options(parser, max_new_tokens=0)
 
@@ -94,6 +96,16 @@ def add_verbs(verbs: Verbs) -> None:
     add_sampling_options(parser, max_new_tokens=256)
 
 
+def add_views_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--views",
+        type=int,
+        default=1,
+        metavar="N",
+        help="read the image N times, a little shifted and scaled: fewer mistakes, N times the work (default: 1)",
+    )
+
+
 def caption(arguments: argparse.Namespace) -> None:
     from chameleon.generation.sampling import GREEDY
 
@@ -103,6 +115,7 @@ def caption(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling_from(arguments, GREEDY),
         seeds=range(arguments.seed, arguments.seed + len(arguments.image)),
+        views=arguments.views,
     )
     rows = [{"image": image, "caption": text} for image, text in zip(arguments.image, captions, strict=True)]
     lines = [row["caption"] if len(rows) == 1 else f"{row['image']}\t{row['caption']}" for row in rows]
@@ -120,6 +133,7 @@ def answer(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
+        views=arguments.views,
     )
     print_result(arguments, {"image": arguments.image, "question": arguments.question, "answer": text}, text)
 

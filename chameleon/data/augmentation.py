@@ -56,6 +56,26 @@ def warp(picture: PILImage.Image, rng: random.Random, max_shift: float = 0.06) -
     return ImageOps.crop(PILImage.fromarray(values), border)
 
 
+def stretch(picture: PILImage.Image, rng: random.Random, max_stretch: float = 0.25) -> PILImage.Image:
+    """Return the picture made narrower or lower by up to `max_stretch` of the side, on white."""
+    width, height = picture.size
+    shrunk = rng.randrange(2)
+    sides = [width, height]
+    sides[shrunk] = round(sides[shrunk] * (1 - rng.uniform(0, max_stretch)))
+    result = white_like(picture)
+    result.paste(picture.resize((sides[0], sides[1])), ((width - sides[0]) // 2, (height - sides[1]) // 2))
+    return result
+
+
+def erase_part(picture: PILImage.Image, rng: random.Random, max_side: float = 0.4) -> PILImage.Image:
+    """Return the picture with a white rectangle whose sides are up to `max_side` of its own (arXiv 1708.04896)."""
+    width, height = (round(side * rng.uniform(0.15, max_side)) for side in picture.size)
+    left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
+    result = picture.copy()
+    result.paste("white", (left, top, left + width, top + height))
+    return result
+
+
 def white_like(picture: PILImage.Image) -> PILImage.Image:
     return PILImage.new("RGB", picture.size, "white")
 

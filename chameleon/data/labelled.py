@@ -9,13 +9,15 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image as PILImage
 
-from chameleon.data.augmentation import change_style, warp
+from chameleon.data.augmentation import change_style, erase_part, shift_colours, stretch, warp
+from chameleon.data.colours import COLOURS
 from chameleon.data.webdataset import read_samples
 from chameleon.tokenizers.image import affine_augment
 
@@ -69,6 +71,12 @@ class LabelledPicture:
     def may_mirror(self) -> bool:
         """Whether the caption is also true of the mirrored picture."""
         return self.group not in WITHOUT_MIRRORING and not any(word in self.name for word in FIXED_HANDEDNESS)
+
+    @property
+    def may_change_colours(self) -> bool:
+        """Whether the caption is also true of the picture in other colours."""
+        is_free = self.group != "flags" and not self.has_skin_tones
+        return is_free and not any(word in COLOURS for word in re.split("[^a-z]+", self.name))
 
     @property
     def is_variant(self) -> bool:
@@ -181,3 +189,17 @@ def far_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
     """Return the picture augmented and bent, in half of the cases also in another style."""
     picture = warped_view(entry, rng)
     return change_style(picture, rng) if rng.random() < 0.5 else picture
+
+
+def strong_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
+    """Return the picture bent, and each with some probability stretched, in any hue or grey, and partly erased.
+
+    Hues change only where the caption says nothing of colours and skin. What stays true is the caption alone.
+    """
+    picture = far_view(entry, rng)
+    if rng.random() < 0.5:
+        picture = stretch(picture, rng)
+    if entry.may_change_colours and rng.random() < 0.5:
+        is_grey = rng.random() < 0.2
+        picture = shift_colours(picture, rng.uniform(-180, 180), 0.0 if is_grey else rng.uniform(0.6, 1.3), 1.0)
+    return erase_part(picture, rng) if rng.random() < 0.3 else picture

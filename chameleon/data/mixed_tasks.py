@@ -89,6 +89,7 @@ class Shelf:
                 styles.setdefault(entry.style, []).append(entry)
             self.concepts[concept] = styles
         self.names = sorted(self.concepts)
+        self.picture_names = {entry.name for entry in neutral}
         self.tones: dict[tuple[str, str], dict[str, LabelledPicture]] = {}
         """(style, emoji without skin tone) → skin tone → picture."""
         for entry in self.pictures:
@@ -157,7 +158,10 @@ def make_list(shelf: Shelf, rng: random.Random) -> Conversation | None:
     style = rng.choice([*EMOJI_STYLES, "", ""])
     if not shelf.is_used("list", category, number, style):
         return None
-    prompt = f"{NUMBERS[number - 2]} {CATEGORIES[category][1]}" + (f", {style} style" if style else "")
+    things = f"{NUMBERS[number - 2]} {CATEGORIES[category][1]}"
+    if things in shelf.picture_names:
+        return None  # "two hearts" is an emoji
+    prompt = things + (f", {style} style" if style else "")
     style = style or rng.choice(EMOJI_STYLES)
     parts: list[Part] = []
     for concept in rng.sample(shelf.of_category[category], number):

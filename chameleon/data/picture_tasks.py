@@ -7,12 +7,13 @@ encoded once. `view` names how pictures are shown (`VIEWS`).
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 from PIL import Image as PILImage
 
-from chameleon.data.colours import TARGETS, main_colour, recolour
+from chameleon.data.colours import COLOURS, TARGETS, main_colour, recolour
 from chameleon.data.emoji import STYLES as EMOJI_STYLES
 from chameleon.data.emoji import names_in_languages
 from chameleon.data.labelled import (
@@ -25,6 +26,7 @@ from chameleon.data.labelled import (
     near_view,
     plain_view,
     sample_by_concept,
+    strong_view,
     warped_view,
     wide_view,
 )
@@ -48,13 +50,19 @@ VIEWS: dict[str, View] = {
     "warped": warped_view,
     "wide": wide_view,
     "far": far_view,
+    "strong": strong_view,
 }
-"""How pictures are shown: as they are, nearly so, augmented, also bent; augmented or bent and also in other styles."""
-VIEWS_IN_OTHER_STYLES = (wide_view, far_view)
+"""How pictures are shown: as they are, nearly so, augmented, also bent; augmented or bent and also in other styles; also in
+other colours."""
+CHANGED_BY_VIEW: dict[View, set[str]] = {wide_view: {"style"}, far_view: {"style"}, strong_view: {"style", "colour"}}
+"""View → questions that are not asked about pictures that it shows."""
 EMPTY_PROMPT_SHARE = 0.1
 """Share of drawings whose prompt is empty, for classifier-free guidance."""
 HELD_OUT_PAIR_SHARE = 0.12
 """Share of the pairs of a colour and a thing that no training picture shows."""
+OTHER_WORD_SHARE = 0.2
+"""Share of the prompts "COLOUR THING" that have a keyword or the last word of the name for the thing."""
+COLOUR_WORDS = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 DRAWING_PROMPTS = {
     "de": "zeichne: {}",
     "es": "dibuja: {}",
@@ -109,13 +117,12 @@ def answering(
     """Yield questions about one picture as one conversation, the format of LLaVA-1.5's VQA data (arXiv 2310.03744).
 
     Their order is random, so that each kind of question also occurs without others before it. The name comes last, if at
-    all, since it would give the other answers away. Pictures in a changed style are not asked for their style.
+    all, since it would give the other answers away. What a view changes is not asked for.
     """
     for entry, rng in sample_by_concept(pictures, per_concept, seed):
         picture = Image(view(entry, rng))
         name_question, *others = questions_about(entry, rng)
-        if view in VIEWS_IN_OTHER_STYLES:
-            others = [question for question in others if question.family != "style"]
+        others = [question for question in others if question.family not in CHANGED_BY_VIEW.get(view, ())]
         rng.shuffle(others)
         if rng.random() < 0.25:
             others = [*others, name_question] if rng.random() < 0.5 else [name_question]
@@ -286,4 +293,16 @@ def colouring(
         if rng.random() < 0.4:
             yield interview(Image(picture), [Question("colour", "which colour is it?", colour).reworded(rng)])
         else:
-            yield turn([Text(with_style(f"{colour} {thing_of(entry)}", entry, rng))], Image(picture))
+            thing = other_word(entry, colour, rng) if rng.random() < OTHER_WORD_SHARE else thing_of(entry)
+            yield turn([Text(with_style(f"{colour} {thing}", entry, rng))], Image(picture))
+
+
+def other_word(entry: LabelledPicture, colour: str, rng: random.Random) -> str:
+    """Return the last word of a thing's name, or a keyword: "hat" for "top hat"; the thing itself where there is none.
+
+    Words that are kept out of training in this colour, or name a colour, are not among them.
+    """
+    thing = str(thing_of(entry))
+    words = sorted({thing.split(" ")[-1], *entry.tags} - {thing})
+    usable = [word for word in words if is_plain_name(word) and not COLOUR_WORDS.search(word)]
+    return rng.choice([word for word in usable if not is_held_out_pair(colour, word)] or [thing])

@@ -70,6 +70,8 @@ class EmojiSuite:
     guidance_scale: float = GUIDANCE_SCALE
     temperature: float = IMAGE_SAMPLING.temperature
     top_p: float = IMAGE_SAMPLING.top_p
+    views: int = 1
+    """Of each picture that is read (test-time augmentation)."""
 
     def build_parts(self) -> list[Part]:
         """Return the parts. Raise `BadInput` for unknown ones, and where no style is held out."""
@@ -200,7 +202,7 @@ class Captions(EmojiPart):
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
         prompts = [Document((Image(item.prompt),)) for item in items]
-        return model.generate_texts(prompts, (), MAX_ANSWER_TOKENS, GREEDY)
+        return model.generate_texts(prompts, (), MAX_ANSWER_TOKENS, GREEDY, views=self.suite.views)
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         cider = CiderD([[simple_words(text) for text in item.data] for item in items])
@@ -231,7 +233,8 @@ class Asked(EmojiPart):
         ]
 
     def run(self, model: EvaluatedModel, items: Sequence[Item], first: int) -> list[Output]:
-        return model.generate_texts([item.prompt for item in items], (), MAX_ANSWER_TOKENS, GREEDY)
+        prompts = [item.prompt for item in items]
+        return model.generate_texts(prompts, (), MAX_ANSWER_TOKENS, GREEDY, views=self.suite.views)
 
     def score(self, model: EvaluatedModel, items: Sequence[Item], outputs: Sequence[Output]) -> Scores:
         rows: list[dict[str, Term]] = [

@@ -36,6 +36,7 @@ class EvaluatedModel(Protocol):
         max_new_tokens: int,
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
+        views: int = 1,
     ) -> list[str]: ...
 
     def draw_batch(

@@ -68,8 +68,11 @@ class ServerModel:
         max_new_tokens: int,
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
+        views: int = 1,
     ) -> list[str]:
-        """Generate text alone after each prompt, the examples as earlier turns."""
+        """Generate text alone after each prompt, the examples as earlier turns. Raise `BadInput` for several views."""
+        if views != 1:
+            raise BadInput("a server reads each picture once", where="views", remedy="use --model BUNDLE")
         history = [
             message
             for question, answer in examples

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chameleon.compiled_code import keep_compiled_code
 from chameleon.generation.constraints import AllowedNext
-from chameleon.generation.guidance import combine_logits
+from chameleon.generation.guidance import Combined, combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
 from chameleon.generation.kv_cache_manager import CachedSequence, KVCacheManager
 from chameleon.generation.request import ActiveRequest
@@ -309,13 +309,14 @@ class Decoder:
     ) -> SamplingGroup:
         """positions: (order, request, allowed tokens, number of drafted tokens before it)."""
         is_codes, is_size = head is self.heads.codes, positions[0][2] == AllowedNext.SIZE
-        num_branches = max(len(request.sequences) for _, request, _, _ in positions) if is_codes else 1
+        combined: Combined | None = "codes" if is_codes else None if is_size else "texts"
+        guided = [request.request.guidance_of(combined) for _, request, _, _ in positions]
+        num_branches = max(1 if guidance is None else len(guidance.weights) for guidance in guided)
         rows, weights, sampling, seeds, token_indices, masks, fixed = [], [], [], [], [], [], []
-        for _, request, allowed, ahead in positions:
-            row = [hidden_index[sequence] + ahead for sequence in request.sequences[:num_branches]]
-            rows.append(row + row[:1] * (num_branches - len(row)))
-            guidance = request.request.guidance if is_codes else None
+        for (_, request, allowed, ahead), guidance in zip(positions, guided, strict=True):
             branch_weights = guidance.weights if guidance else (1.0,)
+            row = [hidden_index[sequence] + ahead for sequence in request.sequences[: len(branch_weights)]]
+            rows.append(row + row[:1] * (num_branches - len(row)))
             weights.append([*branch_weights, *[0.0] * (num_branches - len(branch_weights))])
             sampling.append(request.request.image_sampling if is_codes or is_size else request.request.text_sampling)
             seeds.append(request.request.seed)

@@ -1,24 +1,33 @@
-"""Classifier-free guidance (arXiv 2207.12598): amplify what the prompt adds over an unconditional prompt."""
+"""Several prompts at once: classifier-free guidance, and texts from the mean of several views of a picture.
+
+Guidance (arXiv 2207.12598) amplifies what the prompt adds over an unconditional prompt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
+
+Combined = Literal["codes", "texts"]
+"""Tokens that are sampled from combined logits: image codes, or those of texts."""
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Additional prompts ("branches") whose logits are combined with those of the full prompt.
 
-    Combined = Σ weight · logits over the full prompt and the branches. `two_way` and `three_way` give the usual forms.
+    Combined = Σ weight · logits over the full prompt and the branches. `two_way`, `three_way` and `mean_with` give the
+    usual forms.
     """
 
     branches: tuple[tuple[int, ...], ...]
     """Token ids of the prompt of each branch."""
     weights: tuple[float, ...]
     """Weight of the full prompt, then of each branch; they sum to 1."""
+    of: Combined = "codes"
     restarts: bool = False
     """Whether each branch begins anew with every image, at position 0: it then has seen nothing but that image."""
 
@@ -42,6 +51,12 @@ def three_way(images_only: Sequence[int], unconditional: Sequence[int], image_sc
     """uncond + image_scale · (image − uncond) + full_scale · (full − image), as in Meta's released inference code."""
     weights = (full_scale, image_scale - full_scale, 1 - image_scale)
     return Guidance((tuple(images_only), tuple(unconditional)), weights)
+
+
+def mean_with(others: Sequence[Sequence[int]]) -> Guidance:
+    """(full + Σ others) / n: texts after one picture in several views (test-time augmentation)."""
+    share = 1 / (1 + len(others))
+    return Guidance(tuple(map(tuple, others)), (share,) * (1 + len(others)), of="texts")
 
 
 def combine_logits(logits: Tensor, weights: Tensor) -> Tensor:

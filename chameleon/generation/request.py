@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chameleon.errors import BadInput, check_seed
 from chameleon.generation.constraints import OutputConstraints, OutputState
-from chameleon.generation.guidance import Guidance
+from chameleon.generation.guidance import Combined, Guidance
 from chameleon.generation.kv_cache_manager import CachedSequence
 from chameleon.generation.sampling import IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
 from chameleon.vocabulary import Vocabulary
@@ -25,7 +25,6 @@ class Request:
     text_sampling: Sampling = TEXT_SAMPLING
     image_sampling: Sampling = IMAGE_SAMPLING
     guidance: Guidance | None = None
-    """Applied to image codes."""
     seed: int = 0
     """0 … 2⁶³ − 1."""
     fixed_codes: tuple[int, ...] = ()
@@ -38,6 +37,10 @@ class Request:
     def prompts(self) -> list[tuple[int, ...]]:
         """The full prompt and those of the guidance branches."""
         return [self.prompt, *(self.guidance.branches if self.guidance else ())]
+
+    def guidance_of(self, tokens: Combined | None) -> Guidance | None:
+        """Return the guidance if it is of these tokens."""
+        return self.guidance if self.guidance is not None and self.guidance.of == tokens else None
 
     def validate(self, vocabulary: Vocabulary, context_length: int, max_sequences: int) -> OutputConstraints:
         """Return the constraints with `max_new_tokens` limited to what the context leaves.
@@ -86,7 +89,7 @@ class Request:
             raise BadInput(
                 f"a guided request takes {len(self.prompts)} sequences, max_batch_size is {max_sequences}", where="engine"
             )
-        if self.guidance and not constraints.image_limit + start.num_images:
+        if self.guidance_of("codes") and not constraints.image_limit + start.num_images:
             raise BadInput("guidance applies to images, and none is to be generated", where="guidance")
         return limited
 
