@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.bundle import Bundle, read_header, stored_names, write_bundle
+from chameleon.bundle import Bundle, read_header, stored_names, with_stage, write_bundle
 from chameleon.errors import BadInput
 from chameleon.files import atomic_folder
 from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress
@@ -42,7 +42,6 @@ def average(
     tokenizer = MixedTokenizer.load(bundles[-1], last.vocabulary)
     parents = [Bundle.fingerprint_of(header.provenance) for header in headers]
     average_of = [{"bundle": parent, "weight": share} for parent, share in zip(parents, shares, strict=True)]
-    provenance = {**last.provenance, "average_of": average_of}
     with atomic_folder(out) as partial:
         write_bundle(
             partial,
@@ -53,7 +52,7 @@ def average(
             tokenizer.image.config,
             SafetensorsFiles.from_folder(bundles[-1], "image_tokenizer"),
             prompting=last.prompting,
-            provenance=provenance,
+            provenance=with_stage(last.provenance, {"average_of": average_of}),
             generation=last.generation,
             progress=progress,
         )

@@ -35,6 +35,8 @@ from chameleon.vocabulary import Vocabulary
 CONFIG_FILE, MODEL_FILE, PROVENANCE_FILE = "config.json", "model.safetensors", "provenance.json"
 SHIPPED = Path(__file__).parent / "bundles" / "emoji"
 FORMAT = 3
+OF_ONE_BUNDLE = ("version", "sha256", "trained", "evaluation")
+"""Keys of a provenance that do not hold for bundles made from it."""
 
 Prompting = Literal["document", "conversation"]
 
@@ -169,6 +171,12 @@ class Bundle:
         tokenizer = MixedTokenizer.load(path, header.vocabulary, device)
         model = load_weights(header.model, path, device, dtype)
         return cls(model, tokenizer, header.prompting, header.provenance, header.generation)
+
+
+def with_stage(provenance: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of a bundle made from another one in a further stage, less what holds for that one alone."""
+    kept = {key: value for key, value in provenance.items() if key not in OF_ONE_BUNDLE}
+    return {**kept, "training": [*provenance.get("training", []), stage]}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from chameleon.bundle import Bundle
+from chameleon.bundle import Bundle, with_stage
 from chameleon.data.mixture import Mixture
 from chameleon.errors import BadInput
 from chameleon.train.checkpoint import CheckpointCallback
@@ -111,9 +111,8 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     model = module.full_model()
     bundle = None
     if model is not None:
-        earlier = {key: value for key, value in start.provenance.items() if key not in ("version", "sha256")}
         stage = {"recipe": plain, "figures": metrics, "data": data_fingerprint(mixture)}
-        provenance = {**earlier, "training": [*earlier.get("training", []), stage]}
+        provenance = with_stage(start.provenance, stage)
         bundle = Bundle(model, start.tokenizer, module.prompting, provenance, start.generation)
         bundle.save(Path(recipe.run.out) / "bundle")
     trainer.strategy.barrier()
