@@ -40,6 +40,8 @@ def average(
             raise BadInput(f"another model or vocabulary than that of {bundles[-1]}", where=folder)
     last = headers[-1]
     tokenizer = MixedTokenizer.load(bundles[-1], last.vocabulary)
+    image_tensors = SafetensorsFiles.from_folder(bundles[-1], "image_tokenizer")
+    image_names = tokenizer.image.network.released_state_dict()  # in the order of the file
     parents = [Bundle.fingerprint_of(header.provenance) for header in headers]
     average_of = [{"bundle": parent, "weight": share} for parent, share in zip(parents, shares, strict=True)]
     with atomic_folder(out) as partial:
@@ -50,7 +52,7 @@ def average(
             mean_tensors([SafetensorsFiles.from_folder(folder) for folder in bundles], stored_names(last.model), shares),
             tokenizer.text,
             tokenizer.image.config,
-            SafetensorsFiles.from_folder(bundles[-1], "image_tokenizer"),
+            {name: image_tensors[name] for name in image_names},
             prompting=last.prompting,
             provenance=with_stage(last.provenance, {"average_of": average_of}),
             generation=last.generation,

@@ -65,6 +65,8 @@ def test_an_average_is_the_weighted_mean(bundle: Bundle, tmp_path: Path, capsys:
         assert torch.allclose(value, wanted, atol=1e-6)
     assert mean.provenance["kind"] == "the later one" and mean.tokenizer.fingerprint == after.tokenizer.fingerprint
     parents = [{"bundle": before.fingerprint, "weight": 0.25}, {"bundle": after.fingerprint, "weight": 0.75}]
+    image_files = [(tmp_path / name / "image_tokenizer.safetensors").read_bytes() for name in ("b", "mean")]
+    assert image_files[0] == image_files[1]
     assert summary["average_of"] == parents and "evaluation" not in mean.provenance
     assert mean.provenance["training"] == [{"recipe": "first"}, {"average_of": parents}]
     main(["average", *[str(tmp_path / "b")] * 3, "--out", str(tmp_path / "same")])

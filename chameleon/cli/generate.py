@@ -70,7 +70,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--keep", type=float, help="fraction of the image that is kept (default: 0.3 to vary, 0.5 to complete)"
     )
     parser.add_argument(
-        "--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the model's own, usually 1.5)"
+        "--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the model's own, usually 1.25)"
     )
     parser.add_argument("--size", metavar="WxH", help="width and height in pixels, where the model draws several")
     add_model_options(parser)

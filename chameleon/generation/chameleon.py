@@ -42,7 +42,7 @@ from chameleon.tokenizers.mixed import Content
 from chameleon.vocabulary import ImageBlock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 1.25
 logger = logging.getLogger(__name__)
 
 
