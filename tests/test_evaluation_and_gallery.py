@@ -88,7 +88,7 @@ def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.Monkey
     part = Questions(EmojiPictures(EmojiSuite(concepts=40)))
     items, local = part.items(), LocalModel(model)
     truth = {id(item.prompt): item.expected for item in items}
-    monkeypatch.setattr(local, "generate_texts", lambda prompts, *_: [truth[id(p)].upper() + "." for p in prompts])
+    monkeypatch.setattr(local, "generate_texts", lambda prompts, *_, **__: [truth[id(p)].upper() + "." for p in prompts])
     figures = part.score(local, items, part.run(local, items, 0)).all_figures(items)
     assert {"name", "group", "style", "flags yes-no"} <= set(figures)
     assert all(figure.value == 1 for figure in figures.values())

@@ -33,6 +33,7 @@ LAYERS = {  # a module imports from lower layers only, or from its own package
     "chameleon.plan": 4,
     "chameleon.bundle": 5,
     "chameleon.generation": 6,
+    "chameleon.average": 6,
     "chameleon.convert": 6,
     "chameleon.evaluation": 7,
     "chameleon.train": 8,
