@@ -45,7 +45,8 @@ alternate. It is for tests and demonstrations, and was trained on emoji and clip
 
 The weights are under Apache-2.0. For 15% of the concepts one style is held out: reconstructions, captions, names and
 questions are measured on those pictures. Drawings of names, colours and mixed documents are of concepts that training saw;
-prompts of mixed documents were held out.
+prompts of mixed documents were held out. Unseen pairs of colour and thing were neither drawn nor named in training;
+pictures to be captioned were also shown in other colours.
 
 ## Figures
 With 95% intervals (bootstrap) and what guessing reaches; `chameleon evaluate emoji parts=[all]` made them. Drawings:

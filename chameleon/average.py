@@ -13,24 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon.bundle import Bundle, read_header, stored_names, with_stage, write_bundle
+from chameleon.bundle import fingerprint_of, read_header, stored_names, with_stage, write_bundle
 from chameleon.errors import BadInput
-from chameleon.files import atomic_folder
-from chameleon.tensor_files import Progress, SafetensorsFiles, no_progress
+from chameleon.files import atomic_folder, check_new_folder
+from chameleon.tensor_files import SafetensorsFiles
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 
-def average(
-    bundles: Sequence[Path],
-    out: Path,
-    weights: Sequence[float] | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
+def average(bundles: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> dict[str, Any]:
     """Write a bundle whose Transformer is the weighted mean of those of `bundles`; all else is the last one's.
 
     weights: of each bundle, scaled to sum to 1; all the same by default. Sums are in float32, one tensor at a time.
-    Returns what its provenance says. Raises `BadInput` for bundles of other shapes or vocabularies.
+    Returns what its provenance says: the fingerprint and weight of each bundle. Raises `BadInput` for bundles of other
+    shapes or vocabularies, files that are missing or altered, and where `out` is there already.
     """
+    check_new_folder(out)
     if len(bundles) < 2:
         raise BadInput(f"{len(bundles)} bundle", where="average", remedy="give 2 or more")
     shares = normalised(weights or [1.0] * len(bundles), len(bundles))
@@ -42,7 +39,7 @@ def average(
     tokenizer = MixedTokenizer.load(bundles[-1], last.vocabulary)
     image_tensors = SafetensorsFiles.from_folder(bundles[-1], "image_tokenizer")
     image_names = tokenizer.image.network.released_state_dict()  # in the order of the file
-    parents = [Bundle.fingerprint_of(header.provenance) for header in headers]
+    parents = [fingerprint_of(header.provenance) for header in headers]
     average_of = [{"bundle": parent, "weight": share} for parent, share in zip(parents, shares, strict=True)]
     with atomic_folder(out) as partial:
         write_bundle(
@@ -56,7 +53,6 @@ def average(
             prompting=last.prompting,
             provenance=with_stage(last.provenance, {"average_of": average_of}),
             generation=last.generation,
-            progress=progress,
         )
     return {"out": str(out), "average_of": average_of}
 

@@ -121,15 +121,8 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that identify the bundle, from its files' checksums; zeros where it was not loaded."""
-        return self.fingerprint_of(self.provenance)
-
-    @staticmethod
-    def fingerprint_of(provenance: dict[str, Any]) -> str:
-        checksums = provenance.get("sha256")
-        if not checksums:
-            return "0" * 12
-        return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:12]
+        """12 hexadecimal digits that identify the bundle; zeros where it was not loaded."""
+        return fingerprint_of(self.provenance)
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the bundle atomically, with weights in `dtype`."""
@@ -173,10 +166,18 @@ class Bundle:
         return cls(model, tokenizer, header.prompting, header.provenance, header.generation)
 
 
+def fingerprint_of(provenance: dict[str, Any]) -> str:
+    """Return 12 hexadecimal digits that stand for the checksums of a bundle's files; zeros where there are none."""
+    checksums = provenance.get("sha256")
+    if not checksums:
+        return "0" * 12
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def with_stage(provenance: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     """Return the provenance of a bundle made from another one in a further stage, less what holds for that one alone."""
-    kept = {key: value for key, value in provenance.items() if key not in OF_ONE_BUNDLE}
-    return {**kept, "training": [*provenance.get("training", []), stage]}
+    inherited = {key: value for key, value in provenance.items() if key not in OF_ONE_BUNDLE}
+    return {**inherited, "training": [*provenance.get("training", []), stage]}
 
 
 @dataclass(frozen=True)

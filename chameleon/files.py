@@ -33,6 +33,12 @@ def temporary_folder(path: Path, target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise `BadInput` where something is there already; an empty folder may be."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput("is there already", where=folder, remedy="name a new folder")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write to that replaces `folder` if the block succeeds, and disappears if it fails.

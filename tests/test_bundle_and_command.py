@@ -61,8 +61,8 @@ def test_an_average_is_the_weighted_mean(bundle: Bundle, tmp_path: Path, capsys:
     summary = json.loads(capsys.readouterr().out)
     mean = Bundle.load(tmp_path / "mean", dtype=torch.float32)
     for name, value in mean.model.state_dict().items():
-        wanted = torch.lerp(before.model.state_dict()[name], after.model.state_dict()[name], 0.75)
-        assert torch.allclose(value, wanted, atol=1e-6)
+        interpolated = torch.lerp(before.model.state_dict()[name], after.model.state_dict()[name], 0.75)
+        assert torch.allclose(value, interpolated, atol=1e-6)
     assert mean.provenance["kind"] == "the later one" and mean.tokenizer.fingerprint == after.tokenizer.fingerprint
     parents = [{"bundle": before.fingerprint, "weight": 0.25}, {"bundle": after.fingerprint, "weight": 0.75}]
     image_files = [(tmp_path / name / "image_tokenizer.safetensors").read_bytes() for name in ("b", "mean")]
@@ -83,6 +83,8 @@ def test_bundles_that_do_not_go_together_are_not_averaged(bundle_folder: Path, t
 
     assert "another model or vocabulary" in refused(bundle_folder, SHIPPED)
     assert "give 2 or more" in refused(bundle_folder)
+    with pytest.raises(BadInput, match="is there already"):
+        average([bundle_folder, bundle_folder], bundle_folder)
     for weights in ((1.0,), (1.0, -1.0), (float("nan"), 1.0)):
         assert "for 2 bundles" in refused(bundle_folder, bundle_folder, weights=weights)
 

@@ -85,10 +85,15 @@ def test_features_recognise_an_augmented_picture() -> None:
 
 def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows all answers has accuracy 1 everywhere; one that always says yes has the share of yes."""
-    part = Questions(EmojiPictures(EmojiSuite(concepts=40)))
+    part = Questions(EmojiPictures(EmojiSuite(concepts=40, views=3)))
     items, local = part.items(), LocalModel(model)
     truth = {id(item.prompt): item.expected for item in items}
-    monkeypatch.setattr(local, "generate_texts", lambda prompts, *_, **__: [truth[id(p)].upper() + "." for p in prompts])
+
+    def answers(prompts: list[Document], *_: object, views: int) -> list[str]:
+        assert views == 3
+        return [truth[id(prompt)].upper() + "." for prompt in prompts]
+
+    monkeypatch.setattr(local, "generate_texts", answers)
     figures = part.score(local, items, part.run(local, items, 0)).all_figures(items)
     assert {"name", "group", "style", "flags yes-no"} <= set(figures)
     assert all(figure.value == 1 for figure in figures.values())

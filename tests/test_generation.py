@@ -310,9 +310,13 @@ def test_a_caption_by_one_view_is_the_caption(chameleon: Chameleon) -> None:
     assert chameleon.caption_batch(pictures, max_new_tokens=8, views=1) == plain
     several = chameleon.caption_batch(pictures, max_new_tokens=8, views=3)
     assert several == [chameleon.caption(picture, max_new_tokens=8, views=3) for picture in pictures]
-    examples = [(pictures[0], "what?", "a thing")]
-    answers = chameleon.answer_batch([(p, "which?") for p in pictures], examples=examples, max_new_tokens=8, views=2)
-    assert len(answers) == 3
+    dotted = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    document = chameleon.prompts.answer_document(dotted, "which?")
+    prompts = [chameleon.prompts.token_ids(view) for view in views_of_document(document, 3)]
+    assert len(set(prompts)) > 1  # else the views would have the same codes
+    request = Request(prompts[0], OutputConstraints(8), GREEDY, guidance=mean_with(prompts[1:]))
+    by_mean = chameleon.decode(reference(chameleon.engine, request)).text.strip()
+    assert chameleon.answer(dotted, "which?", max_new_tokens=8, views=3) == by_mean
 
 
 # --- the engine ---
@@ -335,8 +339,8 @@ def reference(engine: Engine, request: Request) -> list[int]:
             rows[1] = torch.tensor([output[start:]])
         logits = [engine.model.logits(engine.model(ids))[0, -1] for ids in rows]
         row = logits[0]
-        combined = {AllowedNext.CODE: "codes", AllowedNext.SIZE: "sizes"}.get(kind, "texts")
-        if request.guidance is not None and request.guidance.of == combined:
+        tokens = {AllowedNext.CODE: "codes", AllowedNext.SIZE: "sizes"}.get(kind, "texts")
+        if request.guidance is not None and request.guidance.applies_to == tokens:
             row = sum(w * part for w, part in zip(request.guidance.weights, logits, strict=True))  # type: ignore[assignment]
         seen = torch.zeros(1, v.size, dtype=torch.bool)
         for token in (*request.prompt, *output):

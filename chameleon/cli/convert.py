@@ -43,7 +43,8 @@ def average(arguments: argparse.Namespace) -> None:
     from chameleon.average import average as average_bundles
 
     out = Path(arguments.out)
-    summary = average_bundles([Path(bundle) for bundle in arguments.bundle], out, arguments.weights)
+    with sigterm_as_interrupt():
+        summary = average_bundles([Path(bundle) for bundle in arguments.bundle], out, arguments.weights)
     parts = [f"{part['weight']:.3g} × {part['bundle']}" for part in summary["average_of"]]
     print_result(arguments, summary, f"{out}: {' + '.join(parts)}")
 

@@ -12,7 +12,7 @@ from chameleon.convert.hugging_face import read_hugging_face, write_hugging_face
 from chameleon.convert.lumina import is_lumina, read_lumina, write_lumina
 from chameleon.convert.meta import IMAGE, PARAMS, read_image_tokenizer, read_meta, tokenizer_folder, write_meta
 from chameleon.errors import BadInput
-from chameleon.files import atomic_folder, read_json
+from chameleon.files import atomic_folder, check_new_folder, read_json
 from chameleon.tensor_files import Progress, no_progress
 
 
@@ -95,8 +95,7 @@ def convert(
         raise BadInput("shards are Meta's, 1 or more", where="--shards")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise BadInput("lies in the source", where=target, remedy="name a folder elsewhere")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput("is there already", where=target, remedy="name a new folder")
+    check_new_folder(target)
     tokenizer_path = None if tokenizer is None else Path(tokenizer)
     checkpoint = read(source, model_dir=model_dir, tokenizer=tokenizer_path, prompting=prompting, target_side=target_side)
     if to != "bundle" and checkpoint.image.levels:

@@ -50,8 +50,8 @@ def warp(picture: PILImage.Image, rng: random.Random, max_shift: float = 0.06) -
     pixels = torch.from_numpy(np.array(framed, dtype=np.float32)).permute(2, 0, 1)[None]
     shifts = torch.tensor([rng.uniform(-2 * max_shift, 2 * max_shift) for _ in range(32)]).view(1, 2, 4, 4)
     displacement = F.interpolate(shifts, pixels.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    places = F.affine_grid(torch.eye(2, 3)[None], list(pixels.shape), align_corners=False) + displacement
-    bent = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)
+    sampling_grid = F.affine_grid(torch.eye(2, 3)[None], list(pixels.shape), align_corners=False) + displacement
+    bent = F.grid_sample(pixels, sampling_grid, padding_mode="border", align_corners=False)
     values = bent[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
     return ImageOps.crop(PILImage.fromarray(values), border)
 

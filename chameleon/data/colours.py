@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ HUES = (
     (361, "red"),
 )
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
+COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 
 
 class Target(NamedTuple):

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from PIL import Image as PILImage
 
 from chameleon.data.augmentation import change_style, erase_part, shift_colours, stretch, warp
-from chameleon.data.colours import COLOURS
+from chameleon.data.colours import COLOUR_WORD
 from chameleon.data.webdataset import read_samples
 from chameleon.tokenizers.image import affine_augment
 
@@ -76,7 +75,7 @@ class LabelledPicture:
     def may_change_colours(self) -> bool:
         """Whether the caption is also true of the picture in other colours."""
         is_free = self.group != "flags" and not self.has_skin_tones
-        return is_free and not any(word in COLOURS for word in re.split("[^a-z]+", self.name))
+        return is_free and not COLOUR_WORD.search(self.name)
 
     @property
     def is_variant(self) -> bool:
@@ -194,7 +193,7 @@ def far_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
 def strong_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
     """Return the picture bent, and each with some probability stretched, in any hue or grey, and partly erased.
 
-    Hues change only where the caption says nothing of colours and skin. What stays true is the caption alone.
+    Hues change only where the caption says nothing of colours and skin. So the caption stays true; colour and style do not.
     """
     picture = far_view(entry, rng)
     if rng.random() < 0.5:

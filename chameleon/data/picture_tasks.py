@@ -7,13 +7,12 @@ encoded once. `view` names how pictures are shown (`VIEWS`).
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
 from PIL import Image as PILImage
 
-from chameleon.data.colours import COLOURS, TARGETS, main_colour, recolour
+from chameleon.data.colours import COLOUR_WORD, TARGETS, main_colour, recolour
 from chameleon.data.emoji import STYLES as EMOJI_STYLES
 from chameleon.data.emoji import names_in_languages
 from chameleon.data.labelled import (
@@ -59,10 +58,12 @@ CHANGED_BY_VIEW: dict[View, set[str]] = {wide_view: {"style"}, far_view: {"style
 EMPTY_PROMPT_SHARE = 0.1
 """Share of drawings whose prompt is empty, for classifier-free guidance."""
 HELD_OUT_PAIR_SHARE = 0.12
-"""Share of the pairs of a colour and a thing that no training picture shows."""
+"""Share of the pairs of a colour and a thing that training neither draws nor names.
+
+Strong views, which are only read, show things in any colour.
+"""
 OTHER_WORD_SHARE = 0.2
 """Share of the prompts "COLOUR THING" that have a keyword or the last word of the name for the thing."""
-COLOUR_WORDS = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 DRAWING_PROMPTS = {
     "de": "zeichne: {}",
     "es": "dibuja: {}",
@@ -260,7 +261,7 @@ def colour_of(entry: LabelledPicture) -> str | None:
 
 
 def is_held_out_pair(colour: str, thing: str) -> bool:
-    """Whether no picture of the thing is given this colour in training."""
+    """Whether training gives no picture of the thing this colour, where pictures are drawn or asked for their colour."""
     return hashed_share("colour and thing", colour, thing) < HELD_OUT_PAIR_SHARE
 
 
@@ -304,5 +305,5 @@ def other_word(entry: LabelledPicture, colour: str, rng: random.Random) -> str:
     """
     thing = str(thing_of(entry))
     words = sorted({thing.split(" ")[-1], *entry.tags} - {thing})
-    usable = [word for word in words if is_plain_name(word) and not COLOUR_WORDS.search(word)]
+    usable = [word for word in words if is_plain_name(word) and not COLOUR_WORD.search(word)]
     return rng.choice([word for word in usable if not is_held_out_pair(colour, word)] or [thing])

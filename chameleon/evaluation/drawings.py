@@ -224,7 +224,10 @@ def coloured_prompts(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def unseen_colours(count: int, seed: int) -> list[tuple[str, str]]:
-    """Return `count` held-out pairs of colour and thing, of which no training picture has that main colour either."""
+    """Return `count` held-out pairs of colour and thing, whose thing has that main colour in no training picture.
+
+    Strong views, which are read alone, may show it.
+    """
     of_thing: dict[str, list[LabelledPicture]] = {}
     for entry in emoji.load("train"):
         if (thing := thing_of(entry)) is not None:

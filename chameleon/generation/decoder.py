@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chameleon.compiled_code import keep_compiled_code
 from chameleon.generation.constraints import AllowedNext
-from chameleon.generation.guidance import Combined, combine_logits
+from chameleon.generation.guidance import GuidedTokens, combine_logits
 from chameleon.generation.head_slices import HeadSlice, HeadSlices
 from chameleon.generation.kv_cache_manager import CachedSequence, KVCacheManager
 from chameleon.generation.request import ActiveRequest
@@ -309,8 +309,8 @@ class Decoder:
     ) -> SamplingGroup:
         """positions: (order, request, allowed tokens, number of drafted tokens before it)."""
         is_codes, is_size = head is self.heads.codes, positions[0][2] == AllowedNext.SIZE
-        combined: Combined | None = "codes" if is_codes else None if is_size else "texts"
-        guided = [request.request.guidance_of(combined) for _, request, _, _ in positions]
+        tokens: GuidedTokens | None = None if is_size else "codes" if is_codes else "texts"
+        guided = [request.request.guidance_for(tokens) for _, request, _, _ in positions]
         num_branches = max(1 if guidance is None else len(guidance.weights) for guidance in guided)
         rows, weights, sampling, seeds, token_indices, masks, fixed = [], [], [], [], [], [], []
         for (_, request, allowed, ahead), guidance in zip(positions, guided, strict=True):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Combined = Literal["codes", "texts"]
+GuidedTokens = Literal["codes", "texts"]
 """Tokens that are sampled from combined logits: image codes, or those of texts."""
 
 
@@ -27,7 +27,7 @@ class Guidance:
     """Token ids of the prompt of each branch."""
     weights: tuple[float, ...]
     """Weight of the full prompt, then of each branch; they sum to 1."""
-    of: Combined = "codes"
+    applies_to: GuidedTokens = "codes"
     restarts: bool = False
     """Whether each branch begins anew with every image, at position 0: it then has seen nothing but that image."""
 
@@ -56,7 +56,7 @@ def three_way(images_only: Sequence[int], unconditional: Sequence[int], image_sc
 def mean_with(others: Sequence[Sequence[int]]) -> Guidance:
     """(full + Σ others) / n: texts after one picture in several views (test-time augmentation)."""
     share = 1 / (1 + len(others))
-    return Guidance(tuple(map(tuple, others)), (share,) * (1 + len(others)), of="texts")
+    return Guidance(tuple(map(tuple, others)), (share,) * (1 + len(others)), applies_to="texts")
 
 
 def combine_logits(logits: Tensor, weights: Tensor) -> Tensor:

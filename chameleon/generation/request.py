@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chameleon.errors import BadInput, check_seed
 from chameleon.generation.constraints import OutputConstraints, OutputState
-from chameleon.generation.guidance import Combined, Guidance
+from chameleon.generation.guidance import Guidance, GuidedTokens
 from chameleon.generation.kv_cache_manager import CachedSequence
 from chameleon.generation.sampling import IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
 from chameleon.vocabulary import Vocabulary
@@ -38,9 +38,9 @@ class Request:
         """The full prompt and those of the guidance branches."""
         return [self.prompt, *(self.guidance.branches if self.guidance else ())]
 
-    def guidance_of(self, tokens: Combined | None) -> Guidance | None:
-        """Return the guidance if it is of these tokens."""
-        return self.guidance if self.guidance is not None and self.guidance.of == tokens else None
+    def guidance_for(self, tokens: GuidedTokens | None) -> Guidance | None:
+        """Return the guidance if it applies to these tokens."""
+        return self.guidance if self.guidance is not None and self.guidance.applies_to == tokens else None
 
     def validate(self, vocabulary: Vocabulary, context_length: int, max_sequences: int) -> OutputConstraints:
         """Return the constraints with `max_new_tokens` limited to what the context leaves.
@@ -89,7 +89,7 @@ class Request:
             raise BadInput(
                 f"a guided request takes {len(self.prompts)} sequences, max_batch_size is {max_sequences}", where="engine"
             )
-        if self.guidance_of("codes") and not constraints.image_limit + start.num_images:
+        if self.guidance_for("codes") and not constraints.image_limit + start.num_images:
             raise BadInput("guidance applies to images, and none is to be generated", where="guidance")
         return limited
 
