@@ -45,8 +45,8 @@ alternate. It is for tests and demonstrations, and was trained on emoji and clip
 
 The weights are under Apache-2.0. For 15% of the concepts one style is held out: reconstructions, captions, names and
 questions are measured on those pictures. Drawings of names, colours and mixed documents are of concepts that training saw;
-prompts of mixed documents were held out. Unseen pairs of colour and thing were neither drawn nor named in training;
-pictures to be captioned were also shown in other colours.
+prompts of mixed documents were held out. Unseen pairs of colour and thing are those that no emoji of the training
+set shows and no clip art is called by; pictures to be captioned were also shown in other colours.
 
 ## Figures
 With 95% intervals (bootstrap) and what guessing reaches; `chameleon evaluate emoji parts=[all]` made them. Drawings:
@@ -141,10 +141,12 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="only write the card")
     parser.add_argument("--scorecard", type=Path, help="take the figures of this scorecard of the suite emoji")
     options = parser.parse_args()
-    model = Chameleon.load(options.bundle, device=options.device)
     provenance_file = options.bundle / "provenance.json"
     provenance = json.loads(provenance_file.read_text(encoding="utf-8"))
-    provenance["trained"] = options.training or provenance.get("trained", "")
+    provenance["trained"] = options.training or provenance.get("trained")
+    if not provenance["trained"]:
+        parser.error(f"{options.bundle} does not say how it was trained; give --training")
+    model = Chameleon.load(options.bundle, device=options.device)
     if options.scorecard:
         figures = Scorecard.read(options.scorecard).figures()
         provenance["evaluation"] = {name.removeprefix("emoji / "): of.to_json() for name, of in figures.items()}

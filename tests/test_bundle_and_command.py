@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from chameleon.errors import BadInput
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.streaming import complete_utf8_length
 from chameleon.model.fastest_format import candidates
+from chameleon.model.transformer import Transformer
 from chameleon.tokenizers.mixed import MixedTokenizer
 from chameleon.train.optimizer import OptimizerConfig, lr_at
 from chameleon.train.recipe import (
@@ -74,19 +76,48 @@ def test_an_average_is_the_weighted_mean(bundle: Bundle, tmp_path: Path, capsys:
     assert all(torch.allclose(same[name], value, atol=1e-7) for name, value in after.model.state_dict().items())
 
 
-def test_bundles_that_do_not_go_together_are_not_averaged(bundle_folder: Path, tmp_path: Path) -> None:
+def test_an_average_keeps_the_training_of_siblings(bundle: Bundle, tmp_path: Path) -> None:
+    """A stage before the last bundle is in that one's record; another branch is not, and its data have licences too."""
+    stages = {"base": ["pretrain"], "left": ["pretrain", "left"], "right": ["pretrain", "right"]}
+    for name, recipes in stages.items():
+        bundle.provenance = {"training": [{"recipe": recipe} for recipe in recipes]}
+        bundle.save(tmp_path / name)
+    average_of = average([tmp_path / name for name in stages], tmp_path / "mean")["average_of"]
+    assert [record.get("training") for record in average_of] == [None, [{"recipe": "pretrain"}, {"recipe": "left"}], None]
+
+
+def test_dropout_may_differ_between_bundles_that_are_averaged(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "finetuned")
+    bundle.model.config = replace(bundle.model.config, dropout=0.1)
+    bundle.save(tmp_path / "pretrained")
+    average([tmp_path / "pretrained", tmp_path / "finetuned"], tmp_path / "mean")
+    assert Bundle.load(tmp_path / "mean").model.config.dropout == 0
+
+
+def test_bundles_that_do_not_go_together_are_not_averaged(bundle: Bundle, bundle_folder: Path, tmp_path: Path) -> None:
     def refused(*bundles: Path, weights: tuple[float, ...] | None = None) -> str:
         with pytest.raises(BadInput) as error:
             average(bundles, tmp_path / "mean", weights)
         assert not (tmp_path / "mean").exists()
         return str(error.value)
 
-    assert "another model or vocabulary" in refused(bundle_folder, SHIPPED)
+    message = refused(SHIPPED, bundle_folder)
+    assert str(SHIPPED) in message and "layers" in message and "vocabulary" in message
+    other_codes = Bundle(bundle.model, copy.deepcopy(bundle.tokenizer))
+    with torch.no_grad():
+        next(other_codes.tokenizer.image.network.parameters()).add_(1)
+    other_codes.save(tmp_path / "other codes")
+    assert "they differ in tokenizers" in refused(tmp_path / "other codes", bundle_folder)
+    deeper = replace(bundle.model.config, layers=bundle.model.config.layers + 1)
+    Bundle(Transformer(deeper), bundle.tokenizer).save(tmp_path / "deeper")
+    assert refused(tmp_path / "deeper", bundle_folder).endswith("they differ in layers")
     assert "give 2 or more" in refused(bundle_folder)
     with pytest.raises(BadInput, match="is there already"):
         average([bundle_folder, bundle_folder], bundle_folder)
-    for weights in ((1.0,), (1.0, -1.0), (float("nan"), 1.0)):
-        assert "for 2 bundles" in refused(bundle_folder, bundle_folder, weights=weights)
+    for weights in ((), (1.0,), (1.0, 2.0, 3.0)):
+        assert f"{len(weights)} weights for 2 bundles" in refused(bundle_folder, bundle_folder, weights=weights)
+    for weights in ((1.0, -1.0), (float("nan"), 1.0), (float("inf"), 1.0)):
+        assert "their sum must be above 0 and finite" in refused(bundle_folder, bundle_folder, weights=weights)
 
 
 def test_big_models_are_saved_in_several_files(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +295,10 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)[0]["image"] == str(picture)
     main(["answer", str(picture), "what is it?", *options])
     assert "answer" in json.loads(capsys.readouterr().out)
+    for asked in (["caption", str(picture)], ["answer", str(picture), "what is it?"]):
+        with pytest.raises(SystemExit):
+            main([*asked, "--views", "33", *options])
+        assert "33 views; use 1 to 32" in capsys.readouterr().err
     main(["draw", "heart", "--out", str(out), *options])
     assert PILImage.open(out).size == (16, 16)
     capsys.readouterr()
@@ -287,6 +322,8 @@ def test_command_on_a_bundle(bundle_folder: Path, tmp_path: Path, capsys: pytest
         (["generate", "none.json"], "no such file"),
         (["evaluate", "emoji", "parts=[nothing]"], "use reconstruction"),
         (["evaluate", "emoji", "concepts=1"], "use more"),
+        (["evaluate", "emoji", "views=0"], "use 1 to 32"),
+        (["evaluate", "emoji", "views=2", "--server", "http://127.0.0.1:9"], "leave out --server"),
         (["evaluate", "emoji", "--again", "x.json"], "x.json: file is missing"),
         (["compare", "x.json", "y.json"], "x.json: file is missing"),
         (["study", "nowhere"], "no study here"),

@@ -17,13 +17,13 @@ import yaml
 from PIL import Image as PILImage
 
 from chameleon.bundle import Bundle
-from chameleon.data import emoji, labelled
+from chameleon.data import clipart, emoji, labelled
 from chameleon.data.colours import main_colour, recolour
 from chameleon.data.picture_tasks import is_held_out_pair, thing_of
 from chameleon.demo import StageLog, picture_operations, run_pipeline
 from chameleon.document import Document, Text
 from chameleon.evaluation.drawings import DrawingJudge, coloured_prompts, unseen_colours
-from chameleon.evaluation.emoji import EmojiPictures, EmojiSuite, Questions, evaluate, suite_questions
+from chameleon.evaluation.emoji import Captions, EmojiPictures, EmojiSuite, Questions, evaluate, suite_questions
 from chameleon.evaluation.likelihood import document_bits
 from chameleon.evaluation.mixed import Truth, has_right_form, held_out_prompts
 from chameleon.evaluation.part import LocalModel
@@ -100,6 +100,12 @@ def test_questions_are_scored_right(model: Chameleon, monkeypatch: pytest.Monkey
     always = part.score(local, items, ["yes"] * len(items)).all_figures(items)
     assert always["flags yes-no"].value == always["flags yes-no"].base_rate == 0.5
     assert always["name"].value == 0
+
+
+def test_captions_are_asked_for_by_so_many_views(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, local = Captions(EmojiPictures(EmojiSuite(concepts=40, views=2))), LocalModel(model)
+    monkeypatch.setattr(local, "generate_texts", lambda prompts, *_, views: [f"{views} views"] * len(prompts))
+    assert set(part.run(local, part.items(), 0)) == {"2 views"}
 
 
 def test_the_complete_suite_runs(model: Chameleon) -> None:
@@ -306,6 +312,10 @@ def test_unseen_colours_are_in_no_training_picture() -> None:
     pairs = unseen_colours(20, 0)
     assert len(set(pairs)) == 20 and all(is_held_out_pair(*pair) for pair in pairs)
     assert not set(pairs) & set(coloured_prompts(200, 0))
+    called = {entry.name for entry in [*emoji.load("train"), *clipart.load("train")]}
+    others = unseen_colours(100, 1)
+    assert "green down arrow" in called and is_held_out_pair("green", "down arrow")
+    assert not {" ".join(pair) for pair in [*pairs, *others]} & called
     for colour, thing in pairs[:5]:
         of_thing = [entry for entry in emoji.load("train") if thing_of(entry) == thing]
         assert of_thing and all(main_colour(entry.picture) != colour for entry in of_thing)

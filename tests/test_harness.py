@@ -329,6 +329,8 @@ def test_suites_ask_a_server_as_they_ask_the_model(small: Chameleon) -> None:
             ]
         with pytest.raises(BadInput, match="reconstruction needs the bundle; give --model"):
             server.local("reconstruction")
+        with pytest.raises(BadInput, match="reads each picture once"):
+            server.generate_texts(prompts, (), 6, GREEDY, views=2)
         with pytest.raises(BadInput, match="samples pictures in its own way"):
             server.generate_batch(prompts, **{**options, "image_sampling": Sampling(0.1)})
     with pytest.raises(BadInput, match=r"no answer .*is `chameleon serve` running there"):

@@ -118,21 +118,26 @@ def test_warping_moves_things_by_little() -> None:
 
 def test_stretching_and_erasing_stay_within_their_limits() -> None:
     """Of a black square one side shrinks by a quarter at most; one white rectangle of up to 40% is erased."""
-    black = PILImage.new("RGB", (64, 64), "black")
+    black, shapes = PILImage.new("RGB", (64, 64), "black"), []
     for seed in range(40):
         dark = np.asarray(stretch(black, random.Random(seed)).convert("L")) < 128
-        sides = sorted((int(dark.any(0).sum()), int(dark.any(1).sum())))
+        shapes.append((int(dark.any(0).sum()), int(dark.any(1).sum())))
+        sides = sorted(shapes[-1])
         assert sides[1] == 64 and 48 <= sides[0] <= 64 and dark.sum() == sides[0] * 64
         erased = np.asarray(erase_part(black, random.Random(seed)).convert("L")) > 128
         height, width = int(erased.any(1).sum()), int(erased.any(0).sum())
         assert erased.sum() == height * width and 9 <= min(height, width) <= max(height, width) <= 26
+    assert min(width for width, _ in shapes) < 52 and min(height for _, height in shapes) < 52
 
 
 def test_strong_views_keep_the_colours_of_what_is_called_by_them() -> None:
     """Colours of flags, of people and of names with a colour stay; those of other things become all sorts."""
     everything = {entry.name: entry for entry in emoji.load("train") if entry.style == "twemoji" and not entry.is_variant}
-    fixed = [everything[name] for name in ("red heart", "green salad", "flag: Japan", "thumbs up")]
-    assert not any(entry.may_change_colours for entry in fixed) and everything["strawberry"].may_change_colours
+    names = ("red heart", "green salad", "flag: Japan", "thumbs up", "family: man, girl, boy", "rainbow")
+    fixed = [everything[name] for name in names]
+    fixed += [entry for entry in clipart.load() if entry.name in ("gold heart", "violet folder", "bald man head")]
+    assert len({entry.name for entry in fixed}) == 9 and not any(entry.may_change_colours for entry in fixed)
+    assert everything["strawberry"].may_change_colours and everything["credit card"].may_change_colours
     hues = [main_colour(labelled.strong_view(everything["strawberry"], random.Random(seed))) for seed in range(60)]
     red = [main_colour(labelled.strong_view(everything["red heart"], random.Random(seed))) for seed in range(60)]
     assert len(set(hues)) >= 6 and red.count("red") >= 45
@@ -192,9 +197,10 @@ def test_tones_are_asked_equally_often() -> None:
     assert min(answers.values()) > 0.7 * max(answers.values())
 
 
-def test_colouring_shows_the_colour_and_never_a_held_out_pair() -> None:
+@pytest.mark.parametrize("view", [labelled.plain_view, labelled.strong_view])
+def test_colouring_shows_the_colour_and_never_a_held_out_pair(view: labelled.View) -> None:
     seen = set()
-    for conversation in picture_tasks.colouring(chosen_emoji(), 12, 0, labelled.plain_view):
+    for conversation in picture_tasks.colouring(chosen_emoji(), 12, 0, view):
         prompt, answer = sides(conversation)
         if answer.images:
             colour, _, thing = prompt.text.partition(",")[0].partition(" ")

@@ -58,6 +58,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"{DEFAULT_OUT}/{'-'.join(suite.name for suite in suites)}{'-again' if earlier else ''}")
     if earlier is not None and (out / FILE).exists():
         raise BadInput("holds an evaluation already", where=out, remedy="give another --out, so that it is really repeated")
+    if arguments.server and any(getattr(suite.settings, "views", 1) != 1 for suite in suites):
+        raise BadInput("a server reads each picture once", where="views", remedy="leave out --server, or the views")
     model, source = open_model(arguments)
     with StatusLine(enabled=is_first_process()) as status_line:
         card = evaluate_suites(

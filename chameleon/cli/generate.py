@@ -102,7 +102,7 @@ def add_views_option(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="read the image N times, a little shifted and scaled: fewer mistakes, N times the work (default: 1)",
+        help="read the image N times, a little shifted and scaled, and go by the mean: N times the work (default: 1)",
     )
 
 

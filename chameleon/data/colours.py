@@ -21,6 +21,8 @@ HUES = (
 )
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
 COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
+WORD_ABOUT_COLOURS = re.compile(rf"{COLOUR_WORD.pattern}|\b(blonde?|cyan|gold|golden|rainbow|silver|violet|colour\w*)\b")
+"""Colours and other words that are untrue of a picture in other colours."""
 
 
 class Target(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image as PILImage
 
 from chameleon.data.augmentation import change_style, erase_part, shift_colours, stretch, warp
-from chameleon.data.colours import COLOUR_WORD
+from chameleon.data.colours import WORD_ABOUT_COLOURS
 from chameleon.data.webdataset import read_samples
 from chameleon.tokenizers.image import affine_augment
 
@@ -27,6 +27,8 @@ NO_TONE = "none"
 FIXED_HANDEDNESS = ("left", "right", "arrow", "clock", "thirty", "east", "west", "letter", "button", "calendar", "text")
 WITHOUT_MIRRORING = ("flags", "symbols")
 """Groups whose pictures may show letters, or mean something else when they are mirrored."""
+WITHOUT_RECOLOURING = ("flags", "people-body")
+"""Groups whose pictures have the colours that they must have."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class LabelledPicture:
     @property
     def may_change_colours(self) -> bool:
         """Whether the caption is also true of the picture in other colours."""
-        is_free = self.group != "flags" and not self.has_skin_tones
-        return is_free and not COLOUR_WORD.search(self.name)
+        is_fixed = self.group in WITHOUT_RECOLOURING or self.has_skin_tones
+        return not is_fixed and not WORD_ABOUT_COLOURS.search(self.name)
 
     @property
     def is_variant(self) -> bool:
@@ -193,7 +195,8 @@ def far_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
 def strong_view(entry: LabelledPicture, rng: random.Random) -> PILImage.Image:
     """Return the picture bent, and each with some probability stretched, in any hue or grey, and partly erased.
 
-    Hues change only where the caption says nothing of colours and skin. So the caption stays true; colour and style do not.
+    Hues change only where the caption says nothing of colours, and shows neither flags nor people. So the caption stays
+    true; colour and style do not.
     """
     picture = far_view(entry, rng)
     if rng.random() < 0.5:

@@ -16,6 +16,7 @@ from chameleon.data.colours import COLOUR_WORD, TARGETS, main_colour, recolour
 from chameleon.data.emoji import STYLES as EMOJI_STYLES
 from chameleon.data.emoji import names_in_languages
 from chameleon.data.labelled import (
+    WITHOUT_RECOLOURING,
     LabelledPicture,
     View,
     augment,
@@ -58,9 +59,9 @@ CHANGED_BY_VIEW: dict[View, set[str]] = {wide_view: {"style"}, far_view: {"style
 EMPTY_PROMPT_SHARE = 0.1
 """Share of drawings whose prompt is empty, for classifier-free guidance."""
 HELD_OUT_PAIR_SHARE = 0.12
-"""Share of the pairs of a colour and a thing that training neither draws nor names.
+"""Share of the pairs of a colour and a thing for which pictures are not recoloured, neither to draw nor to ask about.
 
-Strong views, which are only read, show things in any colour.
+Pictures that have such a colour by themselves are shown ("green book"), and strong views show things in any colour.
 """
 OTHER_WORD_SHARE = 0.2
 """Share of the prompts "COLOUR THING" that have a keyword or the last word of the name for the thing."""
@@ -78,7 +79,6 @@ DRAWING_PROMPTS = {
     "zh": "画{}",
 }
 """Language → "draw NAME"."""
-WITHOUT_RECOLOURING = ("flags", "people-body")
 WITHOUT_HUE = (None, "black", "grey", "white")
 
 
@@ -261,7 +261,7 @@ def colour_of(entry: LabelledPicture) -> str | None:
 
 
 def is_held_out_pair(colour: str, thing: str) -> bool:
-    """Whether training gives no picture of the thing this colour, where pictures are drawn or asked for their colour."""
+    """Whether no picture of the thing is given this colour, to be drawn or to be asked for its colour."""
     return hashed_share("colour and thing", colour, thing) < HELD_OUT_PAIR_SHARE
 
 
@@ -276,7 +276,7 @@ def recoloured(entry: LabelledPicture, rng: random.Random, view: View) -> tuple[
     picture = view(entry, rng)
     own = colour_of(entry)
     if own is not None and rng.random() < 0.25:
-        return picture, own
+        return (picture, own) if main_colour(picture) == own else None  # a view may change colours, or what is visible
     colour = rng.choice([name for name in TARGETS if name == own or not is_held_out_pair(name, thing)])
     turned = recolour(picture, colour)
     return (turned, colour) if main_colour(turned) == colour else None

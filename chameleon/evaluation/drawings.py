@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from chameleon.data import emoji, labelled
+from chameleon.data import clipart, emoji, labelled
 from chameleon.data.colours import TARGETS, main_colour
 from chameleon.data.labelled import LabelledPicture
 from chameleon.data.picture_tasks import colour_of, is_held_out_pair, thing_of
@@ -224,10 +224,12 @@ def coloured_prompts(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def unseen_colours(count: int, seed: int) -> list[tuple[str, str]]:
-    """Return `count` held-out pairs of colour and thing, whose thing has that main colour in no training picture.
+    """Return `count` held-out pairs of colour and thing: no training picture is called by both or, among the emoji that are
+    called by the thing, has that main colour.
 
-    Strong views, which are read alone, may show it.
+    Strong views of training pictures, which are only read, may have it.
     """
+    named = {entry.name for training_set in (emoji, clipart) for entry in training_set.load("train")}
     of_thing: dict[str, list[LabelledPicture]] = {}
     for entry in emoji.load("train"):
         if (thing := thing_of(entry)) is not None:
@@ -238,7 +240,7 @@ def unseen_colours(count: int, seed: int) -> list[tuple[str, str]]:
     for colour, thing in pairs:
         if len(chosen) == count:
             break
-        if all(colour_of(entry) != colour for entry in of_thing[thing]):
+        if f"{colour} {thing}" not in named and all(colour_of(entry) != colour for entry in of_thing[thing]):
             chosen.append((colour, thing))
     return chosen
 

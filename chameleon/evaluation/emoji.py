@@ -34,7 +34,9 @@ from chameleon.evaluation.pictures import score_reconstructions
 from chameleon.evaluation.statistics import Figure, Metric, Term
 from chameleon.evaluation.suite import fingerprint_of
 from chameleon.generation.chameleon import GUIDANCE_SCALE, Chameleon
+from chameleon.generation.engine import MAX_BATCH_SIZE
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, Sampling
+from chameleon.generation.views import check_views
 from chameleon.tokenizers.image import load_picture
 
 NAMED_LANGUAGES = ("de", "es", "fr", "ja", "zh")
@@ -76,6 +78,7 @@ class EmojiSuite:
     def build_parts(self) -> list[Part]:
         """Return the parts. Raise `BadInput` for unknown ones, and where no style is held out."""
         check_seed(self.seed)
+        check_views(self.views, MAX_BATCH_SIZE)
         names = list(PARTS) if self.parts == ["all"] else self.parts
         for name in names:
             if name not in PARTS:

@@ -72,7 +72,7 @@ class ServerModel:
     ) -> list[str]:
         """Generate text alone after each prompt, the examples as earlier turns. Raise `BadInput` for several views."""
         if views != 1:
-            raise BadInput("a server reads each picture once", where="views", remedy="use --model BUNDLE")
+            raise BadInput("a server reads each picture once", where="views", remedy="leave out --server, or the views")
         history = [
             message
             for question, answer in examples

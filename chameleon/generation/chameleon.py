@@ -32,7 +32,7 @@ from chameleon.generation.prompting import Example, GuidanceScale, PromptBuilder
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import GREEDY, IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
 from chameleon.generation.streaming import PartialImage, StreamDecoder
-from chameleon.generation.views import views_of_document
+from chameleon.generation.views import check_views, views_of_document
 from chameleon.model.fastest_format import choose_weight_form
 from chameleon.model.quantization import WeightFormat, convert_weights, fits_float16, make_exact
 from chameleon.threads import THREADS, ThreadPolicy
@@ -160,7 +160,7 @@ class Chameleon:
 
         examples: few-shot (picture, caption) pairs. max_new_tokens: by default the model's own. views: read the picture so
         many times, each time a little shifted and scaled, and go by the mean of the logits (test-time augmentation). That
-        makes fewer mistakes, and takes as many times as long.
+        makes fewer mistakes as a rule, and takes as many times as long.
         """
         return self.caption_batch(
             [picture], examples=examples, max_new_tokens=max_new_tokens, sampling=sampling, seeds=[seed], views=views
@@ -229,6 +229,7 @@ class Chameleon:
         views: int = 1,
     ) -> list[str]:
         """Generate text alone after each prompt, preceded by few-shot examples. views: of each prompt, see `caption`."""
+        check_views(views, self.engine.scheduler.max_sequences)
         default = self.bundle.generation.max_new_tokens
         constraints = OutputConstraints(default if max_new_tokens is None else max_new_tokens)
         requests = []

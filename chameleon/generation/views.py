@@ -15,10 +15,14 @@ MAX_SHIFT, MIN_ZOOM, MAX_ZOOM = 0.04, 0.95, 1.03
 """Shifts are fractions of the sides."""
 
 
+def check_views(count: int, max_batch_size: int) -> None:
+    """Raise `BadInput` for a number of views that cannot be read together, each in a sequence of its own."""
+    if not 1 <= count <= max_batch_size:
+        raise BadInput(f"{count} views", where="views", remedy=f"use 1 to {max_batch_size} (max_batch_size)")
+
+
 def views_of_document(document: Document, count: int) -> list[Document]:
     """Return the document in `count` views of its images, the first of which is the document itself."""
-    if count < 1:
-        raise BadInput(f"{count} views", where="views", remedy="use 1 or more")
     views = [document]
     for number in range(1, count):
         parts = (Image(view_of(load_picture(p.image), number)) if isinstance(p, Image) else p for p in document.parts)
