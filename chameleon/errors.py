@@ -55,6 +55,12 @@ def check_seed(seed: int, where: str = "seed", *, largest: int = MAX_SEED) -> in
     return seed
 
 
+def check_least(value: float, least: float, name: str) -> None:
+    """Raise `BadInput` unless a number is finite and at least `least`."""
+    if not least <= value < math.inf:
+        raise BadInput(f"{name} is {value}, expected {least} or more")
+
+
 def check_fields(config: Any, where: object) -> None:
     """Raise `BadInput` that names the first field of a dataclass whose value does not match its annotation.
 

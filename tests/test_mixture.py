@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,7 @@ from chameleon.data.index import RowIndex
 from chameleon.data.mixture import (
     PATTERN_LENGTH,
     Mixture,
+    PackedBatch,
     PackedSource,
     SourceConfig,
     StageConfig,
@@ -29,7 +32,7 @@ from chameleon.data.packing import pack, split_long_documents
 from chameleon.data.token_shards import complete_image_starts, open_shards, write_shard
 from chameleon.errors import BadInput
 from chameleon.tokenizers.mixed import MixedTokenizer, answer_mask
-from chameleon.train.language_data import PackedBatchDataset
+from chameleon.train.language_data import PackedBatchDataset, ValidationDataset
 from chameleon.train.recipe import PretrainRecipe, read_recipe
 from chameleon.vocabulary import Vocabulary
 
@@ -283,6 +286,29 @@ def test_a_conversation_cut_in_two_keeps_its_targets_and_its_mask(tmp_path: Path
 def test_rows_that_do_not_divide_by_devices_are_refused(mixture: Mixture) -> None:
     with pytest.raises(BadInput, match="global_batch_size 6 is not divisible by 4 devices; 4 is"):
         mixture.batch(0, 0, 4)
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (3, 2), (2, 50)])
+def test_validation_sees_each_row_of_each_source_once(mixture: Mixture, world: int, batch_size: int) -> None:
+    """Whatever the weights, 3 and 1 here, of sources that have other numbers of rows."""
+    expected = [source.row(number, 0, 3) for source in mixture.sources for number in range(len(source))]
+    assert len({len(source) for source in mixture.sources}) == 2
+    seen = []
+    for rank in range(world):
+        dataset = ValidationDataset(mixture, batch_size, rank=rank, world=world)
+        batches = [dataset[index] for index in range(len(dataset))]
+        assert len(batches) == math.ceil(len(expected) / (world * batch_size))
+        for row in (row for batch in batches for row in zip(*batch, strict=True)):
+            if PackedBatch(*row).loss_weights.any():
+                seen.append(row)
+    key = operator.methodcaller("tolist")
+    assert sorted([key(v) for v in row] for row in seen) == sorted([key(v) for v in row] for row in expected)
+
+
+def test_a_source_without_answers_is_refused_where_the_loss_is_on_them(mixture: Mixture, tokenizer: MixedTokenizer) -> None:
+    pairs = mixture.sources[0].config.shards
+    with pytest.raises(BadInput, match=r"pairs: no answer to take the loss on; use loss: all"):
+        PackedSource(SourceConfig(pairs, loss="answers"), 50, tokenizer.vocabulary, None)
 
 
 def test_half_of_the_pairs_have_their_text_first(mixture: Mixture) -> None:

@@ -263,6 +263,42 @@ def test_a_run_that_cannot_be_resumed_keeps_its_log(tmp_path: Path, tokenizer: M
     assert log.read_text() == before and before.count("\n") >= 2
 
 
+def test_a_resumed_run_that_fails_before_its_first_step_keeps_its_log(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
+    train(recipe)
+    log = tmp_path / "run" / "log" / "metrics.csv"
+    before = log.read_text()
+    shard = next((tmp_path / "shards").rglob("ids*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    recipe.run.resume = True
+    with pytest.raises(BadInput, match="checksum"):
+        train(recipe)
+    assert log.read_text() == before and before.count("\n") >= 2
+    shard.write_bytes(data)
+    train(recipe)
+    assert [line.split(",")[-1] for line in log.read_text().splitlines()] == [
+        line.split(",")[-1] for line in before.splitlines()
+    ]
+
+
+def test_a_resumed_run_validates_at_the_steps_of_the_whole_run(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
+    """Every 3 steps of the run, whose checkpoints are at others."""
+    settings = ["run.max_steps=8", "run.validate_every_n_steps=3", "run.save_every_n_steps=4", "run.log_every_n_steps=1"]
+    settings += [f"validation=[{{shards: {tmp_path}/shards}}]", "num_samples=0"]
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), settings)
+
+    def validated_steps() -> list[int]:
+        rows = checkpoint.read_log_rows(tmp_path / "run")
+        return [row["step"] for row in rows if "validation/text_loss" in row]
+
+    train(recipe)
+    assert validated_steps() == [3, 6, 8]
+    recipe.run.resume = True
+    train(recipe)  # from step 4
+    assert validated_steps() == [3, 6, 8]
+
+
 def test_checkpoints_of_an_earlier_run_are_moved_aside(tmp_path: Path, tokenizer: MixedTokenizer) -> None:
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=5", "run.save_every_n_steps=2"])
     train(recipe)

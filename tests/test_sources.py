@@ -189,11 +189,12 @@ def test_coco_and_vqa(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     images = [{"id": 7, "file_name": "000000000007.jpg"}]
     notes = [{"image_id": 7, "id": 1, "caption": "A cat."}, {"image_id": 8, "id": 2, "caption": "Lost."}]
+    notes += [{"image_id": 7, "id": 3, "caption": None}]
     coco = tmp_path / "captions.json"
     coco.write_text(json.dumps({"images": images, "annotations": notes, "info": {}}))
     actual, skipped = samples(f"coco:{coco}?images={tmp_path / 'pictures'}")
     assert [s.content for s in actual] == [Document((Image(tmp_path / "pictures" / "000000000007.jpg"), Text("A cat.")))]
-    assert skipped == [f"{coco}, annotation 1: no image 8"]
+    assert skipped == [f"{coco}, annotation 1: no image 8", f"{coco}, annotation 2: no caption"]
     questions, annotations = tmp_path / "questions.json", tmp_path / "annotations.json"
     questions.write_text(json.dumps({"questions": [{"image_id": 7, "question": "What?", "question_id": 70}]}))
     answers = [{"question_id": n, "multiple_choice_answer": "cat", "answers": []} for n in (70, 71)]
@@ -209,6 +210,7 @@ def test_coco_and_vqa(tmp_path: Path) -> None:
         (f"vqa:{annotations}?question={questions}", "unknown option question; there are: images, questions, prefix"),
         (f"coco:{coco}?images={tmp_path / 'none'}", "no such folder"),
         (f"coco:{annotations}", "no list images"),
+        (f"text:{coco}?characters=20k", "characters is 20k, expected a number of 1 or more"),
         (f"json:{coco}", "expected an array of records; for annotations of COCO"),
     ):
         with pytest.raises(BadInput, match=words):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from chameleon.tokenizers.vq_loss import VQLossConfig
 from chameleon.tokenizers.vqgan import VQGAN, VQGANConfig
 from chameleon.train.adapters import add_codebook_rows, fold_adapters
 from chameleon.train.image_tokenizer import ImageBatchDataset, ImageTokenizerModule, fit_image
+from chameleon.train.language_data import TimedLoader
 from chameleon.train.language_module import LanguageModule
 from chameleon.train.muon import Muon, orthogonalize
 from chameleon.train.optimizer import OptimizerConfig, build_optimizers
@@ -237,12 +240,65 @@ def test_pictures_that_cannot_be_read_are_named_once_and_others_drawn(tmp_path: 
     skipped: list[str] = []
     fit_image(recipe, lambda where, why, _=0: skipped.append(where))
     assert 1 <= len(skipped) <= 2 and set(skipped) == {str(bad)}  # in training and in validation
+    skipped.clear()
+    recipe.num_workers, recipe.run.validate_every_n_steps = 2, 5
+    fit_image(recipe, lambda where, why, _=0: skipped.append(where))
+    assert skipped == [str(bad)] * 2  # of two processes, and six times in validation
     training = ImageBatchDataset(pictures_of(recipe), recipe, lambda *_: None)
     assert torch.equal(training[3], ImageBatchDataset(pictures_of(recipe), recipe, lambda *_: None)[3])
     recipe.global_batch_size = 9
     training.world = 2
     with pytest.raises(BadInput, match="global_batch_size 9 is not divisible by 2"):
         training[0]
+
+
+def test_what_a_process_of_the_loader_cannot_read_is_one_line(tmp_path: Path) -> None:
+    recipe = image_recipe(tmp_path)
+    dataset = ImageBatchDataset(pictures_of(recipe), recipe, lambda *_: None)
+    for path in (tmp_path / "pictures").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(BadInput) as error:
+        next(iter(TimedLoader(dataset, num_workers=1)))
+    assert str(error.value) == f"{tmp_path}/pictures/*.png: none of 100 pictures could be read"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"schedule": "exponential", "min_lr_ratio": 0.0},
+            "min_lr_ratio is 0, which an exponential schedule",
+        ),
+        ({"max_grad_norm": -1.0}, "optimizer.max_grad_norm is -1.0, expected 0 or more"),
+        ({"lr": math.nan}, "optimizer.lr is nan, expected 0 or more"),
+        ({"betas": (0.9, 1.0)}, "optimizer.betas is [0.9, 1.0], expected numbers from 0 to below 1"),
+    ],
+)
+def test_optimizers_that_cannot_train_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("run.log_every_n_steps=0", "run.log_every_n_steps is 0, expected 1 or more"),
+        ("run.save_every_n_minutes=-1", "run.save_every_n_minutes is -1.0, expected 0 or more"),
+        ("stability.window_steps=0", "stability.window_steps is 0, expected 1 or more"),
+        ("micro_batch_size=-1", "micro_batch_size is -1, expected 0 or more"),
+        ("optimizer={schedule: exponential, min_lr_ratio: 0}", "which an exponential schedule never reaches"),
+    ],
+)
+def test_recipes_with_impossible_numbers_are_refused(
+    setting: str, message: str, tmp_path: Path, tokenizer: MixedTokenizer
+) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)):
+        read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), [setting])
+
+
+def test_a_run_that_ends_during_warm_up_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"ends during warm-up: optimizer.warmup_steps is 4000, run.max_steps 1000"):
+        OptimizerConfig().warn_of_warmup(RunConfig().max_steps)
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ from conftest import random_model
 from hugging_face import config_of, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers.models.chameleon.modeling_chameleon import ChameleonModel
 
 from chameleon.errors import BadInput
 from chameleon.model.config import SIZES, ModelConfig, named_size
 from chameleon.model.kv_cache import BatchLayout, KVCache
-from chameleon.model.transformer import Transformer, block_diagonal_causal_mask
+from chameleon.model.transformer import Transformer, always_compiled, block_diagonal_causal_mask
+from chameleon.train.monitors import uncompiled
 
 
 def hugging_face(ours: Transformer) -> Any:
@@ -69,6 +71,21 @@ def test_rows_of_a_pass_may_be_at_any_length_with_any_number_of_new_ids(passes: 
     for row, ids in enumerate(rows):
         if len(ids):
             torch.testing.assert_close(torch.cat(actual[row]), model(ids.unsqueeze(0))[0], atol=1e-9, rtol=1e-9)
+
+
+def test_what_is_always_compiled_is_so_while_monitors_watch() -> None:
+    """Alone where all modules run eagerly, and as a part of what is compiled around it."""
+    inner, outer = CompileCounter(), CompileCounter()
+    double = always_compiled(lambda x: 2 * x.sin(), backend=inner)
+    around = torch.compile(lambda x: double(x) + 1, backend=outer, fullgraph=True)
+    x = torch.randn(5)
+    with uncompiled():
+        torch.testing.assert_close(double(x), 2 * x.sin())
+        assert inner.frame_count == 1
+        torch.testing.assert_close(around(x), 2 * x.sin() + 1)
+    assert outer.frame_count == 0
+    torch.testing.assert_close(around(x), 2 * x.sin() + 1)
+    assert (inner.frame_count, outer.frame_count) == (1, 1)
 
 
 def test_a_copied_prefix_is_as_good_as_a_computed_one() -> None:

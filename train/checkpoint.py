@@ -198,6 +198,9 @@ class CheckpointCallback(Callback):
         """All processes, with a backend for CPUs, for the tensors of checkpoints."""
         self.writer: CheckpointWriter | None = None
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.restore_log(trainer)  # first, so that it is there whatever may fail
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StepModule)
         self.last_save_time = time.monotonic()
@@ -207,14 +210,10 @@ class CheckpointCallback(Callback):
         else:
             writer_group = None
         self.writer = CheckpointWriter(writer_group, trainer.strategy.root_device)
-        try:
-            self.checkpoints = on_first_process(self.found_checkpoints)
-            resumed = self.restore_latest(trainer, module, self.checkpoints)
-            if self.checkpoints and resumed is None and not self.run.force:
-                raise no_complete_checkpoint(self.out)
-        except BadInput:
-            self.restore_log(trainer, sys.maxsize)
-            raise
+        self.checkpoints = on_first_process(self.found_checkpoints)
+        resumed = self.restore_latest(trainer, module, self.checkpoints)
+        if self.checkpoints and resumed is None and not self.run.force:
+            raise no_complete_checkpoint(self.out)
 
         def prepare_folder() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -227,6 +226,7 @@ class CheckpointCallback(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, lambda *_: module.requests.update(stop=True))
+        self.restore_log(trainer, resumed.completed_steps if resumed is not None else -1)
         if resumed is None:
             return
         module.completed_steps, module.batches_seen = resumed.completed_steps, resumed.batches_seen
@@ -234,18 +234,18 @@ class CheckpointCallback(Callback):
         module.training_set.first_batch = resumed.batches_seen
         if trainer.is_global_zero:
             module.events.remove_after(resumed.completed_steps)
-        self.restore_log(trainer, resumed.completed_steps)
 
     def found_checkpoints(self) -> list[StoredCheckpoint]:
         if self.problem is not None:
             raise self.problem
         return self.checkpoints
 
-    def restore_log(self, trainer: L.Trainer, last_step: int) -> None:
-        """Write the rows that the log had up to a step, which Lightning's logger has removed."""
-        for logger in trainer.loggers if trainer.is_global_zero else []:
+    def restore_log(self, trainer: L.Trainer, last_step: int = sys.maxsize) -> None:
+        """Write the rows that the log had up to a step, and no others. Lightning's logger has removed them all."""
+        for logger in trainer.loggers if trainer.is_global_zero and self.log_rows else []:
             if isinstance(logger, CSVLogger):
-                logger.experiment.metrics += [row for row in self.log_rows if row["step"] <= last_step]
+                Path(logger.experiment.metrics_file_path).unlink(missing_ok=True)
+                logger.experiment.metrics = [row for row in self.log_rows if row["step"] <= last_step]
                 logger.save()
 
     def restore_latest(
@@ -308,8 +308,10 @@ class CheckpointCallback(Callback):
             return
         if granted["stop"] or granted["save"] or (save_every and step % save_every == 0):
             module.read_result()
-            if not module.guard.consecutive_skips:  # else a rollback may follow
+            if granted["stop"] or not module.guard.consecutive_skips:
                 self.save(trainer, module, step)
+            else:  # a rollback may follow
+                module.requests["save"] = True
         if granted["stop"]:
             self.writer.wait()
             raise SystemExit(128 + signal.SIGTERM)

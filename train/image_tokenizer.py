@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 from collections.abc import Iterable
 from functools import partial
@@ -16,7 +17,7 @@ from einops import rearrange
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from chameleon.data.augmentation import change_style
 from chameleon.data.picture_index import PictureSet, PictureSources
@@ -67,12 +68,35 @@ MIN_RECENT_USES = 0.5
 VALIDATION_BATCH_SIZE = 64
 
 
+class SkipReports:
+    """Passes pictures that cannot be read to `on_skip`, each once, whichever process of a loader found them."""
+
+    def __init__(self, on_skip: SkipHandler) -> None:
+        self.on_skip = on_skip
+        self.reported: set[str] = set()
+        self.from_workers: Any = multiprocessing.Queue()
+
+    def add(self, name: str, reason: str) -> None:
+        """Report a picture: at once, or from a loader's process by the next `collect`."""
+        if get_worker_info() is not None:
+            self.from_workers.cancel_join_thread()  # the process may end before anybody has read them
+            self.from_workers.put((name, reason))
+        elif name not in self.reported:
+            self.reported.add(name)
+            self.on_skip(name, reason)
+
+    def collect(self) -> None:
+        """Report what the processes of a loader have found."""
+        while not self.from_workers.empty():
+            self.add(*self.from_workers.get())
+
+
 class ImageBatchDataset(StepDataset):
     """Batch n is a pure function of (seed, n): each row draws a picture, and how it is changed."""
 
     def __init__(self, pictures: PictureSet | None, recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> None:
         """pictures: may be set later, before the first batch is read."""
-        self.pictures, self.recipe, self.on_skip = pictures, recipe, on_skip
+        self.pictures, self.recipe, self.skips = pictures, recipe, SkipReports(on_skip)
         self.unreadable: set[str] = set()
         self.rank, self.world = 0, 1
 
@@ -111,7 +135,7 @@ class ImageBatchDataset(StepDataset):
             try:
                 picture = fit_square(load_picture(entry.source, entry.name), self.recipe.model.resolution)
             except BadInput as error:
-                self.on_skip(entry.name, error.reason)
+                self.skips.add(entry.name, error.reason)
                 self.unreadable.add(entry.name)
                 continue
             return self.augment(picture, entry, rng)
@@ -134,7 +158,7 @@ class ImageValidationDataset(Dataset[tuple[Tensor, int]]):
     def __init__(self, resolution: int, on_skip: SkipHandler) -> None:
         self.pictures: PictureSet | None = None
         """Set before the first batch is read."""
-        self.resolution, self.on_skip = resolution, on_skip
+        self.resolution, self.skips = resolution, SkipReports(on_skip)
         self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
@@ -150,7 +174,7 @@ class ImageValidationDataset(Dataset[tuple[Tensor, int]]):
             try:
                 pictures.append(fit_square(load_picture(entry.source, entry.name), self.resolution))
             except BadInput as error:
-                self.on_skip(entry.name, error.reason)
+                self.skips.add(entry.name, error.reason)
         blank = PILImage.new("RGB", (self.resolution, self.resolution))
         return to_tensor(pictures or [blank]), len(pictures)
 
@@ -197,7 +221,7 @@ class ImageTokenizerModule(StepModule):
             if sources and dataset.pictures is None:
                 weight_field = recipe.weight_field if name == "training" else None
                 found = PictureSources(sources, allow_paths=recipe.allow_paths, weight_field=weight_field)
-                on_first_process(partial(found.make_index, folder / name, dataset.on_skip, recipe.num_workers))
+                on_first_process(partial(found.make_index, folder / name, dataset.skips.on_skip, recipe.num_workers))
                 dataset.pictures = found.open(folder / name)
 
     def on_train_start(self) -> None:
@@ -252,6 +276,7 @@ class ImageTokenizerModule(StepModule):
 
     def training_step(self, pictures: Tensor, batch_idx: int) -> None:
         """Forward, losses, backward, gradient norm, clipping, optimiser steps, log."""
+        self.training_set.skips.collect()
         step, recipe, loss_config = self.completed_steps, self.recipe, self.recipe.loss
         max_steps = recipe.run.max_steps
         optimizers = self.optimizer_list()
@@ -408,6 +433,7 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
     if recipe.run.data_parallel != "ddp":
         raise BadInput("an image tokenizer is not sharded", where="run.data_parallel", remedy="use ddp")
     L.seed_everything(recipe.run.seed, verbose=False)
+    recipe.optimizer.warn_of_warmup(recipe.run.max_steps)
     plain = plain_recipe(recipe)
     module = ImageTokenizerModule(recipe, on_skip)
     callbacks = [CheckpointCallback(recipe.run, plain)]
@@ -418,6 +444,7 @@ def fit_image(recipe: FitImageRecipe, on_skip: SkipHandler = raise_on_skip) -> t
     loader = TimedLoader(module.training_set, recipe.num_workers)
     validation_loader = DataLoader(module.validation_set, batch_size=None) if recipe.validation else None
     metrics = fit(trainer, module, loader, validation_loader)
+    module.training_set.skips.collect()
     tokenizer = module.image_tokenizer()
     if trainer.is_global_zero:
         write_shapes(Path(recipe.run.out), recipe.shapes)  # first: without it the tokenizers would be those of squares

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from chameleon.data.mixture import Mixture, PackedBatch
+from chameleon.data.mixture import Mixture, PackedBatch, stack_rows
+from chameleon.errors import BadInput
 from chameleon.train.processes import ignore_stop_signals
 from chameleon.train.step_module import StepDataset
 
@@ -34,7 +37,7 @@ class PackedBatchDataset(StepDataset):
 
 
 class ValidationDataset(Dataset[PackedBatch]):
-    """One device's part of the validation rows, each of which one device sees once.
+    """One device's part of the rows of all sources, each of which one device sees once.
 
     All devices have as many batches; where rows are missing, one without loss stands in.
     """
@@ -42,7 +45,9 @@ class ValidationDataset(Dataset[PackedBatch]):
     def __init__(self, mixture: Mixture, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
         """batch_size: rows of one forward pass on a device."""
         self.mixture, self.batch_size, self.rank, self.world = mixture, batch_size, rank, world
-        self.num_rows = sum(map(len, mixture.sources))
+        self.ends = list(accumulate(map(len, mixture.sources)))
+        """Number of the first row after each source's."""
+        self.num_rows = self.ends[-1]
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / (self.batch_size * self.world))
@@ -50,11 +55,17 @@ class ValidationDataset(Dataset[PackedBatch]):
     def __getitem__(self, index: int) -> PackedBatch:
         first = index * self.batch_size * self.world + self.rank
         rows = range(first, first + self.batch_size * self.world, self.world)
-        batch = self.mixture.rows([min(row, self.num_rows - 1) for row in rows])
+        batch = stack_rows(self.row(min(row, self.num_rows - 1)) for row in rows)
         for position, row in enumerate(rows):
             if row >= self.num_rows:
                 batch.loss_weights[position] = 0
         return batch
+
+    def row(self, number: int) -> PackedBatch:
+        """Return a row of all sources' rows, which follow each other whatever the weights: each tensor [T]."""
+        source = bisect_right(self.ends, number)
+        first = self.ends[source - 1] if source else 0
+        return self.mixture.sources[source].row(number - first, 0, self.mixture.seed)
 
 
 class TimedLoader:
@@ -63,7 +74,10 @@ class TimedLoader:
     def __init__(self, dataset: Dataset[Any], num_workers: int) -> None:
         """dataset: of batches. num_workers: processes that read them; 0 for this one."""
         self.loader = DataLoader(
-            dataset, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_stop_signals if num_workers else None
+            ErrorsAsItems(dataset),
+            batch_size=None,
+            num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals if num_workers else None,
         )
         self.seconds_waited = 0.0
         """In all."""
@@ -74,14 +88,34 @@ class TimedLoader:
     def __iter__(self) -> Iterator[Any]:
         """Begin with the first batch that is asked for, when a run that is resumed knows which one it is."""
         batches = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.seconds_waited += time.perf_counter() - start
-            yield batch
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                self.seconds_waited += time.perf_counter() - start
+                if isinstance(batch, BadInput):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends its processes, which would outlive an error that is kept
+
+
+class ErrorsAsItems(Dataset[Any]):
+    """A dataset in which a batch that raises `BadInput` is that error: a loader would add its process's traceback to it."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except BadInput as error:
+            return error
 
 
 def data_fingerprint(mixture: Mixture) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from chameleon.errors import BadInput
+from chameleon.errors import BadInput, check_least
 from chameleon.train.muon import Muon
 from chameleon.train.sharded_tensors import local_part, num_shards
 
@@ -40,6 +41,22 @@ class OptimizerConfig:
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"
     min_lr_ratio: float = 0.01
     """Learning rate at the last step, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "min_lr_ratio"):
+            check_least(getattr(self, name), 0, f"optimizer.{name}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput(f"optimizer.betas is {list(self.betas)}, expected numbers from 0 to below 1")
+        if self.schedule == "exponential" and not self.min_lr_ratio:
+            raise BadInput("optimizer.min_lr_ratio is 0, which an exponential schedule never reaches", remedy="use 0.01")
+
+    def warn_of_warmup(self, max_steps: int) -> None:
+        """Warn where a run ends before the learning rate has reached its peak."""
+        if max_steps < self.warmup_steps:
+            warnings.warn(
+                f"the run ends during warm-up: optimizer.warmup_steps is {self.warmup_steps}, run.max_steps {max_steps}",
+                stacklevel=2,
+            )
 
 
 def lr_at(step: int, max_steps: int, config: OptimizerConfig) -> float:

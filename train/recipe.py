@@ -15,7 +15,7 @@ from chameleon.bundle import GenerationConfig
 from chameleon.config_reader import read_config
 from chameleon.data.mixture import SourceConfig, StageConfig
 from chameleon.dialect import ShapeConfig
-from chameleon.errors import BadInput, check_seed
+from chameleon.errors import BadInput, check_least, check_seed
 from chameleon.model.activation_checkpointing import ActivationCheckpointing
 from chameleon.model.loss import Z_LOSS
 from chameleon.tokenizers.quantizer import CodebookKind
@@ -73,6 +73,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "run.seed", largest=MAX_RUN_SEED)
+        for name in ("max_steps", "num_nodes", "log_every_n_steps"):
+            check_least(getattr(self, name), 1, f"run.{name}")
+        for name in ("validate_every_n_steps", "save_every_n_steps", "save_every_n_minutes"):
+            check_least(getattr(self, name), 0, f"run.{name}")
 
 
 @dataclass
@@ -176,6 +180,11 @@ class TrainRecipe:
     validation: list[SourceConfig] = field(default_factory=list)
     generation: GenerationConfig | None = None
     """How the trained model is asked and sampled; null: as the bundle that it starts from."""
+
+    def __post_init__(self) -> None:
+        check_least(self.global_batch_size, 1, "global_batch_size")
+        for name in ("micro_batch_size", "num_workers", "num_samples", "image_loss_weight", "z_loss"):
+            check_least(getattr(self, name), 0, name)
 
 
 @dataclass

@@ -38,6 +38,7 @@ def train(recipe: TrainRecipe) -> tuple[Bundle | None, dict[str, float]]:
     Of several processes only the first one returns the bundle; the others return None.
     """
     L.seed_everything(recipe.run.seed, verbose=False)
+    recipe.optimizer.warn_of_warmup(recipe.run.max_steps)
     plain = plain_recipe(recipe)
     callbacks: list[Callback] = [CheckpointCallback(recipe.run, plain)]
     if recipe.attention == "flex" and not uses_gpus(recipe.run):

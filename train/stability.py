@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, float64, int64, tensor
 
+from chameleon.errors import check_least
+
 
 @dataclass
 class StabilityConfig:
@@ -39,6 +41,11 @@ class StabilityConfig:
     """Warn of a process that takes more than this many times the median for its layers, three logged steps in a row."""
     max_log_z: float = 30.0
     """Warn where log Z is larger in magnitude: the output logits have drifted, which z-loss prevents (PaLM)."""
+
+    def __post_init__(self) -> None:
+        check_least(self.max_grad_norm_ratio, 0, "stability.max_grad_norm_ratio")
+        check_least(self.window_steps, 1, "stability.window_steps")
+        check_least(self.max_consecutive_skips, 0, "stability.max_consecutive_skips")
 
 
 class StepGuard:

@@ -113,6 +113,12 @@ class StepModule(L.LightningModule):
         step = self.current_step
         return step % self.run_config.log_every_n_steps == 0 or step == self.run_config.max_steps
 
+    @property
+    def is_validated_step(self) -> bool:
+        """Whether validation follows the completed steps: every n of the run, and the last."""
+        every = self.run_config.validate_every_n_steps
+        return self.completed_steps >= self.run_config.max_steps or (every > 0 and self.completed_steps % every == 0)
+
     def on_fit_start(self) -> None:
         self.events.enabled = self.trainer.is_global_zero
 

@@ -143,7 +143,6 @@ def build_trainer(run: RunConfig, *, has_unused_parameters: bool = False, callba
         max_epochs=1,
         log_every_n_steps=1,  # the module writes its metrics itself, see `StepModule.write_metrics`
         logger=build_loggers(run),
-        val_check_interval=min(run.validate_every_n_steps, run.max_steps) or None,
         callbacks=[ProcessWatch(), *callbacks, *([ProgressLine(run.max_steps)] if run.progress else [])],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -163,6 +162,9 @@ def fit(trainer: L.Trainer, module: StepModule, training_loader: Any, validation
 
     Raises `BadInput` where memory runs out, and `SystemExit` with code 143 where SIGTERM ended the run.
     """
+    # Lightning would count the steps of this process, and a run may have been resumed.
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._should_check_val_fx = lambda _: trainer.enable_validation and module.is_validated_step
     try:
         trainer.fit(module, training_loader, validation_loader)
     except torch.OutOfMemoryError as error:

@@ -122,6 +122,8 @@ class PackedSource:
         self.shards: list[TokenShard] = []
         for folder in expand_braces(config.shards):
             self.shards += open_shards(Path(folder), fingerprint)
+        if config.loss == "answers" and not any(sum(s.description["answers_by_modality"].values()) for s in self.shards):
+            raise BadInput("no answer to take the loss on", where=config.shards, remedy="use loss: all, or conversations")
         self.index = RowIndex(self.shards, context_length, vocabulary)
 
     def __len__(self) -> int:
@@ -317,11 +319,13 @@ class Mixture:
 
     def rows(self, rows: Iterable[int]) -> PackedBatch:
         """Return rows of the run by their indices, each tensor [rows, T]."""
-        columns = []
-        for row in rows:
-            source, epoch, row_of_source = self.locate(row)
-            columns.append(self.sources[source].row(row_of_source, epoch, self.seed))
-        return PackedBatch(*(torch.stack(column) for column in zip(*columns, strict=True)))
+        located = map(self.locate, rows)
+        return stack_rows(self.sources[source].row(row, epoch, self.seed) for source, epoch, row in located)
+
+
+def stack_rows(rows: Iterable[PackedBatch]) -> PackedBatch:
+    """Return rows, each tensor [T], as a batch, each tensor [rows, T]."""
+    return PackedBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def stage_weights(sources: Sequence[SourceConfig], stages: Sequence[StageConfig]) -> list[np.ndarray]:

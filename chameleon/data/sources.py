@@ -218,9 +218,9 @@ def read_coco(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
     """Read COCO captions: a document of image and caption for each annotation."""
     path = Path(shard.path)
     value = read_object(path)
-    file_names = {entry["id"]: entry["file_name"] for entry in entries_of(value, "images", ("id", "file_name"), path)}
-    for index, entry in enumerate(entries_of(value, "annotations", ("image_id", "caption"), path)):
-        key = f"{path}, annotation {index}"
+    images = entries_of(value, "images", ("id", "file_name"), path, on_skip)
+    file_names = {entry["id"]: entry["file_name"] for _, entry in images}
+    for key, entry in entries_of(value, "annotations", ("image_id", "caption"), path, on_skip):
         if entry["image_id"] not in file_names:
             on_skip(key, f"no image {entry['image_id']}")
             continue
@@ -241,13 +241,12 @@ def read_vqa(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
     if "questions" not in shard.options:
         raise BadInput("no file of questions", where=path, remedy=f"write vqa:{path}?questions=FILE&images=DIR")
     questions_path = Path(shard.options["questions"])
-    keys = ("question_id", "question", "image_id")
-    question_entries = entries_of(read_object(questions_path), "questions", keys, questions_path)
-    questions = {entry["question_id"]: entry for entry in question_entries}
+    keys: tuple[str, ...] = ("question_id", "question", "image_id")
+    question_entries = entries_of(read_object(questions_path), "questions", keys, questions_path, on_skip)
+    questions = {entry["question_id"]: entry for _, entry in question_entries}
     prefix = shard.options.get("prefix", "COCO_train2014_")
-    annotations = entries_of(read_object(path), "annotations", ("question_id", "multiple_choice_answer"), path)
-    for index, entry in enumerate(annotations):
-        key = f"{path}, annotation {index}"
+    keys = ("question_id", "multiple_choice_answer")
+    for key, entry in entries_of(read_object(path), "annotations", keys, path, on_skip):
         question = questions.get(entry["question_id"])
         if question is None:
             on_skip(key, f"no question {entry['question_id']} in {questions_path}")
@@ -271,16 +270,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def entries_of(value: dict[str, Any], name: str, keys: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """Return the list `name` of an annotation file. Raise `BadInput` that names the first entry which lacks a key."""
+def entries_of(
+    value: dict[str, Any], name: str, keys: Sequence[str], path: Path, on_skip: SkipHandler
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield how messages name each entry of list `name` of a file, and the entry. Those that lack a key are skipped.
+
+    Raise `BadInput` where there is no such list.
+    """
     entries = value.get(name)
     if not isinstance(entries, list):
         raise BadInput(f"no list {name}", where=path)
     for index, entry in enumerate(entries):
-        for key in keys:
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), (str, int)):
-                raise BadInput(f"entry {index} of {name} has no {key}", where=path)
-    return entries
+        where = f"{path}, {name.removesuffix('s')} {index}"
+        missing = [key for key in keys if not isinstance(entry, dict) or not isinstance(entry.get(key), (str, int))]
+        if missing:
+            on_skip(where, f"no {missing[0]}")
+        else:
+            yield where, entry
 
 
 def read_text(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
@@ -288,9 +294,10 @@ def read_text(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
 
     Option: `characters`, by default `DOCUMENT_CHARACTERS`. A long file is never held as a whole.
     """
-    limit = int(shard.options.get("characters", DOCUMENT_CHARACTERS))
-    if limit < 1:
-        raise BadInput(f"characters is {limit}, expected 1 or more", where=shard.path)
+    value = str(shard.options.get("characters", DOCUMENT_CHARACTERS))
+    if not value.isdecimal() or int(value) < 1:
+        raise BadInput(f"characters is {value}, expected a number of 1 or more", where=shard.path)
+    limit = int(value)
     try:
         if Path(shard.path).stat().st_size <= limit:
             text = decode_utf8(Path(shard.path).read_bytes(), shard.path)

@@ -79,8 +79,8 @@ def block_mask_creator_for(device: str) -> Callable[..., Any]:
     """Return PyTorch's function that makes block masks: compiled on GPUs, where it else writes out the whole mask."""
     from torch.nn.attention.flex_attention import create_block_mask  # here, since it takes long to import
 
-    function: Any = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
-    return function
+    function: Callable[..., Any] = create_block_mask
+    return always_compiled(function) if device == "cuda" else function
 
 
 @functools.cache
@@ -91,8 +91,24 @@ def flex_attention_for(device: str) -> Callable[..., Any]:
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    function: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
-    return function
+    function: Callable[..., Any] = flex_attention
+    return always_compiled(function) if device == "cuda" else function
+
+
+def always_compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return a function that is compiled also where monitors have all modules run eagerly.
+
+    FlexAttention would else write out all attention scores. options: of `torch.compile`.
+    """
+    compiled = torch.compile(function, **options)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():  # as a part of what is compiled
+            return compiled(*arguments, **keywords)
+        with torch.compiler.set_stance("default"):
+            return compiled(*arguments, **keywords)
+
+    return call
 
 
 class ScaledDotProductAttention(nn.Module):
