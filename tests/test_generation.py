@@ -21,6 +21,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 
 from chameleon.document import Document, Image, Text
 from chameleon.errors import BadInput
+from chameleon.generation import sampling as sampling_module
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import AllowedNext, OutputConstraints, OutputState
 from chameleon.generation.engine import Engine
@@ -126,6 +127,13 @@ def test_times_are_exponential() -> None:
     assert kstest(actual.numpy(), "expon").pvalue > 1e-3
     assert bool((actual > 0).all()) and bool(actual.isfinite().all())
     assert len(actual[actual < 0.01].unique()) == (actual < 0.01).sum()  # small ones are not rounded together
+
+
+def test_the_longest_time_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits set: rounded to float32 they would be 1."""
+    monkeypatch.setattr(sampling_module, "mix_bits", lambda bits: torch.full_like(bits, -1))
+    (longest,) = exponential_noise(torch.tensor([3]), torch.tensor([9]), torch.arange(1)).flatten().tolist()
+    assert longest == pytest.approx(24 * math.log(2))
 
 
 def test_similar_distributions_mostly_draw_the_same() -> None:
@@ -308,6 +316,9 @@ def test_a_caption_by_one_view_is_the_caption(chameleon: Chameleon) -> None:
     assert chameleon.caption_batch(pictures, max_new_tokens=8, views=1) == plain
     several = chameleon.caption_batch(pictures, max_new_tokens=8, views=3)
     assert several == [chameleon.caption(picture, max_new_tokens=8, views=3) for picture in pictures]
+    for scale in (math.nan, math.inf, (1.0, math.nan)):
+        with pytest.raises(BadInput, match=r"guidance_scale: .* is not finite"):
+            chameleon.draw("a", guidance_scale=scale)
     for views in (0, 33):
         with pytest.raises(BadInput, match=f"{views} views; use 1 to 32"):
             chameleon.caption(pictures[0], views=views)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,25 @@ def test_codes_of_old_pictures_make_room_and_stay_right(image_tokenizer: ImageTo
         assert torch.equal(small.encode([pictures[n] for n in order]), expected[order])
         assert len(small.cache.entries) <= 4
         assert len(set(small.cache.entries.values())) == len(small.cache.entries)
+
+
+def test_threads_that_share_a_tokenizer_get_the_codes_of_their_own_pictures(image_tokenizer: ImageTokenizer) -> None:
+    """Which of two adds a picture, and what is forgotten meanwhile, changes nothing."""
+    pictures = [PILImage.new("RGB", (16, 16), (20 * n, 255 - 20 * n, 40)) for n in range(12)]
+    expected = torch.cat([ImageTokenizer(image_tokenizer.network).encode([picture]) for picture in pictures])
+    shared = ImageTokenizer(image_tokenizer.network)
+    shared.cache = CodeCache(5 * math.prod(image_tokenizer.config.grid))
+
+    def encode(thread: int) -> bool:
+        orders = [random.Random(f"{thread} {turn}").sample(range(12), 3) for turn in range(40)]
+        return all(torch.equal(shared.encode([pictures[n] for n in order]), expected[order]) for order in orders)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode, range(4)))
+    cache = CodeCache(4)
+    for key, codes in ((b"a", [[1, 2]]), (b"b", [[3, 4]]), (b"a", [[5, 6]]), (b"c", [[7, 8]])):
+        cache.add(key, torch.tensor(codes))
+    assert b"a" not in cache and cache[b"b"].tolist() == [[3, 4]] and cache[b"c"].tolist() == [[7, 8]]
 
 
 def test_moved_pictures_by_hand() -> None:

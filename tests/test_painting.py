@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +136,15 @@ def test_painting_and_editing_by_command(bundle_folder: Path, tmp_path: Path, ca
     holes = picture().convert("RGBA")
     holes.putalpha(PILImage.fromarray(255 - np.asarray(mask_of((0, 8, 16, 16)))))
     holes.save(tmp_path / "holes.png")
-    main(
-        ["draw", "red", "--paint", str(tmp_path / "holes.png"), "--candidates", "2", "--rounds", "2", "--out", out, *model]
-    )
+    holed = ["draw", "red", "--paint", str(tmp_path / "holes.png"), "--candidates", "2", "--out", out, *model]
+    main([*holed, "--rounds", "2"])
     assert PILImage.open(out).size == (16, 16)
+    capsys.readouterr()
+    main([*holed, "--num-images", "2", "--seed", "5", "--json"])
+    seeds = json.loads(capsys.readouterr().out)["seeds"]
+    both = np.asarray(PILImage.open(out))
+    main([*holed, "--seed", str(seeds[1])])
+    assert (np.asarray(PILImage.open(out)) == both[2:18, 20:36]).all()  # beside the first, each in a frame
     main(["draw", "make it blue", "--edit", str(tmp_path / "p.png"), "--out", out, *model])
     capsys.readouterr()
     for arguments, message in (

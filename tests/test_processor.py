@@ -13,6 +13,7 @@ import torch
 from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -368,6 +369,15 @@ def test_hidden_states_are_exact_in_any_batch(form: WeightForm) -> None:
         torch.set_num_threads(before)
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)
+
+
+def test_exact_codes_of_pictures_do_not_depend_on_others(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Chameleon.load(bundle_folder, exact=True)
+    network, sizes = model.tokenizer.image.network, []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda values: sizes.append(len(values)) or encode(values))
+    model.caption_batch([PILImage.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")])
+    assert sizes == [1, 1, 1]
 
 
 @pytest.mark.parametrize("form", FORMS[:6])

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.engine import Engine
 from chameleon.generation.inspection import attention_weights, token_scores
 from chameleon.generation.sampling import GREEDY, TEXT_SAMPLING, Sampling
+from chameleon.generation.streaming import PartialImage
 from chameleon.tokenizers.mixed import MixedTokenizer
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -43,7 +45,8 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx2")
 
 from chameleon.serve.app import PAGE  # noqa: E402
-from chameleon.serve.service import StopTexts  # noqa: E402
+from chameleon.serve.metrics import Metrics  # noqa: E402
+from chameleon.serve.service import MAX_READING, Answer, Service, StopTexts  # noqa: E402
 from chameleon.serve.settings import ApiKey, ApiKeys, Limits, read_keys  # noqa: E402
 
 
@@ -201,6 +204,14 @@ def test_stop_texts_end_an_answer_before_the_first_of_them(text: str, stops: lis
         assert text.startswith(shown) and len(shown) <= (min(ends) if ends else len(text))
 
 
+def test_text_that_was_held_back_comes_before_a_picture_that_forms() -> None:
+    service, stop, answer = object.__new__(Service), StopTexts(["aa"]), Answer()
+    forming = PartialImage(PILImage.new("RGB", (2, 1)), 1, (2, 2))
+    assert service.before_stop([Text("ba"), forming, forming], stop, answer) == [Text("b"), Text("a"), forming, forming]
+    assert answer.parts == [Text("ba")]
+    assert service.before_stop([Text("aa")], stop, answer) == [] and stop.is_stopped
+
+
 def test_log_probabilities_reach_to_the_end_of_the_context(client: Any, model: Chameleon) -> None:
     token_ids = [model.vocabulary.bos, *[30] * 250]
     answer = client.completions.create(model="small", prompt=token_ids, max_tokens=100, logprobs=0, seed=1)
@@ -250,6 +261,18 @@ def test_completions_echo_prompts_with_their_log_probabilities(client: Any, mode
             assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-4)
     by_ids = client.completions.create(model="small", prompt=token_ids, max_tokens=0, echo=True, logprobs=2)
     assert by_ids.choices[0].logprobs.token_logprobs == answer.choices[1].logprobs.token_logprobs
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_prompt_that_is_scored_alone_is_streamed_as_it_is_answered(client: Any, logprobs: int | None) -> None:
+    asked: dict[str, Any] = {"model": "small", "prompt": ["a b", "b"], "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    whole = client.completions.create(**asked).choices
+    events = list(client.completions.create(**asked, stream=True))
+    for index, choice in enumerate(whole):
+        chunks = [chunk for event in events for chunk in event.choices if chunk.index == index]
+        assert "".join(chunk.text for chunk in chunks) == choice.text == asked["prompt"][index]
+        assert chunks[-1].finish_reason == choice.finish_reason == "length"
+        assert chunks[-1].logprobs == choice.logprobs
 
 
 def test_completions_continue_a_document(client: Any, model: Chameleon) -> None:
@@ -387,16 +410,26 @@ def test_painting_keeps_the_codes_of_cells_without_a_marked_pixel(model: Chamele
     assert same(drawn, task.merge(model.tokenizer.image.decode(codes)[0]))
 
 
-def test_variations_are_those_of_the_python_api(address: str, model: Chameleon) -> None:
-    picture = noise(8)
+@pytest.mark.parametrize("size", [(16, 16), (24, 12)])
+def test_variations_are_those_of_the_python_api(address: str, model: Chameleon, size: tuple[int, int]) -> None:
+    picture = noise(8, 24).resize(size)
+    asked: dict[str, Any] = {"n": 2, "seed": 3, "keep": 0.5}
+
+    def varied(**others: Any) -> list[dict[str, Any]]:
+        files = {"image": ("a.png", png(picture), "image/png")}
+        response = httpx.post(f"{address}/v1/images/variations", data={**asked, **others}, files=files)
+        data: list[dict[str, Any]] = response.json()["data"]
+        return data
+
     expected = model.variations(picture, 2, seed=3, keep=0.5)
-    response = httpx.post(
-        f"{address}/v1/images/variations",
-        data={"n": 2, "seed": 3, "keep": 0.5},
-        files={"image": ("a.png", png(picture), "image/png")},
-    )
-    images = [from_base64(image["b64_json"]) for image in response.json()["data"]]
-    assert all(same(one, other) for one, other in zip(images, expected, strict=True))
+    assert all(same(from_base64(one["b64_json"]), other) for one, other in zip(varied(), expected, strict=True))
+    ranked = varied(rank=True, prompt="a")
+    scores = [one["log_likelihood"] for one in ranked]
+    assert scores == sorted(scores, reverse=True) and {one["seed"] for one in ranked} == {3, 4}
+    sampling = replace(model.image_sampling, top_p=0.01)
+    expected = model.variations(picture, 2, seed=3, keep=0.5, prompt="a", sampling=sampling)
+    drawn = varied(prompt="a", top_p=0.01)
+    assert all(same(from_base64(one["b64_json"]), other) for one, other in zip(drawn, expected, strict=True))
 
 
 # --- tokens, and looking inside ---
@@ -505,6 +538,38 @@ def test_pictures_are_data_and_nothing_is_opened_or_fetched(address: str, url: s
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
     response = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert response.status_code == 400 and message in response.json()["error"]["message"]
+
+
+def test_a_request_has_so_much_text_at_most(address: str) -> None:
+    """In all of its parts together; none is read before."""
+    part = {"type": "text", "text": "ab " * 30_000}
+    messages = [{"role": "user", "content": [part, part]}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = httpx.post(f"{address}{path}", json={"messages": messages})
+        assert response.status_code == 400 and "180,000 characters, at most 100,000" in response.text
+
+
+def test_requests_that_would_wait_long_to_be_read_are_refused(model: Chameleon) -> None:
+    service = Service(lambda: model, Limits(waiting=1), "small", Metrics())
+    service.worker.stop()
+
+    async def enter(num_readers: int) -> list[Any]:
+        released = asyncio.Event()
+
+        async def read() -> None:
+            async with service.reading():
+                await released.wait()
+
+        tasks = [asyncio.ensure_future(read()) for _ in range(num_readers)]
+        await asyncio.sleep(0.01)
+        released.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def enter_twice() -> list[list[Any]]:
+        return [await enter(MAX_READING + 3) for _ in range(2)]
+
+    for results in asyncio.run(enter_twice()):  # at the second time the first ones have left
+        assert [type(result).__name__ for result in results] == ["NoneType"] * (MAX_READING + 1) + ["Overloaded"] * 2
 
 
 def test_bombs_are_refused(model: Chameleon) -> None:

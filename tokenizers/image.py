@@ -11,6 +11,7 @@ import base64
 import hashlib
 import io
 import math
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,6 +239,10 @@ def write_files(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor]
     write_safetensors(folder, tensors, weights, stem=STEM, progress=progress)
 
 
+CACHE_LOCK = threading.Lock()
+"""Held while codes are looked up or added, for threads that share a tokenizer. (A lock of its own would not be copied.)"""
+
+
 class CodeCache:
     """Codes of images encoded before, by the hash of their pixels, since datasets repeat images. First in, first out.
 
@@ -261,9 +266,9 @@ class CodeCache:
         return self.table[start : start + math.prod(grid)].long().view(grid)
 
     def add(self, key: bytes, codes: Tensor) -> None:
-        """Add the codes [h, w] of a new key."""
+        """Add the codes [h, w] of a key, unless it is there, as where two threads encoded one picture."""
         count = codes.numel()
-        if count > len(self.table):
+        if key in self.entries or count > len(self.table):
             return
         if self.end + count > len(self.table):
             self.forget_from(self.end, len(self.table))
@@ -288,6 +293,8 @@ class ImageTokenizer:
         self.clear_cache()
         self.threads: ThreadPolicy | None = None
         """Chooses the number of threads; None leaves it, so that the same pictures always give the same codes."""
+        self.batch_size = BATCH_SIZE
+        """Pictures that the network takes at a time; 1 makes codes to the bit independent of the others."""
 
     @property
     def config(self) -> VQGANConfig:
@@ -301,12 +308,12 @@ class ImageTokenizer:
         """Return float32 [B, 3, R, R] in [-1, 1]. Raise `BadInput` for a picture that cannot be used."""
         return to_tensor(fit_square(load_picture(picture), self.config.resolution, fit) for picture in pictures)
 
-    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch_size: int = BATCH_SIZE) -> Tensor:
+    def encode(self, pictures: Sequence[Picture], fit: Fit = "crop", batch_size: int | None = None) -> Tensor:
         """Return codes int64 [B, h, w] of pictures as squares of the network's resolution, on the CPU.
 
         Raises `BadInput` for a picture that cannot be used.
         """
-        codes = [torch.empty(0, *self.config.grid, dtype=torch.int64)]
+        codes, batch_size = [torch.empty(0, *self.config.grid, dtype=torch.int64)], batch_size or self.batch_size
         for start in range(0, len(pictures), batch_size):
             arrays = [self.to_square_array(picture, fit) for picture in pictures[start : start + batch_size]]
             codes.append(torch.stack(self.encode_arrays(arrays, batch_size)))
@@ -316,26 +323,29 @@ class ImageTokenizer:
         """Return a picture as uint8 [R, R, 3]."""
         return np.asarray(fit_square(load_picture(picture), self.config.resolution, fit))
 
-    def encode_arrays(self, arrays: Sequence[np.ndarray], batch_size: int = BATCH_SIZE) -> list[Tensor]:
+    def encode_arrays(self, arrays: Sequence[np.ndarray], batch_size: int | None = None) -> list[Tensor]:
         """Return codes int64 [h, w] of each picture, uint8 [H, W, 3]; those in the cache are not encoded again.
 
         Pictures of one shape are encoded in batches.
         """
         codes: list[Tensor] = []
+        batch_size = batch_size or self.batch_size
         for start in range(0, len(arrays), batch_size):
             batch = arrays[start : start + batch_size]
             keys = [
                 hashlib.blake2b(array.tobytes() + repr(array.shape).encode(), digest_size=16).digest() for array in batch
             ]
-            new = {key: array for key, array in zip(keys, batch, strict=True) if key not in self.cache}
-            known = {key: self.cache[key] for key in keys if key not in new}
+            with CACHE_LOCK:
+                known = {key: self.cache[key] for key in keys if key in self.cache}
+            new = {key: array for key, array in zip(keys, batch, strict=True) if key not in known}
             for _, members in by_shape(new.items()):
                 values = to_tensor(array for _, array in members)
                 with self.threads_for(values):
                     encoded = self.network.encode(values.to(self.device, self.network.quant_conv.weight.dtype)).cpu()
                 known.update((key, image_codes) for (key, _), image_codes in zip(members, encoded, strict=True))
-            for key in new:
-                self.cache.add(key, known[key])
+            with CACHE_LOCK:
+                for key in new:
+                    self.cache.add(key, known[key])
             codes += [known[key] for key in keys]
         return codes
 
@@ -343,17 +353,17 @@ class ImageTokenizer:
         """Forget encoded pictures, so that batches, and thus codes to the bit, do not depend on what came before."""
         self.cache = CodeCache(CODE_CACHE_SIZE * math.prod(self.config.grid))
 
-    def decode(self, codes: Tensor, batch_size: int = BATCH_SIZE) -> list[PILImage.Image]:
+    def decode(self, codes: Tensor, batch_size: int | None = None) -> list[PILImage.Image]:
         """Decode codes [B, h, w] to RGB pictures. Raise `BadInput` for codes outside the codebook."""
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
             raise BadInput(f"codes outside 0…{self.config.codebook_size - 1}", where="image tokenizer")
         pictures: list[PILImage.Image] = []
-        for batch in codes.to(self.device).split(batch_size) if len(codes) else ():
+        for batch in codes.to(self.device).split(batch_size or self.batch_size) if len(codes) else ():
             with self.threads_for(batch, self.config.reduction**2):
                 pictures += to_pictures(self.network.decode(batch))
         return pictures
 
-    def decode_all(self, codes: Sequence[Tensor], batch_size: int = BATCH_SIZE) -> list[PILImage.Image]:
+    def decode_all(self, codes: Sequence[Tensor], batch_size: int | None = None) -> list[PILImage.Image]:
         """Decode the codes [h, w] of images of any shapes, those of one shape in batches."""
         pictures: dict[int, PILImage.Image] = {}
         for _, members in by_shape(enumerate(codes)):

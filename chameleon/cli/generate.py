@@ -174,7 +174,8 @@ def draw(arguments: argparse.Namespace) -> None:
         images = model.complete(arguments.complete, keep=keep, prompt=prompt, num_images=num_images, **common)
     else:
         images = model.draw_samples(arguments.prompt, num_images, size=size, **common)
-    seeds = list(range(arguments.seed, arguments.seed + num_images))
+    stride = arguments.candidates if arguments.paint else 1
+    seeds = [arguments.seed + index * stride for index in range(num_images)]
     if arguments.best:
         order = model.rank(images, arguments.prompt)[: arguments.best]
         images, seeds = [images[index] for index in order], [seeds[index] for index in order]

@@ -37,12 +37,14 @@ from chameleon.model.fastest_format import choose_weight_form
 from chameleon.model.quantization import WeightFormat, convert_weights, fits_float16, make_exact
 from chameleon.threads import THREADS, ThreadPolicy
 from chameleon.tokenizers.fitting import Size
-from chameleon.tokenizers.image import BATCH_SIZE, Picture, load_picture
+from chameleon.tokenizers.image import Picture, load_picture
 from chameleon.tokenizers.mixed import Content
 from chameleon.vocabulary import ImageBlock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 GUIDANCE_SCALE = 1.25
+SCORED_TOKENS, SCORED_LOGITS = 8192, 1 << 24
+"""Tokens of a pass that scores captions, and logits that exist at one time."""
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +82,8 @@ class Chameleon:
             compile=compile,
             exact=exact,
         )
+        if exact:
+            self.tokenizer.image.batch_size = 1
 
     @classmethod
     def load(
@@ -329,13 +333,18 @@ class Chameleon:
         scores: dict[int, float] = {}
         for length in sorted(set(map(len, prompts))):  # pictures of other shapes have prompts of other lengths
             indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-            for first in range(0, len(indices), MAX_BATCH_SIZE):
-                in_batch = indices[first : first + MAX_BATCH_SIZE]
+            num_together = max(1, SCORED_TOKENS // (length + len(caption_ids)))
+            positions = max(1, SCORED_LOGITS // (num_together * self.vocabulary.size))
+            for first in range(0, len(indices), num_together):
+                in_batch = indices[first : first + num_together]
                 batch = torch.tensor([[*prompts[index], *caption_ids] for index in in_batch], device=self.engine.device)
                 hidden = self.model(batch[:, :-1])[:, length - 1 :]
-                log_probs = self.model.logits(hidden).float().log_softmax(-1)
-                values = log_probs.gather(2, batch[:, length:, None]).mean(dim=(1, 2)).tolist()
-                scores.update(zip(in_batch, values, strict=True))
+                sums = torch.zeros(len(in_batch), device=batch.device)
+                expected = batch[:, length:].split(positions, dim=1)
+                for states, targets in zip(hidden.split(positions, dim=1), expected, strict=True):
+                    log_probs = self.model.logits(states).float().log_softmax(-1)
+                    sums += log_probs.gather(2, targets.unsqueeze(2)).sum(dim=(1, 2))
+                scores.update(zip(in_batch, (sums / len(caption_ids)).tolist(), strict=True))
         return [scores[index] for index in range(len(prompts))]
 
     def complete(
@@ -405,8 +414,7 @@ class Chameleon:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampling = sampling or self.image_sampling
         codes = self.painter(task, prompt, guidance_scale, sampling).run(num_images, candidates, rounds, seed)
-        batch_size = 1 if self.engine.is_exact else BATCH_SIZE
-        return [task.merge(image) for image in self.tokenizer.image.decode_all(codes, batch_size=batch_size)]
+        return [task.merge(image) for image in self.tokenizer.image.decode_all(codes)]
 
     def painter(self, task: Painting, prompt: str, guidance_scale: float, sampling: Sampling) -> Painter:
         """Return what draws the part of a picture that is to be drawn anew."""
@@ -481,7 +489,7 @@ class Chameleon:
             for document, seed, drawing in zip(documents, seeds, drawings, strict=True)
         ]
         codes = self.generate_codes(requests)
-        return self.tokenizer.image.decode_all(codes, batch_size=1 if self.engine.is_exact else BATCH_SIZE)
+        return self.tokenizer.image.decode_all(codes)
 
     def generate_codes(self, requests: Sequence[Request]) -> list[Tensor]:
         """Return the codes int64 [h, w] of the image that each request asks for."""

@@ -40,8 +40,8 @@ class FairLock:
                     self.queue.remove(ticket)
             yield is_held
         finally:
-            self.threads.discard(threading.get_ident())
             with self.condition:
                 if ticket in self.queue:  # also where an interrupt ends the wait
                     self.queue.remove(ticket)
                 self.condition.notify_all()
+            self.threads.discard(threading.get_ident())

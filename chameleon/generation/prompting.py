@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,9 @@ class PromptBuilder:
         The unconditional prompt is the empty one, which fine-tuning uses for one prompt in ten; the prompt of the image
         scale has the images of the content without its text.
         """
+        scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,)
+        if not all(scale is None or math.isfinite(scale) for scale in scales):
+            raise BadInput(f"{guidance_scale} is not finite", where="guidance_scale")
         if guidance_scale is None or guidance_scale == 1:
             return None
         if self.generation.unconditional == "image_only":

@@ -110,7 +110,8 @@ def exponential_noise(seeds: Tensor, token_indices: Tensor, token_ids: Tensor) -
     """
     rows = mix_bits(mix_bits(seeds + to_int64(GAMMA)) + (token_indices + 1) * to_int64(GAMMA))
     bits = mix_bits(rows.unsqueeze(1) + (token_ids + 1) * to_int64(GAMMA))
-    return logical_shift_right(bits, 1).float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
+    minus_uniform = logical_shift_right(bits, 1).float().add_(0.5).mul_(-(2.0**-63))
+    return minus_uniform.clamp_(min=2.0**-24 - 1).log1p_().neg_()  # rounded to -1, it would give infinite noise
 
 
 # --- operations on logits --------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def add_routes(router: APIRouter, service: Service) -> None:
             raise ApiError(400, "max_tokens: 0 tokens need echo", param="max_tokens")
         requests = [completion_request(service, body, prompts[index // body.n], seed) for index, seed in enumerate(seeds)]
         if body.stream:
-            return event_stream(await opened(service, requests, completion_events, body, prompts), service.limits)
+            asked = [] if is_scored_alone else requests
+            return event_stream(await opened(service, asked, completion_events, body, prompts), service.limits)
 
         async def run() -> dict[str, Any]:
             count = len(requests)
@@ -189,7 +190,7 @@ async def chat_events(
 
 async def chat_logprobs(service: Service, prompt: Sequence[int], answer: Answer, top: int) -> dict[str, Any]:
     """Return the log-probabilities of the text tokens of an answer, from one pass over all of it."""
-    scores = await service.scores([*prompt, *answer.token_ids], top)
+    scores = await service.scores([*prompt, *answer.token_ids], top, is_new=False)
     content = []
     for offset, token_id in enumerate(answer.token_ids):
         if token_id not in service.vocabulary.text_ids:
@@ -245,7 +246,8 @@ async def completion_choice(
     if body.logprobs is not None:
         whole = (*prompt, *answer.token_ids)
         if whole not in scored:
-            scored[whole] = await service.scores(whole, body.logprobs, text_only=True)
+            is_new = not answer.token_ids
+            scored[whole] = await service.scores(whole, body.logprobs, text_only=True, is_new=is_new)
         logprobs = completion_logprobs(service, shown, len(whole), scored[whole], body.logprobs)
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
@@ -294,8 +296,12 @@ def completion_logprobs(
 async def completion_events(
     service: Service, generations: Sequence[Any], body: CompletionBody, prompts: Sequence[tuple[int, ...]]
 ) -> AsyncIterator[str]:
-    """Yield the events of streamed completions. With log-probabilities each choice comes as one event."""
-    envelope, answers = completion_envelope(service), [Answer() for _ in generations]
+    """Yield the events of streamed completions. With log-probabilities each choice comes as one event.
+
+    generations: none where prompts are scored alone.
+    """
+    envelope = completion_envelope(service)
+    answers = [Answer(finish_reason="length") for _ in range(body.n * len(prompts))]
 
     def chunk(index: int, text: str, reason: str | None = None) -> str:
         return event(envelope | {"choices": [{"index": index, "text": text, "logprobs": None, "finish_reason": reason}]})
@@ -303,7 +309,7 @@ async def completion_events(
     if body.echo and body.logprobs is None:
         for index in range(len(answers)):
             yield chunk(index, "".join(piece_texts(service, prompts[index // body.n])))
-    streams = [service.parts(g, answer, body.stops) for g, answer in zip(generations, answers, strict=True)]
+    streams = [service.parts(g, answer, body.stops) for g, answer in zip(generations, answers, strict=False)]
     async for index, part in merge(streams):
         if body.logprobs is None and isinstance(part, Text):
             yield chunk(index, part.text)

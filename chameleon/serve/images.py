@@ -128,11 +128,14 @@ def form_body(
     seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
     guidance_scale: Annotated[float | None, Form(ge=0, le=100)] = None,
     temperature: Annotated[float | None, Form(ge=0, le=10)] = None,
+    top_p: Annotated[float | None, Form(gt=0, le=1)] = None,
+    top_k: Annotated[int | None, Form(ge=0, le=2**31 - 1)] = None,
     response_format: Annotated[Literal["b64_json", "url"] | None, Form()] = None,
     output_format: Annotated[Literal["png", "webp", "jpeg"] | None, Form()] = None,
     stream: Annotated[bool, Form()] = False,
     partial_images: Annotated[int, Form(ge=0, le=3)] = 0,
     return_token_ids: Annotated[bool, Form()] = False,
+    rank: Annotated[bool, Form()] = False,
 ) -> ImageBody:
     """Return the fields of a form as a body; `prompt` is what the whole picture is to show."""
     return ImageBody(**locals())
@@ -167,7 +170,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     ) -> Any:
         check(body)
         data, mask_data = await image.read(), await mask.read() if mask is not None else None
-        async with service.reading:
+        async with service.reading():
             picture, painted = await asyncio.to_thread(read_mask, service, data, mask_data)
         task = await service.worker.call(service.model.painting, picture, painted)
         check_size(body, picture.size)
@@ -184,10 +187,9 @@ def add_routes(router: APIRouter, service: Service) -> None:
     ) -> Any:
         check(body)
         data = await image.read()
-        async with service.reading:
-            fitted = await asyncio.to_thread(lambda: tokenizer.fitter.fit(service.read_picture(data, "image")))
-        picture = PILImage.fromarray(fitted)
-        check_size(body, picture.size)
+        async with service.reading():
+            picture = await asyncio.to_thread(service.read_picture, data, "image")
+        check_size(body, tokenizer.fitter.size_of(tokenizer.fitter.grid_for(picture.size)))
         block = await service.worker.call(service.model.encode_picture, picture)
         body.prompt = body.prompt or await while_connected(http, service.limits, lambda: service.caption(picture))
 
@@ -201,17 +203,16 @@ def add_routes(router: APIRouter, service: Service) -> None:
     ) -> Any:
         """Answer with drawings, which seeds determine; all have one size."""
         scale = service.model.guidance_scale if body.guidance_scale is None else body.guidance_scale
-        requests = [
-            image_request(
-                service.model.prompts,
-                body.prompt,
-                drawing_of(seed),
-                seed=seed,
-                guidance_scale=scale,
-                sampling=service.image_sampling(body),
-            )
-            for seed in service.seeds(body.seed, body.n or 1)
-        ]
+        sampling, seeds = service.image_sampling(body), service.seeds(body.seed, body.n or 1)
+
+        def build_requests() -> list[Request]:
+            prompts, prompt = service.model.prompts, body.prompt
+            return [
+                image_request(prompts, prompt, drawing_of(seed), seed=seed, guidance_scale=scale, sampling=sampling)
+                for seed in seeds
+            ]
+
+        requests = await asyncio.to_thread(build_requests)  # a long prompt takes a while
         job = ImageJob(service, kind, body, requests, finish)
         if body.stream:
             return event_stream(await opened(service, requests, job.events), service.limits)

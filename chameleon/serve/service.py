@@ -26,9 +26,9 @@ from chameleon.generation.sampling import GREEDY, Sampling
 from chameleon.generation.streaming import CodeBlock, PartialImage, StreamDecoder
 from chameleon.serve.errors import ApiError
 from chameleon.serve.metrics import Metrics, RequestClock
-from chameleon.serve.schema import ChatMessage, ContentPart, SamplingBody
+from chameleon.serve.schema import MAX_TEXT, ChatMessage, ContentPart, SamplingBody
 from chameleon.serve.settings import Limits
-from chameleon.serve.worker import EngineWorker, Generation
+from chameleon.serve.worker import EngineWorker, Generation, Overloaded
 from chameleon.tokenizers.image import ImageFile
 from chameleon.tokenizers.mixed import Content
 from chameleon.vocabulary import Vocabulary
@@ -135,12 +135,24 @@ class Service:
         self.vocabulary, self.fingerprint = model.vocabulary, model.bundle.fingerprint
         self.special_names = {token_id: name for name, token_id in self.vocabulary.specials.items()}
         self.is_draining = False
-        self.reading = asyncio.Semaphore(MAX_READING)
-        """Prompts whose pictures are decoded at one time."""
+        self.readers, self.num_reading = asyncio.Semaphore(MAX_READING), 0
+        """Prompts that are read at one time, and those that are or wait for it."""
         self.counted: dict[Any, int] = {}
         """Counter of the engine's → its value when it was last read."""
 
     # --- prompts ---
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Wait until a prompt may be read: its text encoded, its pictures decoded. Raises `Overloaded` where many wait."""
+        if self.num_reading >= MAX_READING + self.limits.waiting:
+            raise Overloaded(f"{self.limits.waiting} are waiting to be read")
+        self.num_reading += 1
+        try:
+            async with self.readers:
+                yield
+        finally:
+            self.num_reading -= 1
 
     async def conversation(self, messages: Sequence[ChatMessage]) -> Conversation:
         """Return messages as a conversation, their pictures read. Raises `ApiError` for what cannot be used."""
@@ -150,6 +162,9 @@ class Service:
         num_images = sum(part.type == "image_url" for content in contents for part in content)
         if num_images > self.limits.images:
             raise ApiError(400, f"{num_images} pictures, at most {self.limits.images} are allowed", param="messages")
+        num_characters = sum(len(part.text or "") for content in contents for part in content if part.type == "text")
+        if num_characters > MAX_TEXT:
+            raise ApiError(400, f"{num_characters:,} characters, at most {MAX_TEXT:,} are allowed", param="messages")
         result, pixels_left = [], self.limits.pixels
         for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
             parts: list[Part] = []
@@ -179,7 +194,7 @@ class Service:
     async def token_ids(self, content: Content) -> tuple[int, ...]:
         """Return the token ids of a prompt; its pictures are fitted here and encoded in the engine thread."""
         prompts = self.model.prompts
-        async with self.reading:
+        async with self.reading():
             prepared = await asyncio.to_thread(prompts.prepare, content)
         length, most = sum(len(document.token_ids) for document in prepared), self.model.model.config.context_length
         if length > most:
@@ -289,7 +304,7 @@ class Service:
                 part = Text(stop.push(part.text))
                 if not part.text:
                     continue
-            elif isinstance(part, Image):  # a stop text does not continue after a picture
+            else:  # a stop text does not continue in or after a picture
                 shown += self.withheld_text(stop, answer)
             if not isinstance(part, PartialImage):
                 answer.add(part)
@@ -331,10 +346,12 @@ class Service:
         )
         return answer.text.strip()
 
-    async def scores(self, token_ids: Sequence[int], top: int, *, text_only: bool = False) -> TokenScores:
-        """Score a sequence in the engine thread, see `token_scores`."""
+    async def scores(
+        self, token_ids: Sequence[int], top: int, *, text_only: bool = False, is_new: bool = True
+    ) -> TokenScores:
+        """Score a sequence in the engine thread, see `token_scores`. is_new: see `EngineWorker.call`."""
         score = partial(token_scores, text_only=text_only)
-        return await self.worker.call(score, self.model, list(token_ids), max(1, top))
+        return await self.worker.call(score, self.model, list(token_ids), max(1, top), is_new=is_new)
 
     # --- counting ---
 

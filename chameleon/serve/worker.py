@@ -23,7 +23,6 @@ from torch import Tensor
 from chameleon.generation.chameleon import Chameleon
 from chameleon.generation.constraints import AllowedNext
 from chameleon.generation.request import ActiveRequest, Request
-from chameleon.tokenizers.image import BATCH_SIZE
 
 MAX_JOBS = 256
 """Jobs that wait for the engine thread, from which on new work is refused."""
@@ -220,8 +219,7 @@ class EngineWorker:
 
     def decode_codes(self, codes: Sequence[Tensor]) -> list[PILImage.Image]:
         """Decode the codes [h, w] of several images."""
-        batch_size = 1 if self.engine.is_exact else BATCH_SIZE
-        return self.model.tokenizer.image.decode_all(codes, batch_size=batch_size)
+        return self.model.tokenizer.image.decode_all(codes)
 
     async def tokens(self, generation: Generation) -> AsyncIterator[list[int]]:
         """Yield lists of new token ids, eos excluded. Raise `GenerationFailed` where the request failed."""
