@@ -173,7 +173,7 @@ def judge_drawings(model: Chameleon, judge: DrawingJudge) -> dict[str, dict[str,
     """Draw names of training concepts and return for each guidance scale how far the drawings are right.
 
     Hardly trained models draw blots, which are rarely among the 10 nearest. The place of the right name among all names,
-    by the nearest picture of each, tells blots apart: half of all names by chance.
+    by the nearest picture of each, tells blots apart. The table has its geometric mean.
     """
     names = judge.choose_names(DRAWINGS, 1)
     figures = {}
@@ -231,7 +231,7 @@ def compare(names: list[str], out: Path) -> PILImage.Image:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| codebook | codes | dB | ST-LPIPS | perplexity | recognised | nats a picture | drawn: among 10 | median place |",
+        "| codebook | codes | dB | ST-LPIPS | perplexity | recognised | nats a picture | drawn: among 10 | place |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
@@ -245,7 +245,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{result['recognised']['right_among_10']:.1%}",
             f"{result['nats_per_picture']:.0f}",
             f"{drawn['right_among_10']:.1%}",
-            f"{drawn['median_place']:.0f}",
+            f"{2 ** drawn['mean_log2_place']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -164,7 +164,7 @@ class Chameleon:
 
         examples: few-shot (picture, caption) pairs. max_new_tokens: by default the model's own. views: read the picture so
         many times, each time a little shifted and scaled, and go by the mean of the logits (test-time augmentation). That
-        makes fewer mistakes as a rule, and takes as many times as long.
+        takes as many times as long, and helps models that have seen few changed pictures.
         """
         return self.caption_batch(
             [picture], examples=examples, max_new_tokens=max_new_tokens, sampling=sampling, seeds=[seed], views=views
