@@ -170,12 +170,18 @@ def test_a_run_rolls_back_and_skips_the_batches(
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
+def only_checkpoint(run: Path) -> int:
+    """The step of the one checkpoint that a run has."""
+    (folder,) = (run / "checkpoints").iterdir()
+    return int(folder.name.removeprefix("step-"))
+
+
 def test_a_run_that_is_ended_while_steps_are_skipped_writes_a_checkpoint(
     tmp_path: Path, tokenizer: MixedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 4 the weights after batch 3, since batches 4, 5 … are skipped."""
-    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), ["run.max_steps=30"])
-    recipe.stability.max_consecutive_skips = 0
+    """From batch 4 on all are skipped; the run goes on after the last of them."""
+    changes = ["run.max_steps=30", "stability.max_consecutive_skips=0"]
+    recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
     with monkeypatch.context() as patch:
         seen = spoil(patch, set(range(4, 99)))
         spoiled = LanguageModule.training_step
@@ -187,12 +193,12 @@ def test_a_run_that_is_ended_while_steps_are_skipped_writes_a_checkpoint(
         patch.setattr(LanguageModule, "training_step", ended)
         with pytest.raises(SystemExit):
             train(recipe)
-    (stored,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(stored.name.removeprefix("step-")) == len(seen) < 12
+    stored_step = only_checkpoint(tmp_path / "run")
+    assert stored_step == len(seen) < 12
     recipe.run.resume = True
     seen = spoil(monkeypatch, set())
     train(recipe)
-    assert seen[0] == (int(stored.name.removeprefix("step-")),) * 2
+    assert seen[0] == (stored_step, stored_step)
 
 
 def test_a_checkpoint_that_is_due_while_steps_are_skipped_comes_later(
@@ -202,8 +208,7 @@ def test_a_checkpoint_that_is_due_while_steps_are_skipped_comes_later(
     recipe = read_recipe(PretrainRecipe, recipe_file(tmp_path, tokenizer), changes)
     spoil(monkeypatch, {4, 5})
     train(recipe)
-    (stored,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert 6 < int(stored.name.removeprefix("step-")) <= 9
+    assert 6 < only_checkpoint(tmp_path / "run") <= 9
 
 
 def test_without_a_checkpoint_to_roll_back_to_it_raises(

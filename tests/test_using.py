@@ -23,7 +23,7 @@ from chameleon.document import Conversation, Document, Image, Message, Text
 from chameleon.document_view import TerminalView, as_html, as_markdown, image_grid
 from chameleon.errors import BadInput
 from chameleon.generation import chameleon as chameleon_module
-from chameleon.generation.chameleon import Chameleon
+from chameleon.generation.chameleon import SCORED_LOGITS, SCORED_TOKENS, Chameleon
 from chameleon.generation.request import Request
 from chameleon.generation.sampling import Sampling
 from chameleon.generation.streaming import PartialImage, StreamDecoder
@@ -165,12 +165,12 @@ def test_text_streams_in_complete_characters_and_is_not_lost_before_an_image(tok
 # --- pictures ---
 
 
-@pytest.mark.parametrize("limits", [None, (1, 1), (500, 15_000)])
+@pytest.mark.parametrize("limits", [(SCORED_TOKENS, SCORED_LOGITS), (1, 1), (500, 15_000)])
 def test_ranking_is_by_the_likelihood_of_the_caption(
-    model: Chameleon, limits: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    model: Chameleon, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many pictures and logits are held at a time."""
-    for name, value in zip(("SCORED_TOKENS", "SCORED_LOGITS"), limits or (), strict=False):
+    for name, value in zip(("SCORED_TOKENS", "SCORED_LOGITS"), limits, strict=True):
         monkeypatch.setattr(chameleon_module, name, value)
     shown = [picture(colour) for colour in ("red", "green", "blue", "black")]
     actual = model.caption_log_likelihoods(shown, "orange heart")

@@ -241,12 +241,11 @@ def read_vqa(shard: RawShard, on_skip: SkipHandler) -> Iterator[Sample]:
     if "questions" not in shard.options:
         raise BadInput("no file of questions", where=path, remedy=f"write vqa:{path}?questions=FILE&images=DIR")
     questions_path = Path(shard.options["questions"])
-    keys: tuple[str, ...] = ("question_id", "question", "image_id")
-    question_entries = entries_of(read_object(questions_path), "questions", keys, questions_path, on_skip)
+    question_keys, answer_keys = ("question_id", "question", "image_id"), ("question_id", "multiple_choice_answer")
+    question_entries = entries_of(read_object(questions_path), "questions", question_keys, questions_path, on_skip)
     questions = {entry["question_id"]: entry for _, entry in question_entries}
     prefix = shard.options.get("prefix", "COCO_train2014_")
-    keys = ("question_id", "multiple_choice_answer")
-    for key, entry in entries_of(read_object(path), "annotations", keys, path, on_skip):
+    for key, entry in entries_of(read_object(path), "annotations", answer_keys, path, on_skip):
         question = questions.get(entry["question_id"])
         if question is None:
             on_skip(key, f"no question {entry['question_id']} in {questions_path}")

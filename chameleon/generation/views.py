@@ -15,10 +15,10 @@ MAX_SHIFT, MIN_ZOOM, MAX_ZOOM = 0.04, 0.95, 1.03
 """Shifts are fractions of the sides."""
 
 
-def check_views(count: int, max_batch_size: int) -> None:
+def check_views(num_views: int, max_batch_size: int) -> None:
     """Raise `BadInput` for a number of views that cannot be read together, each in a sequence of its own."""
-    if not 1 <= count <= max_batch_size:
-        raise BadInput(f"{count} views", where="views", remedy=f"use 1 to {max_batch_size} (max_batch_size)")
+    if not 1 <= num_views <= max_batch_size:
+        raise BadInput(f"{num_views} views", where="views", remedy=f"use 1 to {max_batch_size} (max_batch_size)")
 
 
 def views_of_document(document: Document, count: int) -> list[Document]:

@@ -309,7 +309,8 @@ async def completion_events(
     if body.echo and body.logprobs is None:
         for index in range(len(answers)):
             yield chunk(index, "".join(piece_texts(service, prompts[index // body.n])))
-    streams = [service.parts(g, answer, body.stops) for g, answer in zip(generations, answers, strict=False)]
+    asked = answers if generations else []
+    streams = [service.parts(g, answer, body.stops) for g, answer in zip(generations, asked, strict=True)]
     async for index, part in merge(streams):
         if body.logprobs is None and isinstance(part, Text):
             yield chunk(index, part.text)
